@@ -1,0 +1,56 @@
+# The two commands of this project, and what they need. Every target does its own set-up and redoes only what changed.
+#
+#   make demo     distil, quantize and run a digit classifier on the real kernels     (SEEDS=5 OUT=demo-output)
+#   make test     the whole test suite
+#   make bench    every kernel against its best peer and the machine's limit
+#   make lint     ruff, mypy, clang-format
+#
+# Overridable: PYTHON (3.11 or newer), TORCH (a pip requirement), VENV.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+SEEDS ?= 5
+OUT ?= demo-output
+BIN := $(VENV)/bin
+CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+
+.PHONY: demo test bench lint build clean
+.DEFAULT_GOAL := build
+
+demo: build
+	$(BIN)/kdq demo digits --seeds $(SEEDS) --out $(OUT)
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
+	$(BIN)/kdq bench --json benchmarks/results.json --markdown benchmarks/RESULTS.md
+
+lint: build $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+# Ninja decides what to recompile; a second call compiles nothing.
+build: $(VENV)/.installed
+	$(BIN)/cmake --build build/python-*
+
+$(VENV)/.installed: $(VENV)/.deps pyproject.toml setup.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/.deps: requirements.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kdq-kernels needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" -r requirements.txt
+	touch $@
+
+$(VENV)/.lint: requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf build $(VENV) kdq_kernels/*.so *.egg-info

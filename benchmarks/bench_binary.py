@@ -1,0 +1,24 @@
+"""The binary kernels under pytest-benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
+
+
+@pytest.mark.parametrize(
+    "name", ["kdq binary_matmul", "kdq int8_matmul", "torch float32", "torch bfloat16", "torch _int_mm"]
+)
+def test_binary_matmul(run_family: Callable[..., Any], name: str) -> None:
+    run_family(binary_matmul_cases, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["kdq binary_linear", "kdq int8_linear", "torch float32", "torch bfloat16", "torch quantized x86"]
+)
+def test_binary_linear(run_family: Callable[..., Any], name: str) -> None:
+    run_family(binary_linear_cases, name)

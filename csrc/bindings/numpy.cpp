@@ -1,0 +1,380 @@
+// kdq_kernels._C: the kernels on NumPy arrays. kdq_kernels/numpy.py gives these functions their public signatures.
+//
+// Contiguous input is used in place; results are fresh arrays (or `out`). The GIL is released while a kernel runs on
+// the library's own thread pool.
+#include <pybind11/stl.h>
+
+#include "introspection.h"
+#include "kdq/kdq.h"
+#include "layer_args.h"
+#include "numpy_common.h"
+
+namespace kdq::bindings {
+namespace {
+
+using OptionalArray = std::optional<py::array>;
+using OptionalInt = std::optional<int64_t>;
+
+template <class Function>
+void run(Function&& function) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = function();
+  }
+  check(status);
+}
+
+// ---- fake_quant
+// ------------------------------------------------------------------------------------------------------
+
+struct Quantization {
+  QuantShape shape;
+  QuantGrid grid;
+  py::array scale;
+  py::array zero_point;  // keeps the buffer that grid points to alive
+};
+
+Quantization parse_quantization(const py::array& x, const py::array& scale, const OptionalArray& zero_point,
+                                int64_t quant_min, int64_t quant_max, OptionalInt axis, OptionalInt group_size) {
+  Quantization q;
+  q.scale = expect<float>("scale", scale);
+  check(resolve_quant_shape(sizes_of(x), sizes_of(scale), axis, group_size, &q.shape));
+  check(narrow_quant_range(quant_min, quant_max, &q.grid));
+  q.grid.scale = const_data<float>(q.scale);
+  if (!zero_point) return q;
+  if (has_dtype<float>(*zero_point)) {
+    q.grid.zero_point_kind = ZeroPointKind::kFloat32;
+    q.zero_point = dense(*zero_point);
+  } else {
+    q.grid.zero_point_kind = ZeroPointKind::kInt32;
+    q.zero_point = expect<int32_t>("zero_point", *zero_point);
+  }
+  if (q.zero_point.size() != q.scale.size()) {
+    invalid("zero_point: expected the shape of scale " + to_string(sizes_of(scale)) + ", got " +
+            to_string(sizes_of(*zero_point)));
+  }
+  q.grid.zero_point = q.zero_point.data();
+  return q;
+}
+
+py::array checked_out(const OptionalArray& out, const py::array& x) {
+  if (!out) return empty(x.dtype(), sizes_of(x));
+  if (!out->dtype().equal(x.dtype()) || sizes_of(*out) != sizes_of(x)) {
+    invalid("out: expected dtype " + dtype_name(x) + " and shape " + to_string(sizes_of(x)) + ", got " +
+            dtype_name(*out) + " " + to_string(sizes_of(*out)));
+  }
+  if ((out->flags() & py::array::c_style) == 0 || !out->writeable())
+    invalid("out: expected a writeable C-contiguous array");
+  return *out;
+}
+
+py::array fake_quantize_array(const py::array& x_in, const py::array& scale, const OptionalArray& zero_point,
+                              int64_t quant_min, int64_t quant_max, OptionalInt axis, OptionalInt group_size,
+                              const OptionalArray& out) {
+  const DType dtype = float_dtype("x", x_in);
+  const Quantization q = parse_quantization(x_in, scale, zero_point, quant_min, quant_max, axis, group_size);
+  const py::array x = dense(x_in);
+  py::array y = checked_out(out, x);
+  void* y_data = y.mutable_data();
+  run([&, x_data = x.data()] { return fake_quantize(dtype, x_data, y_data, q.shape, q.grid, default_executor()); });
+  return y;
+}
+
+py::tuple fake_quantize_backward_array(const py::array& grad_in, const py::array& x_in, const py::array& scale,
+                                       const OptionalArray& zero_point, int64_t quant_min, int64_t quant_max,
+                                       OptionalInt axis, OptionalInt group_size) {
+  const DType dtype = float_dtype("x", x_in);
+  if (!grad_in.dtype().equal(x_in.dtype()) || sizes_of(grad_in) != sizes_of(x_in)) {
+    invalid("grad: expected dtype and shape of x, " + dtype_name(x_in) + " " + to_string(sizes_of(x_in)) + ", got " +
+            dtype_name(grad_in) + " " + to_string(sizes_of(grad_in)));
+  }
+  const Quantization q = parse_quantization(x_in, scale, zero_point, quant_min, quant_max, axis, group_size);
+  const py::array x = dense(x_in);
+  const py::array grad = dense(grad_in);
+  py::array grad_x = empty(x.dtype(), sizes_of(x));
+  py::array grad_scale = empty(py::dtype::of<float>(), sizes_of(scale));
+  py::array grad_zero_point = empty(py::dtype::of<float>(), sizes_of(scale));
+  void* grad_x_data = grad_x.mutable_data();
+  float* grad_scale_data = data<float>(grad_scale);
+  float* grad_zero_point_data = data<float>(grad_zero_point);
+  run([&, x_data = x.data(), grad_data = grad.data()] {
+    return fake_quantize_backward(dtype, grad_data, x_data, grad_x_data, grad_scale_data, grad_zero_point_data, q.shape,
+                                  q.grid, default_executor());
+  });
+  return py::make_tuple(grad_x, grad_scale, grad_zero_point);
+}
+
+py::dtype numpy_dtype(QType qtype) {
+  switch (qtype) {
+    case QType::kInt8:
+      return py::dtype::of<int8_t>();
+    case QType::kUInt8:
+      return py::dtype::of<uint8_t>();
+    case QType::kInt32:
+      return py::dtype::of<int32_t>();
+  }
+  throw std::logic_error("unknown QType");
+}
+
+QType int_dtype(const char* name, const py::array& a) {
+  if (has_dtype<int8_t>(a)) return QType::kInt8;
+  if (has_dtype<uint8_t>(a)) return QType::kUInt8;
+  if (has_dtype<int32_t>(a)) return QType::kInt32;
+  invalid(std::string(name) + ": expected dtype int8, uint8 or int32, got " + dtype_name(a));
+}
+
+py::array quantize_array(const py::array& x_in, const py::array& scale, const OptionalArray& zero_point,
+                         int64_t quant_min, int64_t quant_max, OptionalInt axis, OptionalInt group_size) {
+  const DType dtype = float_dtype("x", x_in);
+  const Quantization q = parse_quantization(x_in, scale, zero_point, quant_min, quant_max, axis, group_size);
+  const QType qtype = smallest_qtype(quant_min, quant_max);
+  const py::array x = dense(x_in);
+  py::array y = empty(numpy_dtype(qtype), sizes_of(x));
+  void* y_data = y.mutable_data();
+  run([&, x_data = x.data()] { return quantize(dtype, x_data, qtype, y_data, q.shape, q.grid, default_executor()); });
+  return y;
+}
+
+py::array dequantize_array(const py::array& q_in, const py::array& scale, const OptionalArray& zero_point,
+                           OptionalInt axis, OptionalInt group_size) {
+  const QType qtype = int_dtype("q", q_in);
+  const Quantization q = parse_quantization(q_in, scale, zero_point, kQuantMinLimit, kQuantMaxLimit, axis, group_size);
+  const py::array ints = dense(q_in);
+  py::array y = empty(py::dtype::of<float>(), sizes_of(ints));
+  float* y_data = data<float>(y);
+  run([&, q_data = ints.data()] { return dequantize(qtype, q_data, y_data, q.shape, q.grid, default_executor()); });
+  return y;
+}
+
+py::tuple quantize_rows_array(const py::array& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const py::array x = dense(x_in);
+  Sizes sizes = sizes_of(x);
+  py::array q = empty(py::dtype::of<int8_t>(), sizes);
+  const int64_t cols = sizes.back();
+  sizes.pop_back();
+  py::array scale = empty(py::dtype::of<float>(), sizes);
+  int8_t* q_data = data<int8_t>(q);
+  float* scale_data = data<float>(scale);
+  run([&, x_data = x.data()] {
+    return quantize_rows(dtype, x_data, rows, cols, q_data, scale_data, default_executor());
+  });
+  return py::make_tuple(q, scale);
+}
+
+// ---- int8_gemm
+// -------------------------------------------------------------------------------------------------------
+
+py::array pack_int8_weight_array(const py::array& w_in) {
+  const py::array w = expect<int8_t>("w", w_in, 2);
+  const int64_t n = w.shape(0);
+  const int64_t k = w.shape(1);
+  Sizes sizes;
+  check(packed_tensor_sizes(n, k, &sizes));
+  py::array packed = empty(py::dtype::of<uint8_t>(), sizes);
+  if (n == 0) return packed;
+  void* packed_data = packed.mutable_data();
+  const size_t packed_bytes = static_cast<size_t>(packed.nbytes());
+  run([&, w_data = const_data<int8_t>(w)] {
+    return pack_int8_weight(w_data, n, k, packed_data, packed_bytes, default_executor());
+  });
+  return packed;
+}
+
+struct Packed {
+  py::array blob;
+  PackedShape shape;
+
+  const void* data() const { return blob.data(); }
+  size_t bytes() const { return static_cast<size_t>(blob.nbytes()); }
+};
+
+Packed parse_packed(const char* name, const py::array& packed) {
+  Packed p;
+  p.blob = expect<uint8_t>(name, packed, 2);
+  check(packed_array_shape(p.blob.data(), p.blob.shape(0), p.blob.shape(1), &p.shape));
+  return p;
+}
+
+py::array unpack_int8_weight_array(const py::array& packed) {
+  const Packed p = parse_packed("packed", packed);
+  py::array w = empty(py::dtype::of<int8_t>(), {p.shape.n, p.shape.k});
+  int8_t* w_data = data<int8_t>(w);
+  if (p.shape.n > 0) {
+    run([&, blob = p.data(), bytes = p.bytes()] {
+      return unpack_int8_weight(blob, bytes, w_data, default_executor());
+    });
+  }
+  return w;
+}
+
+py::array int8_matmul_array(const py::array& a_in, const py::array& b) {
+  const py::array a = expect<int8_t>("a", a_in, 2);
+  const Packed p = parse_packed("b", has_dtype<int8_t>(b) ? pack_int8_weight_array(b) : b);
+  const int64_t m = a.shape(0);
+  const int64_t k = a.shape(1);
+  check(check_same_k("a", k, p.shape));
+  py::array out = empty(py::dtype::of<int32_t>(), {m, p.shape.n});
+  int32_t* out_data = data<int32_t>(out);
+  if (p.shape.n > 0) {
+    run([&, a_data = const_data<int8_t>(a), blob = p.data(), bytes = p.bytes()] {
+      return int8_matmul(a_data, m, k, blob, bytes, out_data, default_executor());
+    });
+  }
+  return out;
+}
+
+Activation parse_activation(const std::optional<std::string>& name) {
+  Activation activation = Activation::kNone;
+  check(activation_from_name(name, &activation));
+  return activation;
+}
+
+py::array int8_linear_array(const py::array& x_in, const py::array& packed, const py::array& weight_scale_in,
+                            const OptionalArray& bias_in, std::optional<float> input_scale,
+                            OptionalInt input_zero_point, int32_t input_quant_max,
+                            const std::optional<std::string>& activation, bool weight_only) {
+  Int8Linear args;
+  args.dtype = float_dtype("x", x_in);
+  args.m = rows_of("x", x_in);
+  const py::array x = dense(x_in);
+  const Packed p = parse_packed("packed", packed);
+  const py::array weight_scale = expect_vector<float>("weight_scale", weight_scale_in, p.shape.n);
+  const py::array bias = bias_in ? expect_vector<float>("bias", *bias_in, p.shape.n) : py::array();
+  Sizes sizes = sizes_of(x);
+  args.k = sizes.back();
+  check(check_same_k("x", args.k, p.shape));
+  sizes.back() = p.shape.n;
+  py::array y = empty(x.dtype(), sizes);
+  args.x = x.data();
+  args.y = y.mutable_data();
+  args.packed = p.data();
+  args.packed_bytes = p.bytes();
+  args.weight_scale = const_data<float>(weight_scale);
+  args.bias = bias_in ? const_data<float>(bias) : nullptr;
+  args.activation = parse_activation(activation);
+  check(set_static_input(input_scale, input_zero_point, input_quant_max, &args));
+  if (p.shape.n == 0) return y;
+  run([&] {
+    return weight_only ? int8_weight_only_linear(args, default_executor()) : int8_linear(args, default_executor());
+  });
+  return y;
+}
+
+// ---- binary_gemm
+// ----------------------------------------------------------------------------------------------------- Bits are int64
+// on the Python side (torch has no uint64 arithmetic); the words are the same.
+
+py::array pack_signs_array(const py::array& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const py::array x = dense(x_in);
+  Sizes sizes = sizes_of(x);
+  const int64_t k = sizes.back();
+  sizes.back() = binary_words(k);
+  py::array bits = empty(py::dtype::of<int64_t>(), sizes);
+  uint64_t* bits_data = data<uint64_t>(bits);
+  run([&, x_data = x.data()] { return pack_signs(dtype, x_data, rows, k, bits_data, default_executor()); });
+  return bits;
+}
+
+// Bits of shape [..., binary_words(k)].
+py::array expect_bits(const char* name, const py::array& a, int64_t k, int ndim = -1) {
+  py::array bits = expect<int64_t>(name, a, ndim);
+  if (k < 0) invalid("k: expected at least 0, got " + std::to_string(k));
+  if (bits.ndim() < 1 || bits.shape(bits.ndim() - 1) != binary_words(k)) {
+    invalid(std::string(name) + ": expected " + std::to_string(binary_words(k)) +
+            " words in the last axis for k = " + std::to_string(k) + ", got shape " + to_string(sizes_of(a)));
+  }
+  return bits;
+}
+
+py::array unpack_signs_array(const py::array& bits_in, int64_t k) {
+  const py::array bits = expect_bits("bits", bits_in, k);
+  const int64_t rows = rows_of("bits", bits);
+  Sizes sizes = sizes_of(bits);
+  sizes.back() = k;
+  py::array x = empty(py::dtype::of<float>(), sizes);
+  float* x_data = data<float>(x);
+  run([&, bits_data = const_data<uint64_t>(bits)] {
+    return unpack_signs(bits_data, rows, k, x_data, default_executor());
+  });
+  return x;
+}
+
+py::array binary_matmul_array(const py::array& a_in, const py::array& b_in, int64_t k) {
+  const py::array a = expect_bits("a_bits", a_in, k, 2);
+  const py::array b = expect_bits("b_bits", b_in, k, 2);
+  py::array out = empty(py::dtype::of<int32_t>(), {a.shape(0), b.shape(0)});
+  int32_t* out_data = data<int32_t>(out);
+  run([&, a_data = const_data<uint64_t>(a), b_data = const_data<uint64_t>(b), m = a.shape(0), n = b.shape(0)] {
+    return binary_matmul(a_data, b_data, m, n, k, out_data, default_executor());
+  });
+  return out;
+}
+
+py::array binary_linear_array(const py::array& x_in, const py::array& weight_bits_in, const py::array& weight_scale_in,
+                              const OptionalArray& bias_in) {
+  BinaryLinear args;
+  args.dtype = float_dtype("x", x_in);
+  args.m = rows_of("x", x_in);
+  const py::array x = dense(x_in);
+  Sizes sizes = sizes_of(x);
+  args.k = sizes.back();
+  const py::array weight_bits = expect_bits("weight_bits", weight_bits_in, args.k, 2);
+  args.n = weight_bits.shape(0);
+  const py::array weight_scale = expect_vector<float>("weight_scale", weight_scale_in, args.n);
+  const py::array bias = bias_in ? expect_vector<float>("bias", *bias_in, args.n) : py::array();
+  sizes.back() = args.n;
+  py::array y = empty(x.dtype(), sizes);
+  args.x = x.data();
+  args.y = y.mutable_data();
+  args.weight_bits = const_data<uint64_t>(weight_bits);
+  args.weight_scale = const_data<float>(weight_scale);
+  args.bias = bias_in ? const_data<float>(bias) : nullptr;
+  run([&] { return binary_linear(args, default_executor()); });
+  return y;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native half of kdq_kernels: kernels on NumPy arrays, CPU and build introspection.";
+  bind_introspection(m);
+  const py::arg x("x");
+  const py::arg scale("scale");
+  const py::arg zero_point("zero_point");
+  const py::arg quant_min("quant_min");
+  const py::arg quant_max("quant_max");
+  const py::arg axis("axis");
+  const py::arg group_size("group_size");
+  m.def("fake_quantize", &fake_quantize_array, x, scale, zero_point, quant_min, quant_max, axis, group_size,
+        py::arg("out"));
+  m.def("fake_quantize_backward", &fake_quantize_backward_array, py::arg("grad"), x, scale, zero_point, quant_min,
+        quant_max, axis, group_size);
+  m.def("quantize", &quantize_array, x, scale, zero_point, quant_min, quant_max, axis, group_size);
+  m.def("dequantize", &dequantize_array, py::arg("q"), scale, zero_point, axis, group_size);
+  m.def("quantize_rows", &quantize_rows_array, x);
+  m.def(
+      "int8_packed_bytes",
+      [](int64_t n, int64_t k) {
+        size_t bytes = 0;
+        check(int8_packed_bytes(n, k, &bytes));
+        return bytes;
+      },
+      py::arg("n"), py::arg("k"));
+  m.def("pack_int8_weight", &pack_int8_weight_array, py::arg("w"));
+  m.def("unpack_int8_weight", &unpack_int8_weight_array, py::arg("packed"));
+  m.def("int8_matmul", &int8_matmul_array, py::arg("a"), py::arg("b"));
+  m.def("int8_linear", &int8_linear_array, x, py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
+        py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_quant_max"), py::arg("activation"),
+        py::arg("weight_only"));
+  m.def("pack_signs", &pack_signs_array, x);
+  m.def("unpack_signs", &unpack_signs_array, py::arg("bits"), py::arg("k"));
+  m.def("binary_matmul", &binary_matmul_array, py::arg("a_bits"), py::arg("b_bits"), py::arg("k"));
+  m.def("binary_linear", &binary_linear_array, x, py::arg("weight_bits"), py::arg("weight_scale"), py::arg("bias"));
+}
+
+}  // namespace kdq::bindings

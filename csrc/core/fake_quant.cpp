@@ -1,0 +1,112 @@
+// Public functions of the fake-quant family, but for the gradients: check, cut into runs, call the ISA's loops.
+#include "kdq/fake_quant.h"
+
+#include <string>
+
+#include "core/fake_quant_grid.h"
+
+namespace kdq {
+namespace {
+
+// Elements that one call of a loop gets: enough to make the call free, few enough to share a run among threads.
+constexpr int64_t kPiece = 16384;
+
+Status check_pointer(const char* name, const void* pointer, const RunLayout& layout) {
+  if (pointer != nullptr || layout.rows * layout.row_length == 0) return {};
+  return Status::invalid(std::string(name) + ": expected a pointer, got null");
+}
+
+// The start of everything here: chooses kernels, prepares the grid, checks the two buffers.
+Status begin(const QuantShape& shape, const QuantGrid& grid, const char* in_name, const void* in, const char* out_name,
+             const void* out, const FakeQuantKernels** kernels, PreparedGrid* prepared) {
+  Status status = fake_quant_kernels(kernels);
+  if (status.ok()) status = prepare_grid(shape, grid, prepared);
+  if (status.ok()) status = check_pointer(in_name, in, prepared->layout);
+  if (status.ok()) status = check_pointer(out_name, out, prepared->layout);
+  return status;
+}
+
+const char* at(const void* base, int64_t index, size_t size) {
+  return static_cast<const char*>(base) + static_cast<size_t>(index) * size;
+}
+char* at(void* base, int64_t index, size_t size) {
+  return static_cast<char*>(base) + static_cast<size_t>(index) * size;
+}
+
+Status check_fits(QType qtype, const QuantGrid& grid) {
+  const bool fits = qtype == QType::kInt32 ||
+                    (qtype == QType::kInt8 && grid.quant_min >= -128 && grid.quant_max <= 127) ||
+                    (qtype == QType::kUInt8 && grid.quant_min >= 0 && grid.quant_max <= 255);
+  if (fits) return {};
+  return Status::invalid("quant_min, quant_max: [" + std::to_string(grid.quant_min) + ", " +
+                         std::to_string(grid.quant_max) + "] does not fit " +
+                         (qtype == QType::kInt8 ? "int8" : "uint8"));
+}
+
+}  // namespace
+
+Status fake_quantize(DType dtype, const void* x, void* y, const QuantShape& shape, const QuantGrid& grid,
+                     const ParallelFor& parallel_for) {
+  const FakeQuantKernels* kernels = nullptr;
+  PreparedGrid prepared;
+  Status status = begin(shape, grid, "x", x, "y", y, &kernels, &prepared);
+  if (!status.ok()) return status;
+  const RunLayout& layout = prepared.layout;
+  const auto loop = kernels->forward[static_cast<int>(dtype)][layout.form];
+  const size_t size = dtype_size(dtype);
+  for_each_piece(layout, kPiece, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t) {
+    const int64_t first = row * layout.row_length + offset;
+    loop(at(x, first, size), at(y, first, size), n, prepared.at(row, offset));
+  });
+  return status;
+}
+
+Status quantize(DType dtype, const void* x, QType qtype, void* q, const QuantShape& shape, const QuantGrid& grid,
+                const ParallelFor& parallel_for) {
+  const FakeQuantKernels* kernels = nullptr;
+  PreparedGrid prepared;
+  Status status = begin(shape, grid, "x", x, "q", q, &kernels, &prepared);
+  if (status.ok()) status = check_fits(qtype, grid);
+  if (!status.ok()) return status;
+  const RunLayout& layout = prepared.layout;
+  const auto loop = kernels->quantize[static_cast<int>(dtype)][static_cast<int>(qtype)][layout.form];
+  for_each_piece(layout, kPiece, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t) {
+    const int64_t first = row * layout.row_length + offset;
+    loop(at(x, first, dtype_size(dtype)), at(q, first, qtype_size(qtype)), n, prepared.at(row, offset));
+  });
+  return status;
+}
+
+Status dequantize(QType qtype, const void* q, float* y, const QuantShape& shape, const QuantGrid& grid,
+                  const ParallelFor& parallel_for) {
+  const FakeQuantKernels* kernels = nullptr;
+  PreparedGrid prepared;
+  Status status = begin(shape, grid, "q", q, "y", y, &kernels, &prepared);
+  if (!status.ok()) return status;
+  const RunLayout& layout = prepared.layout;
+  const auto loop = kernels->dequantize[static_cast<int>(qtype)][layout.form];
+  for_each_piece(layout, kPiece, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t) {
+    const int64_t first = row * layout.row_length + offset;
+    loop(at(q, first, qtype_size(qtype)), y + first, n, prepared.at(row, offset));
+  });
+  return status;
+}
+
+Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int8_t* q, float* scale,
+                     const ParallelFor& parallel_for) {
+  const FakeQuantKernels* kernels = nullptr;
+  Status status = fake_quant_kernels(&kernels);
+  if (!status.ok()) return status;
+  if (rows < 0 || cols < 0) return Status::invalid("x: expected sizes of at least 0");
+  if (rows * cols > 0 && (x == nullptr || q == nullptr)) return Status::invalid("x, q: expected pointers, got null");
+  if (rows > 0 && scale == nullptr) return Status::invalid("scale: expected a pointer, got null");
+  const auto quantize_row = kernels->quantize_row[static_cast<int>(dtype)];
+  const int64_t grain = cols < kPiece ? kPiece / (cols + 1) + 1 : 1;
+  parallel_range(parallel_for, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      scale[r] = quantize_row(at(x, r * cols, dtype_size(dtype)), cols, q + r * cols);
+  });
+  return status;
+}
+
+}  // namespace kdq

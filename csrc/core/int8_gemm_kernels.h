@@ -1,0 +1,88 @@
+// What an ISA provides for the int8 family: the register tile, and plain functions on raw pointers. The core does
+// validation, blocking and threads, and knows nothing else of the ISA.
+//
+// A product runs in three steps. *Prepare* turns rows of activations into the form that the dot-product instruction
+// reads (u8 for VNNI, s16 for pmaddwd), quantizing on the way. *Tile* multiplies up to `mr` prepared rows by one panel
+// of `nr` output channels into exact int32. *Epilogue* turns a row of such int32 into results.
+#pragma once
+
+#include <cstdint>
+
+#include "core/elements.h"
+#include "kdq/types.h"
+
+namespace kdq {
+
+// Static affine quantization of activations: q = clamp(nearbyint(x * inverse) + zero_point, 0, quant_max).
+struct StaticGrid {
+  float inverse;
+  float zero_point;
+  float quant_max;
+};
+
+// What turns acc, the raw sums of one row and one panel, into results. Pointers are those of the panel's first channel.
+//   exact = acc - offset * column_sum        offset: what preparation added to each signed activation, or the zero
+//   point y     = activation(exact * (row_scale * weight_scale) + bias)
+struct Int8Epilogue {
+  const int32_t* column_sum;
+  int32_t offset;
+  float row_scale;
+  const float* weight_scale;
+  const float* bias;  // or nullptr
+  Activation activation;
+};
+
+struct Int8Tile {
+  int mr;  // rows of a full tile
+  int nr;  // output channels of a panel
+  int ku;  // consecutive k that one dot-product instruction sums: side by side in a panel and in a prepared row
+  int element_bytes;      // of a prepared activation
+  int32_t signed_offset;  // added to int8 activations to make them u8: 128, or 0
+};
+
+struct Int8Kernels {
+  Int8Tile size;
+
+  // One row of k activations -> prepared row of k_padded elements (k rounded up to ku; the tail is zero). Indexed by
+  // DType where the input is floating point. The float ones return the row's scale: NaN or inf for a row that has such
+  // values, of which the integers are then zero or irrelevant.
+  void (*prepare_int8)(const int8_t* a, int64_t k, void* row);
+  float (*prepare_dynamic[3])(const void* x, int64_t k, void* row);
+  float (*prepare_static[3])(const void* x, int64_t k, const StaticGrid& grid, float scale, void* row);
+  void (*widen[3])(const void* x, int64_t k, float* row);  // float rows for the weight-only product
+
+  // acc [rows, nr] = prepared rows x panel [units, nr, ku]; rows <= size.mr. Rows lie row_stride apart: bytes in tile,
+  // floats in float_tile.
+  void (*tile)(const void* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, int32_t* acc);
+  void (*float_tile)(const float* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, float* acc);
+
+  // One row of acc, `cols` <= size.nr channels of it, into y.
+  void (*store_int32)(const int32_t* acc, const Int8Epilogue& epilogue, int cols, int32_t* y);
+  void (*store[3])(const int32_t* acc, const Int8Epilogue& epilogue, int cols, void* y);
+  void (*store_float[3])(const float* acc, const Int8Epilogue& epilogue, int cols, void* y);
+};
+
+// The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has
+// external linkage.
+template <class L>
+constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
+  return {
+      size,
+      L::prepare_int8,
+      {L::template prepare_dynamic<float>, L::template prepare_dynamic<BFloat16>, L::template prepare_dynamic<Float16>},
+      {L::template prepare_static<float>, L::template prepare_static<BFloat16>, L::template prepare_static<Float16>},
+      {L::template widen<float>, L::template widen<BFloat16>, L::template widen<Float16>},
+      L::tile,
+      L::float_tile,
+      L::store_int32,
+      {L::template store_linear<float>, L::template store_linear<BFloat16>, L::template store_linear<Float16>},
+      {L::template store_float<float>, L::template store_float<BFloat16>, L::template store_float<Float16>},
+  };
+}
+
+extern const Int8Kernels kInt8Reference;
+extern const Int8Kernels kInt8Avx2;
+extern const Int8Kernels kInt8Avx512;
+extern const Int8Kernels kInt8Avx512Vnni;
+
+}  // namespace kdq

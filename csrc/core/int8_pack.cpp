@@ -1,0 +1,104 @@
+// Packing int8 weights into panels, and back. The loops know the tile by its two numbers only.
+#include <cstring>
+#include <string>
+
+#include "core/packed_weight.h"
+#include "core/parallel_range.h"
+#include "kdq/int8_gemm.h"
+
+namespace kdq {
+namespace {
+
+// One panel: channels [first, first + nr) of w, with zeros where channels or k end, and the sums of the channels.
+void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int8_t* panel, int32_t* column_sum) {
+  const int64_t ku = header.ku;
+  for (int64_t c = 0; c < header.nr; ++c) {
+    column_sum[c] = 0;
+    if (first + c >= header.n) continue;
+    const int8_t* channel = w + (first + c) * header.k;
+    for (int64_t i = 0; i < header.k; ++i) {
+      panel[(i / ku * header.nr + c) * ku + i % ku] = channel[i];
+      column_sum[c] += channel[i];
+    }
+  }
+}
+
+Status open_in_force(const void* packed, size_t packed_bytes, PackedWeight* weight, Int8Tile* tile) {
+  const Int8Kernels* kernels = nullptr;
+  Status status = int8_kernels(&kernels);
+  if (!status.ok()) return status;
+  *tile = kernels->size;
+  return open_packed(*tile, packed, packed_bytes, weight);
+}
+
+}  // namespace
+
+Status int8_packed_bytes(int64_t n, int64_t k, size_t* bytes) {
+  const Int8Kernels* kernels = nullptr;
+  Status status = int8_kernels(&kernels);
+  PackedHeader header;
+  if (status.ok()) status = make_packed_header(kernels->size, n, k, &header);
+  if (status.ok()) *bytes = static_cast<size_t>(header.bytes);
+  return status;
+}
+
+Status pack_int8_weight(const int8_t* w, int64_t n, int64_t k, void* packed, size_t packed_bytes,
+                        const ParallelFor& parallel_for) {
+  const Int8Kernels* kernels = nullptr;
+  Status status = int8_kernels(&kernels);
+  PackedHeader header;
+  if (status.ok()) status = make_packed_header(kernels->size, n, k, &header);
+  if (!status.ok()) return status;
+  if (k > kInt8MaxK) {
+    return Status::invalid("w: K = " + std::to_string(k) + " would overflow int32 sums; expected at most " +
+                           std::to_string(kInt8MaxK));
+  }
+  if (packed == nullptr || packed_bytes < header.bytes) {
+    return Status::invalid("packed: expected a buffer of " + std::to_string(header.bytes) + " bytes, got " +
+                           std::to_string(packed_bytes));
+  }
+  if (n * k > 0 && w == nullptr) return Status::invalid("w: expected a pointer, got null");
+  std::memset(packed, 0, packed_bytes);
+  std::memcpy(packed, &header, sizeof(header));
+  const PackedWeight weight = locate_packed(header, packed);
+  int8_t* panels = const_cast<int8_t*>(weight.panel);
+  int32_t* column_sum = const_cast<int32_t*>(weight.column_sum);
+  constexpr int64_t kBytesWorthAThread = 1 << 16;
+  const int64_t grain = weight.panel_bytes < kBytesWorthAThread ? kBytesWorthAThread / (weight.panel_bytes + 1) + 1 : 1;
+  parallel_range(parallel_for, weight.panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      pack_panel(w, header, p * header.nr, panels + p * weight.panel_bytes, column_sum + p * header.nr);
+    }
+  });
+  return status;
+}
+
+Status int8_packed_shape(const void* packed, size_t packed_bytes, int64_t* n, int64_t* k) {
+  PackedWeight weight;
+  Int8Tile tile;
+  Status status = open_in_force(packed, packed_bytes, &weight, &tile);
+  if (!status.ok()) return status;
+  *n = weight.n;
+  *k = weight.k;
+  return status;
+}
+
+Status unpack_int8_weight(const void* packed, size_t packed_bytes, int8_t* w, const ParallelFor& parallel_for) {
+  PackedWeight weight;
+  Int8Tile tile;
+  Status status = open_in_force(packed, packed_bytes, &weight, &tile);
+  if (!status.ok()) return status;
+  if (weight.n * weight.k > 0 && w == nullptr) return Status::invalid("w: expected a pointer, got null");
+  parallel_range(parallel_for, weight.n, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t channel = begin; channel < end; ++channel) {
+      const int8_t* panel = weight.panel + channel / tile.nr * weight.panel_bytes;
+      const int64_t c = channel % tile.nr;
+      for (int64_t i = 0; i < weight.k; ++i) {
+        w[channel * weight.k + i] = panel[(i / tile.ku * tile.nr + c) * tile.ku + i % tile.ku];
+      }
+    }
+  });
+  return status;
+}
+
+}  // namespace kdq

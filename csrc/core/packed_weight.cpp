@@ -1,0 +1,104 @@
+// Making and checking the header of a packed weight.
+#include "core/packed_weight.h"
+
+#include <cstring>
+#include <string>
+
+#include "core/kernel_choice.h"
+
+namespace kdq {
+namespace {
+
+constexpr char kMagic[8] = {'K', 'D', 'Q', 'P', 'A', 'C', 'K', '\0'};
+constexpr uint32_t kVersion = 1;
+
+constexpr KernelChoice<Int8Kernels> kChoices[] = {
+    {Isa::kReference, CpuExtra::kNone, &kInt8Reference},
+#if defined(KDQ_HAVE_X86)
+    {Isa::kAvx2, CpuExtra::kNone, &kInt8Avx2},
+    {Isa::kAvx512, CpuExtra::kNone, &kInt8Avx512},
+    {Isa::kAvx512Vnni, CpuExtra::kNone, &kInt8Avx512Vnni},
+#endif
+};
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int64_t column_sum_bytes(int64_t padded_n) { return round_up(padded_n * 4, 64); }
+
+std::string tile_name(uint32_t nr, uint32_t ku) {
+  return std::to_string(nr) + " channels x " + std::to_string(ku) + " k";
+}
+
+}  // namespace
+
+Status int8_kernels(const Int8Kernels** kernels) { return choose_kernels(kChoices, kernels); }
+
+Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHeader* header) {
+  constexpr int64_t kLargest = int64_t{1} << 40;
+  if (n < 0 || k < 0 || n > kLargest || k > kLargest) {
+    return Status::invalid("n, k: expected sizes from 0 to 2^40, got " + std::to_string(n) + " and " +
+                           std::to_string(k));
+  }
+  const int64_t padded_n = round_up(n, tile.nr);
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(padded_n, round_up(k, tile.ku), &bytes)) {
+    return Status::invalid("n, k: " + std::to_string(n) + " x " + std::to_string(k) + " weights do not fit 64 bits");
+  }
+  *header = {};
+  std::memcpy(header->magic, kMagic, sizeof(kMagic));
+  header->version = kVersion;
+  header->bits = 8;
+  header->nr = static_cast<uint32_t>(tile.nr);
+  header->ku = static_cast<uint32_t>(tile.ku);
+  header->n = n;
+  header->k = k;
+  header->bytes = sizeof(PackedHeader) + static_cast<uint64_t>(column_sum_bytes(padded_n) + bytes);
+  return {};
+}
+
+PackedWeight locate_packed(const PackedHeader& header, const void* data) {
+  const char* base = static_cast<const char*>(data) + sizeof(PackedHeader);
+  PackedWeight weight;
+  weight.n = header.n;
+  weight.k = header.k;
+  weight.panels = (header.n + header.nr - 1) / header.nr;
+  weight.units = (header.k + header.ku - 1) / header.ku;
+  weight.panel_bytes = weight.units * header.ku * header.nr;
+  weight.column_sum = reinterpret_cast<const int32_t*>(base);
+  weight.panel = reinterpret_cast<const int8_t*>(base + column_sum_bytes(weight.panels * header.nr));
+  return weight;
+}
+
+Status open_packed(const Int8Tile& tile, const void* data, size_t bytes, PackedWeight* weight) {
+  if (data == nullptr || bytes < sizeof(PackedHeader)) {
+    return Status::invalid("packed: expected a packed weight, got " + std::to_string(bytes) +
+                           " bytes, which is less than its 64-byte header");
+  }
+  PackedHeader header;
+  std::memcpy(&header, data, sizeof(header));
+  if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) {
+    return Status::invalid("packed: this is not a packed weight; make one with pack_int8_weight()");
+  }
+  if (header.version != kVersion || header.bits != 8) {
+    return Status::invalid("packed: layout version " + std::to_string(header.version) + " with " +
+                           std::to_string(header.bits) + " bits, expected version " + std::to_string(kVersion) +
+                           " with 8; pack the weight again");
+  }
+  if (header.nr != static_cast<uint32_t>(tile.nr) || header.ku != static_cast<uint32_t>(tile.ku)) {
+    return Status::invalid("packed: packed for panels of " + tile_name(header.nr, header.ku) +
+                           ", but the instruction set in force reads " +
+                           tile_name(static_cast<uint32_t>(tile.nr), static_cast<uint32_t>(tile.ku)) +
+                           "; pack the weight again on this machine");
+  }
+  PackedHeader expected;
+  Status status = make_packed_header(tile, header.n, header.k, &expected);
+  if (!status.ok() || expected.bytes != header.bytes) return Status::invalid("packed: the header is corrupt");
+  if (header.bytes > bytes) {
+    return Status::invalid("packed: truncated, " + std::to_string(bytes) + " of " + std::to_string(header.bytes) +
+                           " bytes");
+  }
+  *weight = locate_packed(header, data);
+  return {};
+}
+
+}  // namespace kdq

@@ -1,0 +1,53 @@
+// The packed int8 weight blob: a 64-byte header, the int32 sum of each channel's weights, then the panels.
+//
+//   column sums: int32 [ceil(n / nr) * nr], padded to a multiple of 64 bytes
+//   panels:      int8 [ceil(n / nr)][ceil(k / ku)][nr][ku], padded with zeros
+//
+// nr and ku are the register tile of the ISA that packed it: a kernel reads nr output channels side by side, and of
+// each of them ku consecutive values of k, what one dot-product instruction sums. Only the same tile can read a blob.
+#pragma once
+
+#include <cstdint>
+
+#include "core/int8_gemm_kernels.h"
+#include "kdq/status.h"
+
+namespace kdq {
+
+struct PackedHeader {
+  char magic[8];
+  uint32_t version;
+  uint32_t bits;
+  uint32_t nr;
+  uint32_t ku;
+  int64_t n;
+  int64_t k;
+  uint64_t bytes;  // of the whole blob
+  uint8_t reserved[16];
+};
+static_assert(sizeof(PackedHeader) == 64, "the header is one cache line");
+
+// A checked blob, ready for the kernels.
+struct PackedWeight {
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t panels = 0;
+  int64_t units = 0;  // steps along k
+  int64_t panel_bytes = 0;
+  const int32_t* column_sum = nullptr;
+  const int8_t* panel = nullptr;
+};
+
+// The header of an [n, k] weight for a tile; fails when n or k is negative or the size does not fit.
+Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHeader* header);
+
+// Where the parts of a blob lie. data need not be complete for this.
+PackedWeight locate_packed(const PackedHeader& header, const void* data);
+
+// Checks that data [bytes] is a whole blob for this tile.
+Status open_packed(const Int8Tile& tile, const void* data, size_t bytes, PackedWeight* weight);
+
+// The tables of the ISA in force.
+Status int8_kernels(const Int8Kernels** kernels);
+
+}  // namespace kdq

@@ -1,0 +1,11 @@
+// Everything libkdq offers.
+#pragma once
+
+#include "kdq/binary_gemm.h"
+#include "kdq/fake_quant.h"
+#include "kdq/int8_gemm.h"
+#include "kdq/isa.h"
+#include "kdq/parallel.h"
+#include "kdq/peaks.h"
+#include "kdq/status.h"
+#include "kdq/types.h"

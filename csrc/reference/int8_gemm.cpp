@@ -1,0 +1,105 @@
+// The specification of the int8 family: one row, one channel, one product at a time. Its "tile" is a single row and its
+// panel a single channel, so packed weights are simply row-major.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "core/int8_gemm_kernels.h"
+#include "reference/scalar.h"
+
+namespace kdq {
+namespace {
+
+using reference::load;
+using reference::store;
+
+float activate(float y, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return y;
+    case Activation::kRelu:
+      return y < 0.0F ? 0.0F : y;
+    case Activation::kGelu:
+      return static_cast<float>(0.5 * y * (1.0 + std::erf(y * M_SQRT1_2)));
+    case Activation::kSilu:
+      return static_cast<float>(y / (1.0 + std::exp(-static_cast<double>(y))));
+  }
+  return y;
+}
+
+struct Loops {
+  static void prepare_int8(const int8_t* a, int64_t k, void* row) { std::copy(a, a + k, static_cast<int16_t*>(row)); }
+
+  template <class T>
+  static float prepare_dynamic(const void* x, int64_t k, void* row) {
+    const T* in = static_cast<const T*>(x);
+    int16_t* out = static_cast<int16_t*>(row);
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < k; ++i) largest = std::max(largest, reference::bits_of(std::fabs(load(in + i))));
+    float scale = reference::float_of(largest) / 127.0F;
+    if (scale < FLT_MIN) scale = FLT_MIN;
+    const float inverse = 1.0F / scale;
+    for (int64_t i = 0; i < k; ++i) {
+      const float q = std::min(std::max(std::nearbyint(load(in + i) * inverse), -127.0F), 127.0F);
+      out[i] = std::isfinite(scale) ? static_cast<int16_t>(q) : int16_t{0};
+    }
+    return scale;
+  }
+
+  template <class T>
+  static float prepare_static(const void* x, int64_t k, const StaticGrid& grid, float scale, void* row) {
+    bool has_nan = false;
+    for (int64_t i = 0; i < k; ++i) {
+      const float value = load(static_cast<const T*>(x) + i);
+      has_nan = has_nan || std::isnan(value);
+      const float q = std::nearbyint(value * grid.inverse) + grid.zero_point;
+      static_cast<int16_t*>(row)[i] =
+          std::isnan(q) ? int16_t{0} : static_cast<int16_t>(std::min(std::max(q, 0.0F), grid.quant_max));
+    }
+    return has_nan ? NAN : scale;
+  }
+
+  template <class T>
+  static void widen(const void* x, int64_t k, float* row) {
+    for (int64_t i = 0; i < k; ++i) row[i] = load(static_cast<const T*>(x) + i);
+  }
+
+  static void tile(const void* a, int64_t, int, const int8_t* panel, int64_t units, int32_t* acc) {
+    uint32_t sum = 0;  // wraps like the vector instructions do
+    for (int64_t i = 0; i < units; ++i) sum += static_cast<uint32_t>(static_cast<const int16_t*>(a)[i] * panel[i]);
+    *acc = static_cast<int32_t>(sum);
+  }
+
+  static void float_tile(const float* a, int64_t, int, const int8_t* panel, int64_t units, float* acc) {
+    *acc = 0.0F;
+    for (int64_t i = 0; i < units; ++i) *acc += a[i] * static_cast<float>(panel[i]);
+  }
+
+  static int32_t exact(int32_t acc, const Int8Epilogue& e) {
+    return static_cast<int32_t>(static_cast<uint32_t>(acc) -
+                                static_cast<uint32_t>(e.offset) * static_cast<uint32_t>(*e.column_sum));
+  }
+
+  static float scaled(float acc, const Int8Epilogue& e) {
+    const float y = acc * (e.row_scale * *e.weight_scale) + (e.bias == nullptr ? 0.0F : *e.bias);
+    return activate(y, e.activation);
+  }
+
+  static void store_int32(const int32_t* acc, const Int8Epilogue& e, int, int32_t* y) { *y = exact(*acc, e); }
+
+  template <class T>
+  static void store_linear(const int32_t* acc, const Int8Epilogue& e, int, void* y) {
+    store(static_cast<T*>(y), scaled(static_cast<float>(exact(*acc, e)), e));
+  }
+
+  template <class T>
+  static void store_float(const float* acc, const Int8Epilogue& e, int, void* y) {
+    store(static_cast<T*>(y), scaled(*acc, e));
+  }
+};
+
+}  // namespace
+
+const Int8Kernels kInt8Reference = make_int8_kernels<Loops>({1, 1, 1, 2, 0});
+
+}  // namespace kdq

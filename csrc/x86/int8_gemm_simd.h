@@ -1,0 +1,219 @@
+// The int8 family's loops, written once. An ISA file includes its vec_*.h, defines `struct Dot` (its dot-product
+// instruction and register tile), and then includes this.
+//
+// The micro-kernel keeps a tile of kRows x (kCols vectors) of int32 sums in registers. Each step along K loads kCols
+// vectors of weights, one 32-bit unit (2 x s16 or 4 x u8) of each of the kRows activation rows, broadcast to all lanes,
+// and issues kRows * kCols dot products. Lanes are output channels, so no sum ever crosses a lane.
+#pragma once
+
+#include "core/int8_gemm_kernels.h"
+#include "x86/epilogue_simd.h"
+#include "x86/loops_simd.h"
+
+namespace kdq {
+namespace {
+
+struct Loops {
+  using F = Vec::Float;
+  using I = Vec::Int;
+  static constexpr int kLanes = Vec::kLanes;
+  static constexpr int kCols = Dot::kCols;
+  static constexpr int kPanel = kCols * kLanes;  // channels of a panel
+  using Prepared = Dot::Prepared;
+
+  // ---- prepare
+  // -------------------------------------------------------------------------------------------------------
+
+  static void pad(Prepared* row, int64_t k) {
+    for (int64_t i = k; i % Dot::kUnit != 0; ++i) row[i] = 0;
+  }
+
+  static void prepare_int8(const int8_t* a, int64_t k, void* row_raw) {
+    Prepared* row = static_cast<Prepared*>(row_raw);
+    const I offset = Vec::int_set(Dot::kOffset);
+    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const I value = n == kLanes ? Vec::int_load(a + i) : Vec::int_load_part(a + i, n);
+      store_integers(row + i, Vec::int_add(value, offset), n);
+    });
+    pad(row, k);
+  }
+
+  template <class T>
+  static float prepare_dynamic(const void* x_raw, int64_t k, void* row_raw) {
+    const T* x = static_cast<const T*>(x_raw);
+    Prepared* row = static_cast<Prepared*>(row_raw);
+    const float scale = symmetric_scale(x, k);
+    // NaN or inf: every x becomes 0 * x = NaN or 0, and the NaN lanes become the zero below.
+    const bool finite = scale <= kFloatMax;
+    const F inverse = Vec::set(finite ? 1.0F / scale : 0.0F);
+    const I offset = Vec::int_set(Dot::kOffset);
+    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const F q = finite ? symmetric127(load(x + i, n), inverse) : Vec::zero();
+      store_integers(row + i, Vec::int_add(Vec::to_int(q), offset), n);
+    });
+    pad(row, k);
+    return scale;
+  }
+
+  template <class T>
+  static float prepare_static(const void* x_raw, int64_t k, const StaticGrid& grid, float scale, void* row_raw) {
+    const T* x = static_cast<const T*>(x_raw);
+    Prepared* row = static_cast<Prepared*>(row_raw);
+    const F inverse = Vec::set(grid.inverse);
+    const F zero_point = Vec::set(grid.zero_point);
+    const F quant_max = Vec::set(grid.quant_max);
+    uint32_t nan_lanes = 0;
+    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const F value = load(x + i, n);
+      const Vec::Mask is_nan = Vec::is_nan(value);
+      nan_lanes |= Vec::bits(is_nan);
+      const F q = Vec::add(Vec::round(Vec::mul(value, inverse)), zero_point);
+      const F clamped = Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q));
+      store_integers(row + i, Vec::to_int(Vec::select(is_nan, Vec::zero(), clamped)), n);
+    });
+    pad(row, k);
+    return nan_lanes != 0 ? __builtin_nanf("") : scale;
+  }
+
+  template <class T>
+  static void widen(const void* x_raw, int64_t k, float* row) {
+    const T* x = static_cast<const T*>(x_raw);
+    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) { store(row + i, load(x + i, n), n); });
+    for (int64_t i = k; i % Dot::kUnit != 0; ++i) row[i] = 0.0F;
+  }
+
+  // ---- tile
+  // ----------------------------------------------------------------------------------------------------------
+
+  template <int kRows>
+  static void tile_rows(const char* a, int64_t row_stride, const int8_t* panel, int64_t units, int32_t* acc) {
+    I sum[kRows][kCols];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) sum[r][c] = Vec::int_zero();
+    }
+    for (int64_t u = 0; u < units; ++u) {
+      I weights[kCols];
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) weights[c] = Dot::load_weights(panel + c * kLanes * Dot::kUnit);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        int32_t unit = 0;
+        memcpy(&unit, a + r * row_stride + u * 4, sizeof(unit));
+        const I activations = Vec::int_set(unit);
+#pragma GCC unroll 16
+        for (int c = 0; c < kCols; ++c) sum[r][c] = Dot::dot(sum[r][c], activations, weights[c]);
+      }
+      panel += kPanel * Dot::kUnit;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) Vec::store_int(acc + r * kPanel + c * kLanes, sum[r][c]);
+    }
+  }
+
+  // Weights of element j of each unit, widened to float32: the unit's bits shifted up to the sign and back down.
+  template <int j>
+  static F float_weights(I weights) {
+    constexpr int kBits = 32 / Dot::kUnit;
+    return Vec::to_float(Vec::shift_right_signed<32 - kBits>(Vec::shift_left<32 - kBits*(j + 1)>(weights)));
+  }
+
+  template <int kRows, int j>
+  static inline __attribute__((always_inline)) void float_step(const float* a, int64_t row_stride, const I* weights,
+                                                               F (&sum)[kRows][kCols]) {
+    F w[kCols];
+#pragma GCC unroll 16
+    for (int c = 0; c < kCols; ++c) w[c] = float_weights<j>(weights[c]);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const F x = Vec::set(a[r * row_stride + j]);
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) sum[r][c] = Vec::fma(x, w[c], sum[r][c]);
+    }
+    if constexpr (j + 1 < Dot::kUnit) float_step<kRows, j + 1>(a, row_stride, weights, sum);
+  }
+
+  template <int kRows>
+  static void float_tile_rows(const float* a, int64_t row_stride, const int8_t* panel, int64_t units, float* acc) {
+    F sum[kRows][kCols];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) sum[r][c] = Vec::zero();
+    }
+    for (int64_t u = 0; u < units; ++u) {
+      I weights[kCols];
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) weights[c] = Dot::load_weights(panel + c * kLanes * Dot::kUnit);
+      float_step<kRows, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
+      panel += kPanel * Dot::kUnit;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int c = 0; c < kCols; ++c) Vec::store(acc + r * kPanel + c * kLanes, sum[r][c]);
+    }
+  }
+
+  // From a run-time number of rows to the instance compiled for it.
+  template <int kRows>
+  static void tile_of(const char* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, int32_t* acc) {
+    if (rows == kRows) return tile_rows<kRows>(a, row_stride, panel, units, acc);
+    if constexpr (kRows > 1) tile_of<kRows - 1>(a, row_stride, rows, panel, units, acc);
+  }
+  template <int kRows>
+  static void float_tile_of(const float* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units,
+                            float* acc) {
+    if (rows == kRows) return float_tile_rows<kRows>(a, row_stride, panel, units, acc);
+    if constexpr (kRows > 1) float_tile_of<kRows - 1>(a, row_stride, rows, panel, units, acc);
+  }
+
+  static void tile(const void* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, int32_t* acc) {
+    tile_of<Dot::kRows>(static_cast<const char*>(a), row_stride, rows, panel, units, acc);
+  }
+  static void float_tile(const float* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, float* acc) {
+    float_tile_of<Dot::kRows>(a, row_stride, rows, panel, units, acc);
+  }
+
+  // ---- epilogue
+  // ------------------------------------------------------------------------------------------------------
+
+  static I exact(const int32_t* acc, const Int8Epilogue& e, int64_t i, int n) {
+    const I sum = n == kLanes ? Vec::int_load(acc + i) : Vec::int_load_part(acc + i, n);
+    const I column = n == kLanes ? Vec::int_load(e.column_sum + i) : Vec::int_load_part(e.column_sum + i, n);
+    return Vec::int_sub(sum, Vec::int_mul(column, Vec::int_set(e.offset)));
+  }
+
+  static F scaled(F acc, const Int8Epilogue& e, int64_t i, int n) {
+    const F scale = Vec::mul(Vec::set(e.row_scale), load(e.weight_scale + i, n));
+    const F y = Vec::mul(acc, scale);
+    return activate(e.bias == nullptr ? y : Vec::add(y, load(e.bias + i, n)), e.activation);
+  }
+
+  static void store_int32(const int32_t* acc, const Int8Epilogue& e, int cols, int32_t* y) {
+    for_each_vector(
+        cols, [&](int64_t i, int n) __attribute__((always_inline)) { store_integers(y + i, exact(acc, e, i, n), n); });
+  }
+
+  template <class T>
+  static void store_linear(const int32_t* acc, const Int8Epilogue& e, int cols, void* y) {
+    for_each_vector(cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      store(static_cast<T*>(y) + i, scaled(Vec::to_float(exact(acc, e, i, n)), e, i, n), n);
+    });
+  }
+
+  template <class T>
+  static void store_float(const float* acc, const Int8Epilogue& e, int cols, void* y) {
+    for_each_vector(cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      store(static_cast<T*>(y) + i, scaled(load(acc + i, n), e, i, n), n);
+    });
+  }
+};
+
+constexpr Int8Tile kTile = {Dot::kRows, Loops::kPanel, Dot::kUnit, sizeof(Dot::Prepared), Dot::kOffset};
+
+}  // namespace
+}  // namespace kdq

@@ -1,0 +1,65 @@
+// What the float loops of all families share: whole vectors, then one partial vector. Included after a vec_*.h.
+#pragma once
+
+#include <stdint.h>
+
+namespace kdq {
+namespace {
+
+// body(i, n): elements i ... i + n - 1, n = Vec::kLanes but for the last call. Inlined twice, so that n is a constant
+// in the loop and the tests on it vanish.
+template <class Body>
+inline __attribute__((always_inline)) void for_each_vector(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= count; i += Vec::kLanes) body(i, Vec::kLanes);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+
+template <class T>
+inline __attribute__((always_inline)) Vec::Float load(const T* p, int n) {
+  return n == Vec::kLanes ? Vec::load(p) : Vec::load_part(p, n);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store(T* p, Vec::Float v, int n) {
+  if (n == Vec::kLanes) {
+    Vec::store(p, v);
+  } else {
+    Vec::store_part(p, v, n);
+  }
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store_integers(T* p, Vec::Int v, int n) {
+  if (n == Vec::kLanes) {
+    Vec::store_int(p, v);
+  } else {
+    Vec::store_int_part(p, v, n);
+  }
+}
+
+constexpr float kFloatMin = 1.17549435e-38F;
+constexpr float kFloatMax = 3.40282347e+38F;
+
+// The scale of dynamic symmetric quantization: max(max|x| / 127, FLT_MIN), NaN or inf if x has such values. Without
+// their sign bit, float32 patterns order as integers do, and NaN > inf > finite.
+template <class T>
+float symmetric_scale(const T* x, int64_t count) {
+  Vec::Int largest = Vec::int_zero();
+  for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
+    largest = Vec::int_max(largest, Vec::as_int(Vec::abs(load(x + i, n))));
+  });
+  const int32_t bits = Vec::max_lane(largest);
+  float magnitude = 0;
+  memcpy(&magnitude, &bits, sizeof(magnitude));
+  const float scale = magnitude / 127.0F;
+  return scale < kFloatMin ? kFloatMin : scale;
+}
+
+// clamp(round(x * inverse), -127, 127)
+inline Vec::Float symmetric127(Vec::Float x, Vec::Float inverse) {
+  return Vec::at_most(Vec::set(127.0F), Vec::at_least(Vec::set(-127.0F), Vec::round(Vec::mul(x, inverse))));
+}
+
+}  // namespace
+}  // namespace kdq

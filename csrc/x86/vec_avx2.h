@@ -1,0 +1,153 @@
+// Vec: eight float32 lanes in AVX2. What the *_simd.h loops are written in; vec_avx512.h has the same members.
+//
+// Everything lives in an anonymous namespace: code compiled with ISA flags must never be what the linker picks for a
+// file compiled without. bfloat16 and float16 are widened on load and rounded half-to-even on store; `part` forms
+// touch the first n lanes only (0 <= n < kLanes) and read zeros in the others.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "core/elements.h"
+
+namespace kdq {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  using Float = __m256;
+  using Int = __m256i;
+  using Mask = __m256;
+
+  static Float set(float value) { return _mm256_set1_ps(value); }
+  static Float zero() { return _mm256_setzero_ps(); }
+
+  static Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static Float load(const BFloat16* p) { return widen_bf16(load_16bit(p)); }
+  static Float load(const Float16* p) { return _mm256_cvtph_ps(load_16bit(p)); }
+  static Float load_part(const float* p, int n) { return _mm256_maskload_ps(p, lanes_below(n)); }
+  template <class Half>
+  static Float load_part(const Half* p, int n) {
+    Half lanes[kLanes] = {};
+    memcpy(lanes, p, sizeof(Half) * static_cast<size_t>(n));
+    return load(lanes);
+  }
+
+  static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static void store(BFloat16* p, Float v) { store_16bit(p, narrow_bf16(v)); }
+  static void store(Float16* p, Float v) { store_16bit(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static void store_part(float* p, Float v, int n) { _mm256_maskstore_ps(p, lanes_below(n), v); }
+  template <class Half>
+  static void store_part(Half* p, Float v, int n) {
+    Half lanes[kLanes];
+    store(lanes, v);
+    memcpy(p, lanes, sizeof(Half) * static_cast<size_t>(n));
+  }
+
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float round(Float v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // Both return v where it is NaN: the instruction gives its second operand then.
+  static Float at_least(Float low, Float v) { return _mm256_max_ps(low, v); }
+  static Float at_most(Float high, Float v) { return _mm256_min_ps(high, v); }
+  static Float abs(Float v) { return _mm256_andnot_ps(set(-0.0F), v); }
+
+  static Mask equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+  static Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static Mask is_nan(Float v) { return _mm256_cmp_ps(v, v, _CMP_UNORD_Q); }
+  static Float select(Mask mask, Float yes, Float no) { return _mm256_blendv_ps(no, yes, mask); }
+  static uint32_t bits(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
+
+  // A fixed tree, the same for every caller: ((0+4)+(2+6)) + ((1+5)+(3+7)).
+  static float sum(Float v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+
+  static Int int_zero() { return _mm256_setzero_si256(); }
+  static Int int_set(int32_t value) { return _mm256_set1_epi32(value); }
+  static Int int_load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Int int_load_part(const int32_t* p, int n) { return _mm256_maskload_epi32(p, lanes_below(n)); }
+  static Int int_load(const int8_t* p) { return _mm256_cvtepi8_epi32(load_bytes(p)); }
+  static Int int_load(const uint8_t* p) { return _mm256_cvtepu8_epi32(load_bytes(p)); }
+  template <class Small>
+  static Int int_load_part(const Small* p, int n) {
+    Small lanes[kLanes] = {};
+    memcpy(lanes, p, sizeof(Small) * static_cast<size_t>(n));
+    return int_load(lanes);
+  }
+  static Int int_sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static Int int_add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Int int_mul(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  static Int int_max(Int a, Int b) { return _mm256_max_epi32(a, b); }
+  static Int int_and(Int a, Int b) { return _mm256_and_si256(a, b); }
+  template <int kBits>
+  static Int shift_left(Int v) {
+    return _mm256_slli_epi32(v, kBits);
+  }
+  template <int kBits>
+  static Int shift_right_signed(Int v) {
+    return _mm256_srai_epi32(v, kBits);
+  }
+  static Int as_int(Float v) { return _mm256_castps_si256(v); }
+  static Float as_float(Int v) { return _mm256_castsi256_ps(v); }
+  static Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
+  static Int to_int(Float v) { return _mm256_cvtps_epi32(v); }  // half-to-even
+  static int32_t max_lane(Int v) {
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
+  }
+
+  // Narrowing stores of integers that fit.
+  static void store_int(int32_t* p, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static void store_int(int16_t* p, Int v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low(v), high(v)));
+  }
+  static void store_int(int8_t* p, Int v) {
+    const __m128i words = _mm_packs_epi32(low(v), high(v));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+  static void store_int(uint8_t* p, Int v) {
+    const __m128i words = _mm_packs_epi32(low(v), high(v));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+  template <class Out>
+  static void store_int_part(Out* p, Int v, int n) {
+    Out lanes[kLanes];
+    store_int(lanes, v);
+    memcpy(p, lanes, sizeof(Out) * static_cast<size_t>(n));
+  }
+
+ private:
+  static __m128i low(Int v) { return _mm256_castsi256_si128(v); }
+  static __m128i high(Int v) { return _mm256_extracti128_si256(v, 1); }
+  static __m128i load_bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+  static __m128i load_16bit(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static void store_16bit(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+
+  static __m256i lanes_below(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+
+  static Float widen_bf16(__m128i v) { return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+
+  // Adds just under half of the dropped part, plus one when the kept part is odd; NaN would overflow into inf or lose
+  // its payload that way, so it becomes a quiet NaN of the same sign instead.
+  static __m128i narrow_bf16(Float v) {
+    const Int bits_in = as_int(v);
+    const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits_in, 16), int_set(1));
+    const Int rounded = _mm256_add_epi32(bits_in, _mm256_add_epi32(odd, int_set(0x7FFF)));
+    const Int quiet = _mm256_or_si256(bits_in, int_set(0x400000));
+    const Int chosen = _mm256_blendv_epi8(rounded, quiet, as_int(is_nan(v)));
+    const Int upper = _mm256_srli_epi32(chosen, 16);
+    return _mm_packus_epi32(low(upper), high(upper));
+  }
+};
+
+}  // namespace
+}  // namespace kdq

@@ -1,0 +1,122 @@
+// Vec: sixteen float32 lanes in AVX-512 (F, BW, VL, DQ). The same members as vec_avx2.h, which explains them.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "core/elements.h"
+
+namespace kdq {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  using Float = __m512;
+  using Int = __m512i;
+  using Mask = __mmask16;
+
+  static Float set(float value) { return _mm512_set1_ps(value); }
+  static Float zero() { return _mm512_setzero_ps(); }
+
+  static Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static Float load(const BFloat16* p) { return widen_bf16(load_16bit(p)); }
+  static Float load(const Float16* p) { return _mm512_cvtph_ps(load_16bit(p)); }
+  static Float load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes_below(n), p); }
+  static Float load_part(const BFloat16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(lanes_below(n), p)); }
+  static Float load_part(const Float16* p, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(n), p));
+  }
+
+  static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  static void store(BFloat16* p, Float v) { store_16bit(p, narrow_bf16(v)); }
+  static void store(Float16* p, Float v) { store_16bit(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static void store_part(float* p, Float v, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), v); }
+  static void store_part(BFloat16* p, Float v, int n) { _mm256_mask_storeu_epi16(p, lanes_below(n), narrow_bf16(v)); }
+  static void store_part(Float16* p, Float v, int n) {
+    _mm256_mask_storeu_epi16(p, lanes_below(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float round(Float v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Float at_least(Float low, Float v) { return _mm512_max_ps(low, v); }
+  static Float at_most(Float high, Float v) { return _mm512_min_ps(high, v); }
+  static Float abs(Float v) { return _mm512_abs_ps(v); }
+
+  static Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Mask is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+  static Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
+  static uint32_t bits(Mask mask) { return mask; }
+
+  static float sum(Float v) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+
+  static Int int_zero() { return _mm512_setzero_si512(); }
+  static Int int_set(int32_t value) { return _mm512_set1_epi32(value); }
+  static Int int_load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static Int int_load(const int8_t* p) { return _mm512_cvtepi8_epi32(load_bytes(p)); }
+  static Int int_load(const uint8_t* p) { return _mm512_cvtepu8_epi32(load_bytes(p)); }
+  static Int int_load_part(const int32_t* p, int n) { return _mm512_maskz_loadu_epi32(lanes_below(n), p); }
+  static Int int_load_part(const int8_t* p, int n) {
+    return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes_below(n), p));
+  }
+  static Int int_load_part(const uint8_t* p, int n) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes_below(n), p));
+  }
+  static Int int_sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static Int int_add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int int_mul(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  static Int int_max(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  static Int int_and(Int a, Int b) { return _mm512_and_si512(a, b); }
+  template <int kBits>
+  static Int shift_left(Int v) {
+    return _mm512_slli_epi32(v, kBits);
+  }
+  template <int kBits>
+  static Int shift_right_signed(Int v) {
+    return _mm512_srai_epi32(v, kBits);
+  }
+  static Int as_int(Float v) { return _mm512_castps_si512(v); }
+  static Float as_float(Int v) { return _mm512_castsi512_ps(v); }
+  static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
+  static Int to_int(Float v) { return _mm512_cvtps_epi32(v); }
+  static int32_t max_lane(Int v) { return _mm512_reduce_max_epi32(v); }
+
+  static void store_int(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
+  static void store_int(int16_t* p, Int v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
+  static void store_int(int8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static void store_int(uint8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static void store_int_part(int32_t* p, Int v, int n) { _mm512_mask_storeu_epi32(p, lanes_below(n), v); }
+  static void store_int_part(int16_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi16(p, lanes_below(n), v); }
+  static void store_int_part(int8_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, lanes_below(n), v); }
+  static void store_int_part(uint8_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, lanes_below(n), v); }
+
+ private:
+  static Mask lanes_below(int n) { return static_cast<Mask>((1U << n) - 1U); }
+  static __m128i load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static __m256i load_16bit(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_16bit(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+  static Float widen_bf16(__m256i v) { return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+
+  static __m256i narrow_bf16(Float v) {
+    const Int bits_in = as_int(v);
+    const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits_in, 16), int_set(1));
+    const Int rounded = _mm512_add_epi32(bits_in, _mm512_add_epi32(odd, int_set(0x7FFF)));
+    const Int quiet = _mm512_or_si512(bits_in, int_set(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan(v), rounded, quiet), 16));
+  }
+};
+
+}  // namespace
+}  // namespace kdq

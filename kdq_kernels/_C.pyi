@@ -1,0 +1,74 @@
+"""Types of the native module (csrc/bindings/numpy.cpp and introspection.cpp)."""
+
+from typing import Any
+
+from numpy import float32, int8, int32, int64, uint8
+from numpy.typing import NDArray
+
+from kdq_kernels.cpu import BuildInfo, MachinePeaks
+
+Floats = NDArray[Any]  # float32 or float16
+Ints = NDArray[Any]  # int8, uint8 or int32
+ZeroPoint = NDArray[Any] | None  # int32 or float32
+
+def cpu_isa() -> str: ...
+def available_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+def num_threads() -> int: ...
+def set_num_threads(n: int) -> None: ...
+def build_info() -> BuildInfo: ...
+def machine_peaks(threads: int, copy_bytes: int, seconds: float) -> MachinePeaks: ...
+def fake_quantize(
+    x: Floats,
+    scale: NDArray[float32],
+    zero_point: ZeroPoint,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+    out: Floats | None,
+) -> Floats: ...
+def fake_quantize_backward(
+    grad: Floats,
+    x: Floats,
+    scale: NDArray[float32],
+    zero_point: ZeroPoint,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[Floats, NDArray[float32], NDArray[float32]]: ...
+def quantize(
+    x: Floats,
+    scale: NDArray[float32],
+    zero_point: ZeroPoint,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> Ints: ...
+def dequantize(
+    q: Ints, scale: NDArray[float32], zero_point: ZeroPoint, axis: int | None, group_size: int | None
+) -> NDArray[float32]: ...
+def quantize_rows(x: Floats) -> tuple[NDArray[int8], NDArray[float32]]: ...
+def int8_packed_bytes(n: int, k: int) -> int: ...
+def pack_int8_weight(w: NDArray[int8]) -> NDArray[uint8]: ...
+def unpack_int8_weight(packed: NDArray[uint8]) -> NDArray[int8]: ...
+def int8_matmul(a: NDArray[int8], b: NDArray[Any]) -> NDArray[int32]: ...
+def int8_linear(
+    x: Floats,
+    packed: NDArray[uint8],
+    weight_scale: NDArray[float32],
+    bias: NDArray[float32] | None,
+    input_scale: float | None,
+    input_zero_point: int | None,
+    input_quant_max: int,
+    activation: str | None,
+    weight_only: bool,
+) -> Floats: ...
+def pack_signs(x: Floats) -> NDArray[int64]: ...
+def unpack_signs(bits: NDArray[int64], k: int) -> NDArray[float32]: ...
+def binary_matmul(a_bits: NDArray[int64], b_bits: NDArray[int64], k: int) -> NDArray[int32]: ...
+def binary_linear(
+    x: Floats, weight_bits: NDArray[int64], weight_scale: NDArray[float32], bias: NDArray[float32] | None
+) -> Floats: ...

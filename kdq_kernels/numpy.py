@@ -1,0 +1,199 @@
+"""The kernels on NumPy arrays: the functions of `kdq_kernels`, with the same names and arguments, without torch.
+
+Arrays are float32 or float16; C-contiguous ones are read in place, others are copied first. The GIL is released while
+a kernel runs, on the library's own thread pool (`num_threads`, `set_num_threads`). Wrong arguments raise `ValueError`
+naming the argument, what came and what was expected.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdq_kernels import _C
+
+Floats = NDArray[Any]
+Ints = NDArray[Any]
+Scale = NDArray[np.float32] | float
+ZeroPoint = NDArray[Any] | int | float | None
+
+__all__ = [
+    "binary_linear",
+    "binary_matmul",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "int8_linear",
+    "int8_matmul",
+    "int8_weight_only_linear",
+    "num_threads",
+    "pack_int8_weight",
+    "pack_signs",
+    "quantize",
+    "quantize_rows",
+    "set_num_threads",
+    "unpack_int8_weight",
+    "unpack_signs",
+]
+
+num_threads = _C.num_threads
+set_num_threads = _C.set_num_threads
+
+
+def _scale_array(scale: Scale) -> NDArray[np.float32]:
+    """A Python number is a per-tensor scale; arrays are taken as they are."""
+    return np.asarray(scale, dtype=np.float32) if isinstance(scale, int | float) else scale
+
+
+def _zero_point_array(zero_point: ZeroPoint) -> NDArray[Any] | None:
+    if isinstance(zero_point, int | float):
+        return np.asarray(zero_point, dtype=np.int32 if isinstance(zero_point, int) else np.float32)
+    return zero_point
+
+
+def fake_quantize(
+    x: Floats,
+    scale: Scale,
+    zero_point: ZeroPoint = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    out: Floats | None = None,
+) -> Floats:
+    """`(clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale`, like x.
+
+    `scale` (float32) and `zero_point` (int32, or float32, then rounded half-to-even) have one element (per tensor), the
+    size of `axis` (per channel), or shape `[..., K / group_size]` for x `[..., K]` (per group). `out`: a C-contiguous
+    array like x that receives the result; it may be x.
+    """
+    return _C.fake_quantize(
+        x, _scale_array(scale), _zero_point_array(zero_point), quant_min, quant_max, axis, group_size, out
+    )
+
+
+def fake_quantize_backward(
+    grad: Floats,
+    x: Floats,
+    scale: Scale,
+    zero_point: ZeroPoint = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> tuple[Floats, NDArray[np.float32], NDArray[np.float32]]:
+    """Straight-through gradients with respect to x, scale and zero_point (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020)."""
+    return _C.fake_quantize_backward(
+        grad, x, _scale_array(scale), _zero_point_array(zero_point), quant_min, quant_max, axis, group_size
+    )
+
+
+def quantize(
+    x: Floats,
+    scale: Scale,
+    zero_point: ZeroPoint = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Ints:
+    """The integers of `fake_quantize`: int8 where the range fits, else uint8, else int32. NaN gives the zero point."""
+    return _C.quantize(
+        x, _scale_array(scale), _zero_point_array(zero_point), quant_min, quant_max, axis, group_size
+    )
+
+
+def dequantize(
+    q: Ints,
+    scale: Scale,
+    zero_point: ZeroPoint = None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> NDArray[np.float32]:
+    """`(q - zero_point) * scale` in float32, for q int8, uint8 or int32."""
+    return _C.dequantize(q, _scale_array(scale), _zero_point_array(zero_point), axis, group_size)
+
+
+def quantize_rows(x: Floats) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """x `[..., K]` -> (q int8 `[..., K]`, scale float32 `[...]`), symmetric, `scale = max|row| / 127`."""
+    return _C.quantize_rows(x)
+
+
+def pack_int8_weight(w: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """w int8 `[N, K]` -> an opaque blob, uint8 `[N, ...]`, for this machine's kernels. Store w, not the blob."""
+    return _C.pack_int8_weight(w)
+
+
+def unpack_int8_weight(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """The inverse of `pack_int8_weight`."""
+    return _C.unpack_int8_weight(packed)
+
+
+def int8_matmul(a: NDArray[np.int8], b: NDArray[Any]) -> NDArray[np.int32]:
+    """a int8 `[M, K]` @ b.T -> int32 `[M, N]`, exact; b int8 `[N, K]` or packed. K at most 131071."""
+    return _C.int8_matmul(a, b)
+
+
+def int8_linear(
+    x: Floats,
+    packed: NDArray[np.uint8],
+    weight_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    *,
+    input_scale: float | None = None,
+    input_zero_point: int | None = None,
+    input_quant_max: int = 255,
+    activation: str | None = None,
+) -> Floats:
+    """x `[..., K]` -> `activation(dequantized(x) @ dequantized(w).T + bias)`, `[..., N]`, in the dtype of x.
+
+    Without `input_scale` each row is quantized dynamically (`quantize_rows`); with it, statically to
+    `[0, input_quant_max]` around `input_zero_point` (None: the middle of that range). `activation`: None, "relu", "gelu"
+    (erf form) or "silu".
+    """
+    return _C.int8_linear(
+        x, packed, weight_scale, bias, input_scale, input_zero_point, input_quant_max, activation, False
+    )
+
+
+def int8_weight_only_linear(
+    x: Floats,
+    packed: NDArray[np.uint8],
+    weight_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    *,
+    activation: str | None = None,
+) -> Floats:
+    """As `int8_linear`, but x stays in floating point; products and sums are float32."""
+    return _C.int8_linear(x, packed, weight_scale, bias, None, None, 255, activation, True)
+
+
+def pack_signs(x: Floats) -> NDArray[np.int64]:
+    """x `[..., K]` -> sign bits, int64 `[..., ceil(K / 64)]`; a set bit means -1, sign(0) = +1."""
+    return _C.pack_signs(x)
+
+
+def unpack_signs(bits: NDArray[np.int64], k: int) -> NDArray[np.float32]:
+    """Sign bits `[..., ceil(k / 64)]` -> +-1, float32 `[..., k]`."""
+    return _C.unpack_signs(bits, k)
+
+
+def binary_matmul(a_bits: NDArray[np.int64], b_bits: NDArray[np.int64], k: int) -> NDArray[np.int32]:
+    """Dot products of +-1 vectors: a_bits `[M, W]`, b_bits `[N, W]` -> int32 `[M, N]`, exact."""
+    return _C.binary_matmul(a_bits, b_bits, k)
+
+
+def binary_linear(
+    x: Floats,
+    weight_bits: NDArray[np.int64],
+    weight_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+) -> Floats:
+    """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x."""
+    return _C.binary_linear(x, weight_bits, weight_scale, bias)

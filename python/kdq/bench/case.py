@@ -1,0 +1,72 @@
+"""What is benchmarked: a case is one shape of one kernel family, a contender one way of computing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["ours", "peer", "context"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Attributes:
+        name: as shown in the table.
+        run: computes the result once; everything that need not be repeated is done before.
+        role: "ours"; "peer": does the same job, and counts in the ratio; "context": a different precision or job, shown only.
+        tolerance: largest accepted `|result - reference| / |reference|` (Frobenius norms); 0 demands equality.
+    """
+
+    name: str
+    run: Callable[[], Tensor]
+    role: Role = "peer"
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one family.
+
+    Attributes:
+        work: operations (peak in Gop/s) or bytes (copy bandwidth in GB/s) of one call, the least that the job takes.
+        peak: which entry of `machine_peaks()` limits it.
+        reference: the right result, computed another way.
+    """
+
+    family: str
+    shape: str
+    work: float
+    peak: Literal["int8_gops", "binary_gops", "copy_gbps"]
+    reference: Tensor
+    contenders: list[Contender] = field(default_factory=list)
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """`|result - reference| / |reference|` in float64; infinite where anything is NaN or the shapes differ."""
+    if result.shape != reference.shape:
+        return float("inf")
+    difference = torch.linalg.vector_norm(result.double() - reference.double())
+    norm = torch.linalg.vector_norm(reference.double())
+    error = float(difference / norm) if norm > 0 else float(difference)
+    return error if error == error else float("inf")
+
+
+def check(case: Case, contender: Contender) -> float:
+    """Runs a contender once and returns its relative error.
+
+    Raises:
+        RuntimeError: the result is further from the reference than the contender's tolerance.
+    """
+    error = relative_error(contender.run(), case.reference)
+    if error > contender.tolerance:
+        raise RuntimeError(
+            f"{case.family} {case.shape}: {contender.name} is wrong: relative error {error:.3g}, "
+            f"accepted {contender.tolerance:.3g}; it is not timed"
+        )
+    return error

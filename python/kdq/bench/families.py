@@ -1,0 +1,19 @@
+"""All benchmark families by name, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
+from kdq.bench.case import Case
+from kdq.bench.fake_quant import fake_quantize_backward_cases, fake_quantize_cases
+from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
+
+FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "int8_matmul": int8_matmul_cases,
+    "int8_linear": int8_linear_cases,
+    "binary_matmul": binary_matmul_cases,
+    "binary_linear": binary_linear_cases,
+    "fake_quantize": fake_quantize_cases,
+    "fake_quantize_backward": fake_quantize_backward_cases,
+}

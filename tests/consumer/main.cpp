@@ -1,0 +1,89 @@
+// One op of each family through the public headers, compared with the reference level. Exits 0 when all agree.
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "kdq/kdq.h"
+
+namespace {
+
+void require(const kdq::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", status.message().c_str());
+  std::exit(1);
+}
+
+std::vector<float> ramp(size_t n) {
+  std::vector<float> values(n);
+  for (size_t i = 0; i < n; ++i) values[i] = static_cast<float>((i * 7919) % 2003) / 1001.0F - 1.0F;
+  return values;
+}
+
+std::vector<float> run_fake_quant() {
+  const std::vector<float> x = ramp(5 * 33);
+  std::vector<float> y(x.size());
+  const std::vector<float> scale = {0.1F, 0.2F, 0.05F, 0.3F, 0.15F};
+  kdq::QuantGrid grid;
+  grid.scale = scale.data();
+  grid.quant_min = -8;
+  grid.quant_max = 7;
+  require(kdq::fake_quantize(kdq::DType::kFloat32, x.data(), y.data(), {1, 5, 33}, grid, kdq::default_executor()));
+  return y;
+}
+
+std::vector<int32_t> run_int8() {
+  const int64_t m = 9;
+  const int64_t n = 37;
+  const int64_t k = 131;
+  std::vector<int8_t> a(m * k);
+  std::vector<int8_t> w(n * k);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<int8_t>(i * 37);
+  for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<int8_t>(i * 101);
+  size_t bytes = 0;
+  require(kdq::int8_packed_bytes(n, k, &bytes));
+  std::vector<char> packed(bytes);
+  require(kdq::pack_int8_weight(w.data(), n, k, packed.data(), bytes, kdq::default_executor()));
+  std::vector<int32_t> out(m * n);
+  require(kdq::int8_matmul(a.data(), m, k, packed.data(), bytes, out.data(), kdq::default_executor()));
+  return out;
+}
+
+std::vector<int32_t> run_binary() {
+  const int64_t m = 9;
+  const int64_t n = 21;
+  const int64_t k = 300;
+  const std::vector<float> a = ramp(m * k);
+  const std::vector<float> b = ramp(n * k + 17);
+  std::vector<uint64_t> a_bits(m * kdq::binary_words(k));
+  std::vector<uint64_t> b_bits(n * kdq::binary_words(k));
+  require(kdq::pack_signs(kdq::DType::kFloat32, a.data(), m, k, a_bits.data(), kdq::default_executor()));
+  require(kdq::pack_signs(kdq::DType::kFloat32, b.data() + 17, n, k, b_bits.data(), kdq::default_executor()));
+  std::vector<int32_t> out(m * n);
+  require(kdq::binary_matmul(a_bits.data(), b_bits.data(), m, n, k, out.data(), kdq::default_executor()));
+  return out;
+}
+
+template <class Run>
+bool same_on_every_isa(const char* name, Run run) {
+  require(kdq::set_isa("reference"));
+  const auto expected = run();
+  bool same = true;
+  for (kdq::Isa isa : kdq::available_isas()) {
+    require(kdq::set_isa(kdq::isa_name(isa)));
+    const bool equal = run() == expected;
+    std::printf("%s %s: %s\n", name, kdq::isa_name(isa), equal ? "equal" : "DIFFERENT");
+    same = same && equal;
+  }
+  return same;
+}
+
+}  // namespace
+
+int main() {
+  const bool fake_quant = same_on_every_isa("fake_quantize", run_fake_quant);
+  const bool int8 = same_on_every_isa("int8_matmul", run_int8);
+  const bool binary = same_on_every_isa("binary_matmul", run_binary);
+  const bool refused = !kdq::set_isa("mmx").ok();
+  return fake_quant && int8 && binary && refused ? 0 : 1;
+}

@@ -1,0 +1,121 @@
+"""binary_gemm through the NumPy face, on every instruction set: exact against integer dot products of +-1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import kdq_kernels.numpy as kn
+
+every_isa = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+rows = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 65])
+depths = st.sampled_from([0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 640, 1000, 1984, 2049, 4097])
+Array = NDArray[Any]
+
+
+def signs(x: Array) -> NDArray[np.int64]:
+    return np.where(x < 0, -1, 1)
+
+
+def python_bits(x: Array) -> list[list[int]]:
+    """The storage order, spelled out: element i is bit i % 64 of word i // 64, set for -1."""
+    words = (x.shape[1] + 63) // 64
+    table = [[0] * words for _ in range(x.shape[0])]
+    for r, c in np.argwhere(x < 0):
+        table[r][c // 64] |= 1 << (int(c) % 64)
+    return table
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 64), (5, 65), (4, 200), (0, 7), (3, 0)])
+def test_pack_signs(isa: str, shape: tuple[int, int], dtype: str) -> None:
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    flat = x.reshape(-1)
+    flat[: min(5, flat.size)] = np.array([0.0, -0.0, np.nan, -np.inf, np.inf], dtype)[: min(5, flat.size)]
+    bits = kn.pack_signs(x)
+    assert bits.dtype == np.int64
+    assert bits.view(np.uint64).tolist() == python_bits(x)
+    np.testing.assert_array_equal(kn.unpack_signs(bits, shape[1]), signs(x))
+
+
+def test_negative_nan_is_plus_one(isa: str) -> None:
+    for dtype in ("f4", "f2"):
+        x = np.full((1, 70), -np.nan, dtype)
+        assert np.signbit(x).all()
+        np.testing.assert_array_equal(kn.pack_signs(x), 0)
+
+
+@every_isa
+@given(m=rows, n=rows, k=depths, seed=st.integers(0, 2**32 - 1))
+def test_matmul_is_exact(isa: str, m: int, n: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(m, k)).astype("f4"), rng.normal(size=(n, k)).astype("f4")
+    got = kn.binary_matmul(kn.pack_signs(a), kn.pack_signs(b), k)
+    np.testing.assert_array_equal(got, signs(a) @ signs(b).T)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_matmul_counts_every_bit_of_a_long_row(isa: str, sign: int) -> None:
+    """All bits differ (or none): per-byte counters must be flushed before they wrap."""
+    k = 70_001
+    a = np.ones((9, k), np.float32)
+    b = np.full((11, k), sign, np.float32)
+    got = kn.binary_matmul(kn.pack_signs(a), kn.pack_signs(b), k)
+    np.testing.assert_array_equal(got, np.full((9, 11), sign * k))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 100, 77), (3, 5, 33, 129), (70, 31, 512)])
+def test_linear(isa: str, shape: tuple[int, ...], dtype: str) -> None:
+    *batch, n, k = shape
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(*batch, k)).astype(dtype)
+    w = rng.normal(size=(n, k)).astype("f4")
+    scale = rng.uniform(0.01, 0.1, n).astype("f4")
+    bias = rng.normal(size=n).astype("f4") if n % 2 else None
+    got = kn.binary_linear(x, kn.pack_signs(w), scale, bias)
+    assert got.dtype == x.dtype
+    expected = (signs(x) @ signs(w).T) * scale.astype("f8") + (0 if bias is None else bias)
+    tolerance = 1e-6 if dtype == "f4" else 1e-3
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+def test_result_does_not_depend_on_threads(isa: str) -> None:
+    rng = np.random.default_rng(4)
+    x, w = rng.normal(size=(130, 700)).astype("f4"), kn.pack_signs(rng.normal(size=(90, 700)).astype("f4"))
+    scale = np.full(90, 0.1, "f4")
+    before = kn.num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            kn.set_num_threads(threads)
+            results.append(kn.binary_linear(x, w, scale))
+        for other in results[1:]:
+            np.testing.assert_array_equal(results[0], other)
+    finally:
+        kn.set_num_threads(before)
+
+
+def test_bad_arguments_are_named() -> None:
+    bits = kn.pack_signs(np.ones((2, 70), np.float32))
+    with pytest.raises(ValueError, match="a_bits"):
+        kn.binary_matmul(bits, bits, 200)
+    with pytest.raises(ValueError, match="b_bits"):
+        kn.binary_matmul(bits, bits[:, :1], 70)
+    with pytest.raises(ValueError, match="k"):
+        kn.unpack_signs(bits, -1)
+    with pytest.raises(ValueError, match="a_bits.*int64.*float32"):
+        kn.binary_matmul(np.ones((2, 2), np.float32), bits, 70)
+    dirty = bits.copy()
+    dirty[1, 1] |= 1 << 40
+    with pytest.raises(ValueError, match="a_bits"):
+        kn.binary_matmul(dirty, bits, 70)
+    with pytest.raises(ValueError, match="weight_scale"):
+        kn.binary_linear(np.ones((2, 70), np.float32), bits, np.ones(3, np.float32))

@@ -1,0 +1,136 @@
+"""The native build as others meet it: the C++ package, the ODR rule of the ISA objects, introspection, clean imports."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdq_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+
+
+def require_success(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`cmake --install` of the library alone, and a consumer built against nothing but that."""
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not on PATH")
+    folder = tmp_path_factory.mktemp("cpp")
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    require_success(run("cmake", "-S", ROOT, "-B", folder / "build", *generator))
+    require_success(run("cmake", "--build", folder / "build"))
+    require_success(run("cmake", "--install", folder / "build", "--prefix", folder / "prefix"))
+    require_success(
+        run(
+            "cmake", "-S", ROOT / "tests" / "consumer", "-B", folder / "consumer", *generator,
+            f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}",
+        )  # fmt: skip
+    )
+    require_success(run("cmake", "--build", folder / "consumer"))
+    return folder
+
+
+def test_consumer_agrees_with_the_reference(installed: Path) -> None:
+    output = require_success(run(installed / "consumer" / "consumer"))
+    assert "DIFFERENT" not in output
+    assert output.count("equal") == 3 * len(kdq_kernels.available_isas())
+
+
+def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> None:
+    (library,) = (installed / "prefix").rglob("libkdq.so")
+    needed = require_success(run("ldd", library))
+    assert "torch" not in needed
+    assert "python" not in needed
+
+
+def test_isa_objects_have_no_weak_symbols(installed: Path) -> None:
+    """A weak symbol compiled with ISA flags may replace the same one in a file without: a crash on older CPUs."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not on PATH")
+    objects = [path for path in (installed / "build").rglob("*.o") if "/x86/" in str(path)]
+    if not objects:
+        pytest.skip("this build has no ISA objects")
+    assert len(objects) == len(list((ROOT / "csrc" / "x86").glob("*.cpp")))
+    for path in objects:
+        symbols = require_success(run("nm", "-C", path))
+        weak = re.findall(r"^[0-9a-f ]{16} ([WwVvu] .*)$", symbols, re.MULTILINE)
+        assert not weak, f"{path.name}: {weak}"
+
+
+def test_available_isas_start_at_the_reference() -> None:
+    isas = kdq_kernels.available_isas()
+    assert isas[0] == "reference"
+    assert kdq_kernels.cpu_isa() in isas
+
+
+def test_set_isa_refuses_the_unknown_and_the_impossible() -> None:
+    before = kdq_kernels.cpu_isa()
+    with pytest.raises(ValueError, match="set_isa.*'mmx'.*avx2"):
+        kdq_kernels.set_isa("mmx")
+    missing = [n for n in ("avx2", "avx512", "avx512vnni") if n not in kdq_kernels.available_isas()]
+    for name in missing:
+        with pytest.raises(RuntimeError, match=f"cannot run '{name}'|'{name}' is not built"):
+            kdq_kernels.set_isa(name)
+    assert kdq_kernels.cpu_isa() == before
+
+
+@pytest.mark.parametrize("module", ["kdq_kernels", "kdq_kernels.numpy"])
+def test_import_needs_no_torch(module: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None; import {module}; assert sys.modules['torch'] is None"
+    require_success(run(sys.executable, "-c", code))
+
+
+def test_environment_forces_the_isa() -> None:
+    code = "import kdq_kernels; print(kdq_kernels.cpu_isa())"
+    assert require_success(run(sys.executable, "-c", code, KDQ_ISA="reference")).strip() == "reference"
+    wrong = run(sys.executable, "-c", code, KDQ_ISA="sse9")
+    assert wrong.returncode != 0
+    assert "KDQ_ISA: unknown instruction set 'sse9'" in wrong.stderr
+
+
+def test_peaks_are_positive_and_add_up() -> None:
+    peaks = kdq_kernels.machine_peaks(1, copy_bytes=1 << 20, seconds=0.02)
+    assert peaks["int8_gops"] > peaks["float32_gflops"] > 0
+    assert peaks["binary_gops"] > peaks["int8_gops"]
+    assert peaks["copy_gbps"] > 0
+    with pytest.raises(ValueError, match="threads"):
+        kdq_kernels.machine_peaks(0)
+
+
+def test_fork_keeps_working() -> None:
+    """Pool threads do not survive a fork; the child must not wait for them."""
+    code = """
+import os, sys, warnings
+import numpy as np
+import kdq_kernels.numpy as kn
+kn.set_num_threads(2)
+x = np.random.default_rng(0).normal(size=(400, 400)).astype("f4")
+expected = kn.pack_signs(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if (kn.pack_signs(x) == expected).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    require_success(run(sys.executable, "-c", code))
