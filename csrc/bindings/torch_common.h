@@ -1,0 +1,133 @@
+// What the torch operators share: tensors checked before their pointers are used, torch's thread pool as a ParallelFor.
+//
+// Only the libtorch stable ABI is used (torch/csrc/stable, torch/headeronly), so that one binary serves torch 2.10 and
+// newer. Invalid arguments leave as std::invalid_argument, which torch's Python side turns into ValueError.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "kdq/parallel.h"
+#include "kdq/status.h"
+#include "kdq/types.h"
+#include "quant_layout.h"
+
+namespace kdq::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+[[noreturn]] inline void invalid(const std::string& message) { throw std::invalid_argument(message); }
+
+inline void check(const Status& status) {
+  if (status.ok()) return;
+  if (status.code() == StatusCode::kInvalidArgument) invalid(status.message());
+  throw std::runtime_error(status.message());
+}
+
+// torch's own pool: torch.set_num_threads holds, and nothing is oversubscribed.
+inline const ParallelFor& torch_executor() {
+  static const ParallelFor executor = {[](void*, int64_t n, int64_t grain, ParallelFor::Body body, void* arg) {
+                                         torch::stable::parallel_for(
+                                             0, n, grain, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
+                                       },
+                                       nullptr};
+  return executor;
+}
+
+inline std::string type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+inline Sizes sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A contiguous CPU tensor of exactly this dtype; ndim < 0 allows any number of axes.
+inline Tensor expect(const char* name, const Tensor& t, ScalarType type, int64_t ndim = -1) {
+  if (!t.is_cpu()) invalid(std::string(name) + ": expected a CPU tensor, like x");
+  if (t.scalar_type() != type) {
+    invalid(std::string(name) + ": expected dtype " + type_name(type) + ", got " + type_name(t.scalar_type()));
+  }
+  if (ndim >= 0 && t.dim() != ndim) {
+    invalid(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got shape " + to_string(sizes_of(t)));
+  }
+  return dense(t);
+}
+
+// As expect(), but [n] exactly.
+inline Tensor expect_vector(const char* name, const Tensor& t, int64_t n) {
+  Tensor vector = expect(name, t, ScalarType::Float, 1);
+  if (vector.size(0) != n) {
+    invalid(std::string(name) + ": expected shape " + to_string({n}) + ", got " + to_string(sizes_of(t)));
+  }
+  return vector;
+}
+
+inline DType float_dtype(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      invalid(std::string(name) + ": expected dtype float32, bfloat16 or float16, got " + type_name(t.scalar_type()));
+  }
+}
+
+// The rows of x [..., k]: every leading axis folded into one.
+inline int64_t rows_of(const char* name, const Tensor& x) {
+  if (x.dim() < 1) invalid(std::string(name) + ": expected at least one axis, got a 0-d tensor");
+  return product(sizes_of(x), 0, static_cast<size_t>(x.dim() - 1));
+}
+
+// An uninitialised contiguous tensor: the kernels write every element.
+inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, type);
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace kdq::bindings

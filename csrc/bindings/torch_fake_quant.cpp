@@ -1,0 +1,209 @@
+// torch.ops.kdq: fake_quantize and its relatives on CPU tensors.
+//
+// A tensor whose elements fill their memory without gaps (channels_last, transposed, ...) is processed in memory order
+// and the result has the same strides; any other (expanded, sliced) is made contiguous first.
+#include <algorithm>
+#include <numeric>
+
+#include "torch_ops.h"
+
+namespace kdq::bindings {
+namespace {
+
+// The order of the axes in memory, slowest first; empty when the tensor has gaps or overlaps.
+Sizes memory_order(const Tensor& t) {
+  Sizes order(static_cast<size_t>(t.dim()));
+  std::iota(order.begin(), order.end(), 0);
+  if (t.is_contiguous()) return order;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  int64_t expected = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    if (t.size(order[i]) == 1) continue;
+    if (t.stride(order[i]) != expected) return {};
+    expected *= t.size(order[i]);
+  }
+  return order;
+}
+
+// x as the core wants it.
+struct Input {
+  Tensor x;  // dense in memory
+  QuantShape shape;
+};
+
+Input parse_input(const Tensor& x, const Tensor& scale, OptionalInt axis, OptionalInt group_size) {
+  Input input{x, {}};
+  const Sizes sizes = sizes_of(x);
+  const Sizes scale_sizes = sizes_of(scale);
+  check(resolve_quant_shape(sizes, scale_sizes, axis, group_size, &input.shape));
+  if (x.is_contiguous()) return input;
+  const Sizes order = group_size ? Sizes() : memory_order(x);
+  if (order.empty()) {
+    input.x = torch::stable::contiguous(x);
+    return input;
+  }
+  if (axis) {
+    const int64_t logical = *axis < 0 ? *axis + x.dim() : *axis;
+    Sizes in_memory;
+    for (int64_t a : order) in_memory.push_back(sizes[static_cast<size_t>(a)]);
+    const int64_t position = std::find(order.begin(), order.end(), logical) - order.begin();
+    check(resolve_quant_shape(in_memory, scale_sizes, position, std::nullopt, &input.shape));
+  }
+  return input;
+}
+
+// The grid, and the tensors that its pointers point into.
+struct Grid {
+  QuantGrid grid;
+  Tensor scale;
+  Tensor zero_point;
+};
+
+Grid parse_grid(const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min, int64_t quant_max) {
+  Grid g;
+  g.scale = expect("scale", scale, ScalarType::Float);
+  check(narrow_quant_range(quant_min, quant_max, &g.grid));
+  g.grid.scale = data<float>(g.scale);
+  if (!zero_point) return g;
+  const bool learned = zero_point->scalar_type() == ScalarType::Float;
+  if (!learned && zero_point->scalar_type() != ScalarType::Int) {
+    invalid("zero_point: expected dtype int32 or float32, got " + type_name(zero_point->scalar_type()));
+  }
+  if (sizes_of(*zero_point) != sizes_of(scale)) {
+    invalid("zero_point: expected the shape of scale " + to_string(sizes_of(scale)) + ", got " +
+            to_string(sizes_of(*zero_point)));
+  }
+  g.zero_point = expect("zero_point", *zero_point, learned ? ScalarType::Float : ScalarType::Int);
+  g.grid.zero_point_kind = learned ? ZeroPointKind::kFloat32 : ZeroPointKind::kInt32;
+  g.grid.zero_point = g.zero_point.const_data_ptr();
+  return g;
+}
+
+// Uninitialised, with the strides of a dense tensor.
+Tensor empty_like(const Tensor& t, ScalarType type) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(t),           from(std::optional(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+      from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+ScalarType scalar_type(QType qtype) {
+  switch (qtype) {
+    case QType::kInt8:
+      return ScalarType::Char;
+    case QType::kUInt8:
+      return ScalarType::Byte;
+    case QType::kInt32:
+      return ScalarType::Int;
+  }
+  throw std::logic_error("unknown QType");
+}
+
+QType integer_type(const char* name, const Tensor& t) {
+  for (QType qtype : {QType::kInt8, QType::kUInt8, QType::kInt32}) {
+    if (scalar_type(qtype) == t.scalar_type()) return qtype;
+  }
+  invalid(std::string(name) + ": expected dtype int8, uint8 or int32, got " + type_name(t.scalar_type()));
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.stride(i) != b.stride(i)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Tensor fake_quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                        int64_t quant_max, OptionalInt axis, OptionalInt group_size) {
+  const DType dtype = float_dtype("x", x);
+  const Grid g = parse_grid(scale, zero_point, quant_min, quant_max);
+  const Input input = parse_input(x, scale, axis, group_size);
+  const Tensor y = empty_like(input.x, x.scalar_type());
+  check(fake_quantize(dtype, input.x.const_data_ptr(), y.mutable_data_ptr(), input.shape, g.grid, torch_executor()));
+  return y;
+}
+
+Tensor fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                            int64_t quant_max, OptionalInt axis, OptionalInt group_size, const Tensor& out) {
+  const DType dtype = float_dtype("x", x);
+  if (out.scalar_type() != x.scalar_type() || sizes_of(out) != sizes_of(x)) {
+    invalid("out: expected dtype and shape of x, " + type_name(x.scalar_type()) + " " + to_string(sizes_of(x)) +
+            ", got " + type_name(out.scalar_type()) + " " + to_string(sizes_of(out)));
+  }
+  const Grid g = parse_grid(scale, zero_point, quant_min, quant_max);
+  const Input input = parse_input(x, scale, axis, group_size);
+  if (same_strides(input.x, out)) {
+    check(
+        fake_quantize(dtype, input.x.const_data_ptr(), out.mutable_data_ptr(), input.shape, g.grid, torch_executor()));
+    return out;
+  }
+  Tensor target = out;
+  torch::stable::copy_(target, fake_quantize_op(x, scale, zero_point, quant_min, quant_max, axis, group_size));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad_in, const Tensor& x,
+                                                             const Tensor& scale, const OptionalTensor& zero_point,
+                                                             int64_t quant_min, int64_t quant_max, OptionalInt axis,
+                                                             OptionalInt group_size) {
+  const DType dtype = float_dtype("x", x);
+  if (grad_in.scalar_type() != x.scalar_type() || sizes_of(grad_in) != sizes_of(x)) {
+    invalid("grad: expected dtype and shape of x, " + type_name(x.scalar_type()) + " " + to_string(sizes_of(x)) +
+            ", got " + type_name(grad_in.scalar_type()) + " " + to_string(sizes_of(grad_in)));
+  }
+  const Grid g = parse_grid(scale, zero_point, quant_min, quant_max);
+  Input input = parse_input(x, scale, axis, group_size);
+  Tensor grad = grad_in;
+  if (!same_strides(input.x, grad)) {
+    input = parse_input(dense(x), scale, axis, group_size);
+    grad = dense(grad);
+  }
+  const Tensor grad_x = empty_like(input.x, x.scalar_type());
+  const Tensor grad_scale = empty_like(g.scale, ScalarType::Float);
+  const Tensor grad_zero_point = empty_like(g.scale, ScalarType::Float);
+  check(fake_quantize_backward(dtype, grad.const_data_ptr(), input.x.const_data_ptr(), grad_x.mutable_data_ptr(),
+                               mutable_data<float>(grad_scale), mutable_data<float>(grad_zero_point), input.shape,
+                               g.grid, torch_executor()));
+  return {grad_x, grad_scale, grad_zero_point};
+}
+
+Tensor quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                   int64_t quant_max, OptionalInt axis, OptionalInt group_size) {
+  const DType dtype = float_dtype("x", x);
+  const Grid g = parse_grid(scale, zero_point, quant_min, quant_max);
+  const Input input = parse_input(x, scale, axis, group_size);
+  const QType qtype = smallest_qtype(quant_min, quant_max);
+  const Tensor q = empty_like(input.x, scalar_type(qtype));
+  check(quantize(dtype, input.x.const_data_ptr(), qtype, q.mutable_data_ptr(), input.shape, g.grid, torch_executor()));
+  return q;
+}
+
+Tensor dequantize_op(const Tensor& q, const Tensor& scale, const OptionalTensor& zero_point, OptionalInt axis,
+                     OptionalInt group_size) {
+  const QType qtype = integer_type("q", q);
+  const Grid g = parse_grid(scale, zero_point, kQuantMinLimit, kQuantMaxLimit);
+  const Input input = parse_input(q, scale, axis, group_size);
+  const Tensor y = empty_like(input.x, ScalarType::Float);
+  check(dequantize(qtype, input.x.const_data_ptr(), mutable_data<float>(y), input.shape, g.grid, torch_executor()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const Tensor x = dense(x_in);
+  Sizes sizes = sizes_of(x);
+  const Tensor q = empty(x, sizes, ScalarType::Char);
+  const int64_t cols = sizes.back();
+  sizes.pop_back();
+  const Tensor scale = empty(x, sizes, ScalarType::Float);
+  check(quantize_rows(dtype, x.const_data_ptr(), rows, cols, mutable_data<int8_t>(q), mutable_data<float>(scale),
+                      torch_executor()));
+  return {q, scale};
+}
+
+}  // namespace kdq::bindings

@@ -1,0 +1,44 @@
+// The CPU implementations of torch.ops.kdq.*, one file a family; torch_ops.cpp gives them their schemas.
+#pragma once
+
+#include <tuple>
+
+#include "torch_common.h"
+
+namespace kdq::bindings {
+
+using OptionalInt = std::optional<int64_t>;
+
+// torch_fake_quant.cpp
+Tensor fake_quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                        int64_t quant_max, OptionalInt axis, OptionalInt group_size);
+Tensor fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                            int64_t quant_max, OptionalInt axis, OptionalInt group_size, const Tensor& out);
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                             const OptionalTensor& zero_point, int64_t quant_min,
+                                                             int64_t quant_max, OptionalInt axis,
+                                                             OptionalInt group_size);
+Tensor quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                   int64_t quant_max, OptionalInt axis, OptionalInt group_size);
+Tensor dequantize_op(const Tensor& q, const Tensor& scale, const OptionalTensor& zero_point, OptionalInt axis,
+                     OptionalInt group_size);
+std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x);
+
+// torch_int8.cpp
+Tensor pack_int8_weight_op(const Tensor& w);
+Tensor unpack_int8_weight_op(const Tensor& packed);
+Tensor int8_matmul_op(const Tensor& a, const Tensor& b);
+Tensor int8_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias,
+                      const OptionalTensor& input_scale, const OptionalTensor& input_zero_point,
+                      int64_t input_quant_max, const std::optional<std::string>& activation);
+Tensor int8_weight_only_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                                  const OptionalTensor& bias, const std::optional<std::string>& activation);
+
+// torch_binary.cpp
+Tensor pack_signs_op(const Tensor& x);
+Tensor unpack_signs_op(const Tensor& bits, int64_t k);
+Tensor binary_matmul_op(const Tensor& a_bits, const Tensor& b_bits, int64_t k);
+Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits, const Tensor& weight_scale,
+                        const OptionalTensor& bias);
+
+}  // namespace kdq::bindings

@@ -1,0 +1,233 @@
+"""Loads libkdq_torch and completes `torch.ops.kdq` with what lives in Python: shape inference and autograd.
+
+The operators themselves are registered in C++ (csrc/bindings/torch_ops.cpp), so they also run where there is no Python.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdq_kernels import _C
+
+LIBRARY = Path(__file__).parent / "libkdq_torch.so"
+OLDEST_TORCH = (2, 10)
+
+
+def load() -> None:
+    """Makes `torch.ops.kdq` available.
+
+    Raises:
+        ImportError: torch is too old, or the library is missing or cannot be loaded.
+    """
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise ImportError(f"kdq_kernels needs torch 2.10 or newer, found {torch.__version__}")
+    if not LIBRARY.exists():
+        raise ImportError(
+            f"kdq_kernels was built without its torch operators ({LIBRARY.name} is missing): install torch, then "
+            "rebuild with 'pip install --no-build-isolation .'"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"kdq_kernels: {LIBRARY.name} cannot be loaded into torch {torch.__version__} ({error}); rebuild with "
+            "'pip install --no-build-isolation .'"
+        ) from error
+
+
+load()
+
+
+def fake(name: str) -> Any:
+    """Registers the decorated function as the shape inference of `torch.ops.kdq.<name>`."""
+    return torch.library.register_fake(f"kdq::{name}")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ---- fake_quant ------------------------------------------------------------------------------------------------------
+
+
+def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Shape and strides of the real operator's result: those of x if it is dense in memory, else contiguous."""
+    return torch.empty_like(x, dtype=dtype)
+
+
+@fake("fake_quantize")
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    return dense_like(x if group_size is None else x.contiguous(), x.dtype)
+
+
+@fake("fake_quantize.out")
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    *,
+    out: Tensor,
+) -> Tensor:
+    return out
+
+
+@fake("fake_quantize_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dense = x.contiguous() if group_size is not None else dense_like(x, x.dtype)
+    grad_x = dense_like(dense, x.dtype) if grad.stride() == dense.stride() else x.new_empty(x.shape)
+    grad_scale = scale.new_empty(scale.shape, dtype=torch.float32)
+    return grad_x, grad_scale, torch.empty_like(grad_scale)
+
+
+@fake("quantize")
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    if quant_min >= -128 and quant_max <= 127:
+        dtype = torch.int8
+    elif quant_min >= 0 and quant_max <= 255:
+        dtype = torch.uint8
+    else:
+        dtype = torch.int32
+    return dense_like(x if group_size is None else x.contiguous(), dtype)
+
+
+@fake("dequantize")
+def _(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    return dense_like(q if group_size is None else q.contiguous(), torch.float32)
+
+
+@fake("quantize_rows")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+# ---- int8 ------------------------------------------------------------------------------------------------------------
+
+
+@fake("pack_int8_weight")
+def _(w: Tensor) -> Tensor:
+    n, k = w.shape
+    if isinstance(n, int) and isinstance(k, int):
+        row_bytes: Any = -(-_C.int8_packed_bytes(n, k) // n) if n else k
+    else:
+        row_bytes = torch.library.get_ctx().new_dynamic_size()
+    return w.new_empty((n, row_bytes), dtype=torch.uint8)
+
+
+@fake("unpack_int8_weight")
+def _(packed: Tensor) -> Tensor:
+    k = torch.library.get_ctx().new_dynamic_size()  # only the blob itself knows K
+    return packed.new_empty((packed.shape[0], k), dtype=torch.int8)
+
+
+@fake("int8_matmul")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
+
+
+@fake("int8_linear")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    input_quant_max: int = 255,
+    activation: str | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@fake("int8_weight_only_linear")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+# ---- binary ----------------------------------------------------------------------------------------------------------
+
+
+@fake("pack_signs")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], (x.shape[-1] + 63) // 64), dtype=torch.int64)
+
+
+@fake("unpack_signs")
+def _(bits: Tensor, k: int) -> Tensor:
+    return bits.new_empty((*bits.shape[:-1], k), dtype=torch.float32)
+
+
+@fake("binary_matmul")
+def _(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
+    return a_bits.new_empty((a_bits.shape[0], b_bits.shape[0]), dtype=torch.int32)
+
+
+@fake("binary_linear")
+def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_bits.shape[0]))
+
+
+# ---- autograd: fake_quantize only, so that inference operators keep their short call path ------------------------------
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, ctx.quant_min, ctx.quant_max, ctx.axis, ctx.group_size = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, scale, zero_point = ctx.saved_tensors
+    grad_x, grad_scale, grad_zero_point = torch.ops.kdq.fake_quantize_backward(
+        grad, x, scale, zero_point, ctx.quant_min, ctx.quant_max, ctx.axis, ctx.group_size
+    )
+    learned = zero_point is not None and zero_point.is_floating_point()
+    return grad_x, grad_scale, grad_zero_point if learned else None, None, None, None, None
+
+
+torch.library.register_autograd("kdq::fake_quantize", _backward, setup_context=_save_for_backward)

@@ -1,0 +1,215 @@
+"""The kernels on torch tensors: thin, typed faces of `torch.ops.kdq.*`.
+
+x is float32, bfloat16 or float16 on the CPU, of any strides; scales are float32. Wrong shapes, dtypes or values raise
+`ValueError` naming the argument, what came and what was expected. All functions work under `torch.compile(fullgraph=True)`
+and stay `kdq.*` nodes in `torch.export`.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kdq_kernels import _torch_library as _torch_library  # registers torch.ops.kdq
+
+_ops = torch.ops.kdq
+
+
+def _tensor(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
+    """A number as a 0-d tensor; tensors and None as they are."""
+    return torch.tensor(value, dtype=dtype) if isinstance(value, int | float) else value
+
+
+def _scale(scale: Tensor | float) -> Tensor:
+    return cast(Tensor, _tensor(scale, torch.float32))
+
+
+def _zero_point(zero_point: Tensor | float | None) -> Tensor | None:
+    """int64 tensors, which torch's own quantizers accept, become int32; a Python float is a learned zero point."""
+    if isinstance(zero_point, Tensor):
+        return zero_point.to(torch.int32) if zero_point.dtype == torch.int64 else zero_point
+    return _tensor(zero_point, torch.int32 if isinstance(zero_point, int) else torch.float32)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | float | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rounds x to a quantization grid and back: `(clamp(round(x / scale) + zero_point) - zero_point) * scale`.
+
+    Rounding is half-to-even and multiplies by the float32 inverse of the scale, so the bits equal those of
+    `torch.fake_quantize_per_{tensor,channel}_affine`. Differentiable in x (straight-through inside the grid), scale and a
+    float zero_point (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020), all in one backward pass.
+
+    Args:
+        x: any shape; NaN propagates, infinities clamp.
+        scale: positive, finite. One element (per tensor), `[x.size(axis)]` (per channel), or `[..., K / group_size]` for x
+            `[..., K]` (per group).
+        zero_point: int32 in `[quant_min, quant_max]`, or float32, which is rounded half-to-even and clamped. Shape of scale.
+        quant_min, quant_max: the integer range, within ±2^23.
+        axis: the channel axis; negative counts from the end.
+        group_size: length of the groups along the last axis.
+        out: receives the result (inference only).
+
+    Raises:
+        ValueError: a shape, dtype or value is wrong.
+        RuntimeError: `out` is given where a gradient is needed.
+    """
+    scale, zero_point = _scale(scale), _zero_point(zero_point)
+    if out is None:
+        return _ops.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis, group_size)
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        raise RuntimeError("fake_quantize: out= does not support automatic differentiation")
+    return _ops.fake_quantize.out(x, scale, zero_point, quant_min, quant_max, axis, group_size, out=out)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | float | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """The integers of `fake_quantize`: int8 where the range fits, else uint8, else int32. NaN gives the zero point."""
+    return _ops.quantize(x, _scale(scale), _zero_point(zero_point), quant_min, quant_max, axis, group_size)
+
+
+def dequantize(
+    q: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | float | None = None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """`(q - zero_point) * scale` in float32, for q int8, uint8 or int32."""
+    return _ops.dequantize(q, _scale(scale), _zero_point(zero_point), axis, group_size)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[..., K]` -> (q int8 `[..., K]` in [-127, 127], scale float32 `[...]`), `scale = max|row| / 127`.
+
+    Rows of zeros get q = 0 and the smallest normal float32 as scale. NaN or inf makes the scale of its row NaN or inf, and
+    q zero there.
+    """
+    return _ops.quantize_rows(x)
+
+
+def pack_int8_weight(w: Tensor) -> Tensor:
+    """w int8 `[N, K]` -> an opaque blob, uint8 `[N, ...]`, in the order that this machine's kernels read.
+
+    Not for storage: keep w and pack again after loading, or after `set_isa`.
+    """
+    return _ops.pack_int8_weight(w)
+
+
+def unpack_int8_weight(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int8_weight`: int8 `[N, K]`."""
+    return _ops.unpack_int8_weight(packed)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a int8 `[M, K]` @ b.T -> int32 `[M, N]`, exact for every int8 value; b int8 `[N, K]` or packed.
+
+    Raises:
+        ValueError: the K of a and b differ, or K > 131071, where int32 sums could overflow.
+    """
+    return _ops.int8_matmul(a, b)
+
+
+def int8_linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_scale: Tensor | float | None = None,
+    input_zero_point: Tensor | int | None = None,
+    input_quant_max: int = 255,
+    activation: str | None = None,
+) -> Tensor:
+    """A linear layer on integer kernels: float in, float out, in the dtype of x.
+
+    Quantizes the rows of x, multiplies exactly in int32, and applies `acc * row_scale * weight_scale + bias` and the
+    activation before the result is first written.
+
+    Args:
+        x: `[..., K]`.
+        packed: `pack_int8_weight(w)` of w `[N, K]`.
+        weight_scale: float32 `[N]`, one scale an output channel.
+        bias: float32 `[N]`.
+        input_scale: None quantizes each row dynamically (`quantize_rows`; K at most 131071). A number or one-element tensor
+            quantizes statically to unsigned integers `[0, input_quant_max]` (K at most 65535).
+        input_zero_point: of the static grid; None: its middle, `(input_quant_max + 1) // 2`.
+        input_quant_max: 255 for 8-bit activations, `2**bits - 1` for fewer bits.
+        activation: None, "relu", "gelu" (erf form) or "silu".
+
+    Returns:
+        `[..., N]`. A row of x with NaN (or, dynamically, inf) gives NaN in that row alone.
+    """
+    return _ops.int8_linear(
+        x,
+        packed,
+        weight_scale,
+        bias,
+        _tensor(input_scale, torch.float32),
+        _tensor(input_zero_point, torch.int32),
+        input_quant_max,
+        activation,
+    )
+
+
+def int8_weight_only_linear(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """As `int8_linear`, but x stays in floating point: weights are widened in registers, sums are float32."""
+    return _ops.int8_weight_only_linear(x, packed, weight_scale, bias, activation)
+
+
+def pack_signs(x: Tensor) -> Tensor:
+    """x `[..., K]` -> sign bits, int64 `[..., ceil(K / 64)]`.
+
+    Element i is bit i % 64 of word i // 64; a set bit means -1; sign(0) = sign(-0.0) = sign(NaN) = +1; tail bits are zero.
+    """
+    return _ops.pack_signs(x)
+
+
+def unpack_signs(bits: Tensor, k: int) -> Tensor:
+    """Sign bits `[..., ceil(k / 64)]` -> ±1, float32 `[..., k]`."""
+    return _ops.unpack_signs(bits, k)
+
+
+def binary_matmul(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
+    """Dot products of ±1 vectors by xor and popcount: a_bits `[M, W]`, b_bits `[N, W]` -> int32 `[M, N]`, exact.
+
+    `dot = k - 2 * popcount(a xor b)` (Courbariaux et al. 2016).
+    """
+    return _ops.binary_matmul(a_bits, b_bits, k)
+
+
+def binary_linear(
+    x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x.
+
+    The signs of x are packed inside. weight_bits int64 `[N, ceil(K / 64)]`; weight_scale float32 `[N]`: XNOR-Net's alpha, the
+    mean magnitude of the channel's weights (Rastegari et al. 2016).
+    """
+    return _ops.binary_linear(x, weight_bits, weight_scale, bias)
