@@ -1,0 +1,69 @@
+"""Describes models made of nn.Sequential and common layers as JSON, so that a checkpoint can rebuild them without code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kdq.layers.base import InferenceLinear
+
+# Constructor arguments of the layers that can be described; each is also an attribute ("bias" says whether there is one).
+ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+    nn.Dropout: ("p",),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.GELU: ("approximate",),
+    nn.Hardtanh: ("min_val", "max_val"),
+    nn.Identity: (),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.Linear: ("in_features", "out_features", "bias"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding"),
+    nn.ReLU: (),
+    nn.SiLU: (),
+    nn.Sigmoid: (),
+    nn.Softmax: ("dim",),
+    nn.Tanh: (),
+}
+TYPES = {cls.__name__: cls for cls in ARGUMENTS}
+
+
+def describe_architecture(model: nn.Module, name: str = "") -> dict[str, Any] | None:
+    """A JSON-ready description, or None if any part is not among the known layers."""
+    if isinstance(model, InferenceLinear):
+        return {"type": "kdq", "name": name}
+    if type(model) is nn.Sequential:
+        children = {
+            key: describe_architecture(child, f"{name}.{key}" if name else key) for key, child in model.named_children()
+        }
+        return None if None in children.values() else {"type": "Sequential", "children": children}
+    if type(model) not in ARGUMENTS:
+        return None
+    arguments = {key: getattr(model, key) for key in ARGUMENTS[type(model)]}
+    if "bias" in arguments:
+        arguments["bias"] = arguments["bias"] is not None
+    return {"type": type(model).__name__, "arguments": arguments}
+
+
+def build_architecture(description: dict[str, Any], layers: dict[str, InferenceLinear]) -> nn.Module:
+    """The inverse of `describe_architecture`; quantized layers come from `layers`, by name.
+
+    Raises:
+        ValueError: the description is not valid.
+    """
+    kind = description.get("type")
+    try:
+        if kind == "kdq":
+            return layers[description["name"]]
+        if kind == "Sequential":
+            model = nn.Sequential()
+            for key, child in description["children"].items():
+                model.add_module(key, build_architecture(child, layers))
+            return model
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description["arguments"].items()}
+        return TYPES[str(kind)](**arguments)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"architecture: the description of a {kind} is not valid: {error}") from error

@@ -1,0 +1,99 @@
+"""What to do with a layer: one frozen dataclass a scheme. They validate on construction and round-trip through JSON."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Dynamic:
+    """int8 weights per output channel; activations int8 per row, their scale computed at run time. Needs no calibration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Static:
+    """int8 weights per output channel; activations unsigned 8 bits per tensor, their scale fixed by calibration or training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8WeightOnly:
+    """int8 weights per output channel; activations stay in floating point. Halves to quarters the weight's bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowBit:
+    """Weights of 1 to 8 bits per output channel, unsigned activations of 2 to 8 bits per tensor (LSQ, LSQ+).
+
+    `LowBit(weight_bits=1, act_bits=1)` is `Binary()`.
+    """
+
+    weight_bits: int
+    act_bits: int
+
+    def __post_init__(self) -> None:
+        for name, bits in (("weight_bits", self.weight_bits), ("act_bits", self.act_bits)):
+            if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
+                raise ValueError(f"{name}: expected an integer from 1 to 8, got {bits!r}")
+        if self.act_bits == 1 and self.weight_bits != 1:
+            raise ValueError(
+                f"act_bits: 1-bit activations need weight_bits=1 (the binary kernels), got weight_bits={self.weight_bits}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binary:
+    """±1 weights with one scale an output channel, ±1 activations: XNOR-Net (Rastegari et al. 2016)."""
+
+
+Config: TypeAlias = Int8Dynamic | Int8Static | Int8WeightOnly | LowBit | Binary
+CONFIGS: dict[str, type[Config]] = {
+    cls.__name__: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, LowBit, Binary)
+}
+
+# One config for every layer, or the first whose pattern (as in fnmatch: "encoder.*.fc1") matches the module's name.
+ConfigMap: TypeAlias = Config | Mapping[str, Config]
+
+
+def normalize(config: Config) -> Config:
+    """`LowBit(weight_bits=1, act_bits=1)` as `Binary()`; anything else as it is.
+
+    Raises:
+        TypeError: config is not one of this module's.
+    """
+    if not isinstance(config, tuple(CONFIGS.values())):
+        raise TypeError(f"config: expected one of {', '.join(CONFIGS)}, got {config!r}")
+    return Binary() if config == LowBit(weight_bits=1, act_bits=1) else config
+
+
+def config_for(configs: ConfigMap, name: str) -> Config | None:
+    """The config that applies to the module of that name; None if no pattern matches."""
+    if not isinstance(configs, Mapping):
+        return normalize(configs)
+    for pattern, config in configs.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return normalize(config)
+    return None
+
+
+def config_to_json(config: Config) -> dict[str, Any]:
+    """`{"type": "LowBit", "weight_bits": 2, "act_bits": 4}`."""
+    return {"type": type(config).__name__, **asdict(config)}
+
+
+def config_from_json(data: Mapping[str, Any]) -> Config:
+    """The inverse of `config_to_json`.
+
+    Raises:
+        ValueError: the type is unknown, or a field is missing, unknown or out of range.
+    """
+    fields = dict(data)
+    name = fields.pop("type", None)
+    if name not in CONFIGS:
+        raise ValueError(f"config: expected a type among {', '.join(CONFIGS)}, got {name!r}")
+    try:
+        return CONFIGS[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"config: {name} does not take these fields: {error}") from error

@@ -1,0 +1,193 @@
+"""save and load: one safetensors file with the tensors, and the quantization map in its metadata.
+
+The tensors are the portable ones (row-major integers, packed bits, scales); what a machine's kernels want is made on load.
+No code is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdq.architecture import build_architecture, describe_architecture
+from kdq.configs import config_from_json, config_to_json
+from kdq.layers.base import InferenceLinear
+from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.int8_linear import Int8Linear
+from kdq.layers.low_bit_linear import LowBitLinear
+from kdq.layers.qat import QATLinear
+
+METADATA_KEY = "kdq"
+FORMAT_VERSION = 1
+LAYERS: dict[str, Callable[..., InferenceLinear]] = {
+    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear)
+}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model to a safetensors file; an interrupted call leaves an existing file as it was.
+
+    Models made of nn.Sequential and common layers are described in the file too, so that `load(path)` can rebuild them.
+
+    Raises:
+        ValueError: the model has training twins left; call `convert_` first.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QATLinear):
+            raise ValueError(
+                f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before saving, or keep "
+                "training checkpoints with torch.save(model.state_dict(), ...)"
+            )
+    info = {
+        "version": FORMAT_VERSION,
+        "layers": {n: _describe_layer(m) for n, m in model.named_modules() if isinstance(m, InferenceLinear)},
+        "architecture": describe_architecture(model),
+    }
+    # Shared tensors are written under each of their names: safetensors has no aliases.
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = Path(f"{os.fspath(path)}.partial")
+    try:
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Reads what `save` wrote.
+
+    Args:
+        path: the file.
+        model: the float architecture; its layers are replaced as the file says and all tensors loaded, in place. None
+            rebuilds models made of nn.Sequential and common layers.
+
+    Returns:
+        The model, in eval mode if it was rebuilt.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt, truncated or not kdq's, or does not fit the model, which is then left as it was.
+    """
+    info, tensors = _read(path)
+    layers = {name: _build_layer(path, name, data) for name, data in info["layers"].items()}
+    if model is None:
+        if info["architecture"] is None:
+            raise ValueError(
+                f"{path}: holds a model with code of its own; build its float architecture and pass it as model="
+            )
+        model = build_architecture(info["architecture"], layers).eval()
+        _check_tensors(path, model, layers, tensors)
+    else:
+        for name in layers:
+            _check_place(path, model, name, layers[name])
+        _check_tensors(path, model, layers, tensors)
+        for name, layer in layers.items():
+            parent_name, _, child = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            setattr(parent, child, layer.train(getattr(parent, child).training))
+    model.load_state_dict(tensors)
+    return model
+
+
+def _describe_layer(layer: Any) -> dict[str, Any]:
+    return {
+        "type": type(layer).__name__,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+        "config": config_to_json(layer.config),
+    }
+
+
+def _build_layer(path: str | os.PathLike[str], name: str, data: dict[str, Any]) -> InferenceLinear:
+    try:
+        return LAYERS[data["type"]](
+            data["in_features"], data["out_features"], data["bias"], config=config_from_json(data["config"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the description of layer {name!r} is not valid: {error}") from error
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: corrupt, truncated, or not a safetensors file ({error})") from error
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path}: a safetensors file, but not one that kdq.save wrote: it has no quantization map")
+    try:
+        info = json.loads(metadata[METADATA_KEY])
+        version = info["version"]
+        if not isinstance(info["layers"], dict) or "architecture" not in info:
+            raise KeyError("layers")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its quantization map is not valid: {error}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, this kdq reads {FORMAT_VERSION}")
+    return info, tensors
+
+
+def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, layer: InferenceLinear) -> None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{path}: has a layer {name!r}, which the model lacks") from error
+    features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if name == "" or features != (layer.in_features, layer.out_features):
+        raise ValueError(
+            f"{path}: layer {name!r} is linear {layer.in_features} -> {layer.out_features}, the model has {module} there"
+        )
+
+
+def _check_tensors(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    layers: dict[str, InferenceLinear],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Every tensor that the model will have once its layers are replaced is in the file, with the right shape and dtype."""
+    expected = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if not any(key.startswith(f"{name}.") for name in layers)
+    }
+    for name, layer in layers.items():
+        expected |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    missing = sorted(expected.keys() - tensors.keys())
+    surplus = sorted(tensors.keys() - expected.keys())
+    if missing or surplus:
+        raise ValueError(
+            f"{path}: does not fit the model: "
+            + "; ".join(
+                f"{text} {', '.join(names[:5])}"
+                for text, names in (("it lacks", missing), ("the model lacks", surplus))
+                if names
+            )
+        )
+    for key, tensor in expected.items():
+        got = tensors[key]
+        # A float model may be loaded into another float dtype, as load_state_dict does; integers and scales must match.
+        quantized = any(key.startswith(f"{name}.") for name in layers)
+        if got.shape != tensor.shape or (quantized and got.dtype != tensor.dtype):
+            raise ValueError(
+                f"{path}: tensor {key!r} is {got.dtype} {list(got.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+            )
+        if got.is_floating_point() and key.endswith(("weight_scale", "input_scale")) and quantized:
+            _check_scale(path, key, got)
+
+
+def _check_scale(path: str | os.PathLike[str], key: str, scale: Tensor) -> None:
+    if not (torch.isfinite(scale).all() and (scale >= 0).all()):
+        raise ValueError(f"{path}: tensor {key!r} has scales that are negative, NaN or infinite")

@@ -1,0 +1,15 @@
+"""Quantized layers: for inference on the kernels, and their twins for training (`kdq.layers.qat`)."""
+
+from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.int8_linear import Int8Linear
+from kdq.layers.low_bit_linear import LowBitLinear
+from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear
+
+__all__ = [
+    "BinaryLinear",
+    "BinaryQATLinear",
+    "Int8Linear",
+    "Int8QATLinear",
+    "LowBitLinear",
+    "LowBitQATLinear",
+]

@@ -1,0 +1,136 @@
+"""What the inference layers share: frozen portable buffers, the packed-weight cache, gradients that reach the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kdq_kernels as kk
+
+
+class InferenceLinear(nn.Module):
+    """A linear layer on quantized kernels. Its tensors are buffers: frozen, and saved in a form any machine can load.
+
+    Subclasses compute the result in `kernel`; `dequantized_weight` is the float32 weight that they stand for.
+    """
+
+    in_features: int
+    out_features: int
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """x `[..., in_features]` -> `[..., out_features]`, in the dtype of x."""
+        raise NotImplementedError
+
+    def dequantized_weight(self) -> Tensor:
+        """float32 `[out_features, in_features]`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected {self.in_features} features in the last axis, got {list(x.shape)}")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_grad_enabled() and x.requires_grad:
+            return straight_through(self.kernel, self.dequantized_weight, x)
+        return self.kernel(x)
+
+    def to_float(self) -> nn.Linear:
+        """A plain nn.Linear with the dequantized weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        with torch.no_grad():
+            linear.weight.copy_(self.dequantized_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLinear:
+        """Moves between devices, but keeps dtypes: `model.bfloat16()` must not round the float32 scales."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Passes `y` on; its gradient goes to x through the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
+
+
+def straight_through(kernel: Callable[[Tensor], Tensor], weight: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """`kernel(x)`, with the gradient of the dequantized linear layer, so that what lies before a frozen layer still trains."""
+    y: Tensor = _StraightThrough.apply(x, kernel(x.detach()), weight())
+    return y
+
+
+class PackedInt8Linear(InferenceLinear):
+    """An inference layer on the int8 kernels.
+
+    The kernels read a machine-dependent packed weight. It is a cache beside the portable buffers: made when the layer is
+    built, loaded, copied or unpickled, remade after `set_isa`, and never saved.
+    """
+
+    packed: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
+        self._packed_isa = ""
+
+    def int8_weight(self) -> Tensor:
+        """The integers, int8 `[out_features, in_features]`."""
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Makes the packed weight from the portable buffers."""
+        self.packed = kk.pack_int8_weight(self.int8_weight())
+        self._packed_isa = kk.cpu_isa()
+
+    def packed_weight(self) -> Tensor:
+        """The packed weight for the instruction set in force."""
+        if not torch.compiler.is_compiling() and self._packed_isa != kk.cpu_isa():
+            self.pack()
+        return self.packed
+
+    def dequantized_weight(self) -> Tensor:
+        return kk.dequantize(self.int8_weight(), self.weight_scale, axis=0)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {**self._buffers, "packed": torch.empty(0, dtype=torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pack()

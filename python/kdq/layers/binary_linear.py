@@ -1,0 +1,42 @@
+"""BinaryLinear: ±1 weights and activations on the xnor-popcount kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import kdq_kernels as kk
+from kdq.configs import Binary
+from kdq.layers.base import InferenceLinear
+
+
+class BinaryLinear(InferenceLinear):
+    """`sign(x) @ sign(w).T * weight_scale + bias` (XNOR-Net, Rastegari et al. 2016).
+
+    Buffers: `weight_bits` int64 `[N, ceil(K / 64)]`, `weight_scale` float32 `[N]` (the mean `|w|` of the output channel),
+    `bias` float32 `[N]` or None.
+    """
+
+    weight_bits: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: Binary | None = None) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.config = Binary() if config is None else config
+        self.register_buffer("weight_bits", torch.zeros(out_features, (in_features + 63) // 64, dtype=torch.int64))
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, config: Binary | None = None) -> BinaryLinear:
+        """Signs and mean magnitudes of an nn.Linear's weight."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config=config)
+        weight = linear.weight.detach().float()
+        layer.weight_bits = kk.pack_signs(weight)
+        layer.weight_scale = weight.abs().mean(1)
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach().float().clone()
+        return layer
+
+    def kernel(self, x: Tensor) -> Tensor:
+        return kk.binary_linear(x, self.weight_bits, self.weight_scale, self.bias)
+
+    def dequantized_weight(self) -> Tensor:
+        return kk.unpack_signs(self.weight_bits, self.in_features) * self.weight_scale[:, None]

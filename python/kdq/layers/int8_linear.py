@@ -1,0 +1,83 @@
+"""Int8Linear: int8 weights, with dynamic, static or no activation quantization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import kdq_kernels as kk
+from kdq.configs import Int8Dynamic, Int8Static, Int8WeightOnly
+from kdq.grids import AffineGrid, int8_weight_scale
+from kdq.layers.base import PackedInt8Linear
+
+Int8Config = Int8Dynamic | Int8Static | Int8WeightOnly
+
+
+class Int8Linear(PackedInt8Linear):
+    """A linear layer on the int8 kernels.
+
+    Buffers: `weight` int8 `[N, K]`, `weight_scale` float32 `[N]`, `bias` float32 `[N]` or None; for `Int8Static` also
+    `input_scale` float32 and `input_zero_point` int32, both 0-d.
+    """
+
+    weight: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: Int8Config) -> None:
+        super().__init__(in_features, out_features, bias)
+        static = isinstance(config, Int8Static)
+        self.config = config
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("input_scale", torch.tensor(1.0) if static else None)
+        self.register_buffer("input_zero_point", torch.tensor(0, dtype=torch.int32) if static else None)
+        self.pack()
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        config: Int8Config | None = None,
+        *,
+        input_grid: AffineGrid | None = None,
+        weight_scale: Tensor | None = None,
+    ) -> Int8Linear:
+        """Quantizes an nn.Linear.
+
+        Args:
+            config: None means `Int8Dynamic()`.
+            input_grid: the activations' grid; needed for `Int8Static`.
+            weight_scale: float32 `[N]`; None: `max|w| / 127` of each output channel.
+        """
+        config = Int8Dynamic() if config is None else config
+        if isinstance(config, Int8Static) and input_grid is None:
+            raise ValueError("input_grid: Int8Static needs the range of the activations; calibrate first")
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config=config)
+        weight = linear.weight.detach().float()
+        scale = int8_weight_scale(weight) if weight_scale is None else weight_scale.detach().float()
+        layer.weight_scale = scale
+        layer.weight = kk.quantize(weight, scale, quant_min=-127, quant_max=127, axis=0)
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach().float().clone()
+        if isinstance(config, Int8Static) and input_grid is not None:
+            layer.input_scale, layer.input_zero_point = input_grid.scale, input_grid.zero_point
+        layer.pack()
+        return layer
+
+    def int8_weight(self) -> Tensor:
+        return self.weight
+
+    def kernel(self, x: Tensor) -> Tensor:
+        if isinstance(self.config, Int8WeightOnly):
+            return kk.int8_weight_only_linear(x, self.packed_weight(), self.weight_scale, self.bias)
+        return kk.int8_linear(
+            x,
+            self.packed_weight(),
+            self.weight_scale,
+            self.bias,
+            input_scale=self.input_scale,
+            input_zero_point=self.input_zero_point,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.config}"

@@ -1,0 +1,264 @@
+"""quantize_, prepare_qat_, convert_: replace a model's linear layers, in place and all or nothing.
+
+Each call first decides about every layer and builds all replacements; only then does it touch the model. An error on the
+way leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.utils import parametrize
+
+from kdq.calibrate import Observer, observe_inputs
+from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for
+from kdq.layers.base import InferenceLinear
+from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.int8_linear import Int8Linear
+from kdq.layers.low_bit_linear import LowBitLinear
+from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a call did with every leaf module: changed (name -> config) or left (name -> reason)."""
+
+    changed: dict[str, Config] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __rich__(self) -> Table:
+        table = Table("module", "result", title=f"{len(self.changed)} changed, {len(self.left)} left")
+        for name, config in self.changed.items():
+            table.add_row(name, str(config), style="bold")
+        for name, reason in self.left.items():
+            table.add_row(name or "(the model)", f"left: {reason}")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def quantize_(
+    model: nn.Module,
+    config: ConfigMap,
+    filter_fn: FilterFn | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+) -> ConversionReport:
+    """Quantizes a trained model in place: its linear layers run on the integer and binary kernels from now on.
+
+    Args:
+        model: any module that contains nn.Linear layers.
+        config: one config for all layers, or a mapping of name patterns (fnmatch) to configs; the first match counts.
+        filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
+        calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed for `Int8Static` and `LowBit`,
+            whose activation scales are fixed.
+
+    Returns:
+        What was changed, and what was left and why.
+
+    Raises:
+        TypeError: config is not one of kdq's.
+        ValueError: calibration is missing or empty, a weight is not finite, or the model itself is the only linear layer.
+    """
+    plan = _plan(model, config, filter_fn, _why_not_linear)
+    static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
+    observers: dict[str, Observer] = {}
+    if static:
+        if calibration is None:
+            first = next(iter(static))
+            raise ValueError(
+                f"calibration: {first!r} gets {plan.chosen[first].config}, which fixes the activations' scale; pass some "
+                "batches as calibration=, or use Int8Dynamic, which needs none"
+            )
+        observers = observe_inputs(model, static, calibration)
+    return plan.carry_out(model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)))
+
+
+def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None = None) -> ConversionReport:
+    """Replaces linear layers by their training twins, in place: float weights, fake-quantized in the forward pass.
+
+    Train the model as before (make the optimizer after this call: learned scales are parameters), then call `convert_`.
+    Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first batch.
+    """
+    plan = _plan(model, config, filter_fn, _why_not_linear)
+    return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
+
+
+def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> ConversionReport:
+    """Replaces training twins by the layers that run on the real kernels, in place.
+
+    Args:
+        model: after `prepare_qat_` and training.
+        plan: also quantizes plain nn.Linear layers whose names match, as `quantize_` does without calibration.
+
+    Raises:
+        RuntimeError: an activation scale was never initialized, because no batch went through.
+        ValueError: as for `quantize_`.
+    """
+
+    def why_not(module: nn.Module) -> str | None:
+        return None if isinstance(module, QATLinear) else "not prepared by prepare_qat_"
+
+    prepared = _plan(model, {}, None, why_not, config_of=lambda module: module.config)
+    if plan is not None:
+        planned = _plan(model, plan, None, _why_not_linear)
+        for name, target in planned.chosen.items():
+            if isinstance(target.config, Int8Static | LowBit):
+                raise ValueError(
+                    f"plan: {name!r} gets {target.config}, which fixes the activations' scale: train it with prepare_qat_ or "
+                    "calibrate it with quantize_"
+                )
+        prepared.chosen.update(planned.chosen)
+        prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
+
+    def build(_: str, p: _Target) -> nn.Module:
+        return p.module.to_inference() if isinstance(p.module, QATLinear) else _inference_layer(p.module, p.config, None)
+
+    return prepared.carry_out(model, build)
+
+
+# ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+def _inference_layer(linear: Any, config: Config, observer: Observer | None) -> InferenceLinear:
+    if isinstance(config, Binary):
+        return BinaryLinear.from_float(linear, config)
+    if isinstance(config, LowBit):
+        assert observer is not None
+        return LowBitLinear.from_float(linear, config, input_grid=observer.grid(config.act_bits))
+    grid = observer.grid(8) if observer is not None else None
+    return Int8Linear.from_float(linear, config, input_grid=grid)
+
+
+def _training_twin(linear: Any, config: Config) -> QATLinear:
+    if isinstance(config, Binary):
+        return BinaryQATLinear(linear, config)
+    if isinstance(config, LowBit):
+        return LowBitQATLinear(linear, config)
+    return Int8QATLinear(linear, config)
+
+
+def _why_not_linear(module: nn.Module) -> str | None:
+    """The reason why a module cannot be quantized; None if it can."""
+    if isinstance(module, InferenceLinear | QATLinear):
+        return f"already quantized ({type(module).__name__})"
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} has no quantized form"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear, whose own code might read the float weight"
+    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {module.weight.dtype}; the kernels take float32, bfloat16 and float16"
+    if module.in_features == 0 or module.out_features == 0:
+        return "it has no weights"
+    return None
+
+
+def _check_weight(name: str, linear: nn.Linear) -> None:
+    """Conditions that a user must mend: raising beats leaving the layer."""
+    if linear.weight.device.type != "cpu":
+        raise ValueError(f"{name}: expected its weight on the CPU, got {linear.weight.device}; move the model first")
+    for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: its {part} contains NaN or inf; nothing was changed")
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Target:
+    module: Any
+    config: Config
+
+
+@dataclass
+class _Plan:
+    chosen: dict[str, _Target] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def carry_out(self, model: nn.Module, build: Callable[[str, _Target], nn.Module]) -> ConversionReport:
+        """Builds every replacement, then puts them in. A module that is used under two names is built once."""
+        built: dict[int, nn.Module] = {}
+        for name, target in self.chosen.items():
+            if id(target.module) in built:
+                continue
+            try:
+                layer = build(name, target)
+            except (ValueError, RuntimeError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            built[id(target.module)] = layer.train(target.module.training)
+        for name, target in self.chosen.items():
+            parent_name, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child, built[id(target.module)])
+        _disable_fused_transformer_layers(model)
+        return ConversionReport({n: t.config for n, t in self.chosen.items()}, self.left)
+
+
+def _plan(
+    model: nn.Module,
+    configs: ConfigMap,
+    filter_fn: FilterFn | None,
+    why_not: Callable[[nn.Module], str | None],
+    config_of: Callable[[Any], Config] | None = None,
+) -> _Plan:
+    """Decides about every leaf module. config_of overrides configs: the module says what it becomes."""
+    plan = _Plan()
+    if config_of is None:
+        config_for(configs, "")  # a wrong config is an error even where no layer would get it
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _is_leaf(module) or _inside_layer(model, name):
+            continue
+        reason = why_not(module)
+        config = None
+        if reason is None:
+            config = config_of(module) if config_of is not None else config_for(configs, name)
+            if config is None:
+                reason = "no pattern of the config matches its name"
+            elif filter_fn is not None and not filter_fn(module, name):
+                reason = "filter_fn is false"
+        if reason is not None or config is None:
+            plan.left[name] = reason or ""
+            continue
+        if name == "":
+            raise ValueError(
+                f"model: the model itself is a {type(module).__name__}, which cannot be replaced in place; wrap it, "
+                "as in nn.Sequential(model)"
+            )
+        if isinstance(module, nn.Linear):
+            _check_weight(name, module)
+        plan.chosen[name] = _Target(module, config)
+    return plan
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, QATLinear | InferenceLinear) or not any(True for _ in module.children())
+
+
+def _inside_layer(model: nn.Module, name: str) -> bool:
+    """Whether a module is a part of a training twin."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:i])), QATLinear) for i in range(len(parts)) if name)
+
+
+def _disable_fused_transformer_layers(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer has a fused inference path that reads the float weights of its linear layers; this flag,
+    which nothing else reads, makes it call the layers instead."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not (
+            type(module.linear1) is nn.Linear and type(module.linear2) is nn.Linear
+        ):
+            module.activation_relu_or_gelu = 0
