@@ -5,7 +5,8 @@ them interleaved, `table.py` shows the result. `kdq bench` is the command line; 
 pytest-benchmark.
 """
 
+from kdq.bench import table
 from kdq.bench.case import Case, Contender
 from kdq.bench.runner import Measurement, run_bench
 
-__all__ = ["Case", "Contender", "Measurement", "run_bench"]
+__all__ = ["Case", "Contender", "Measurement", "run_bench", "table"]

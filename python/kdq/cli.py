@@ -1,0 +1,122 @@
+"""The `kdq` command: demo, bench, report, info."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Distil a teacher into a low-bit student and run it on integer and binary kernels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Argument(help="Which demo: digits.")] = "digits",
+    seeds: Annotated[int, typer.Option(help="How many seeds; both arms of a seed are paired.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, the picture and the checkpoints.")] = Path(
+        "demo-output"
+    ),
+    quick: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
+) -> None:
+    """Distil and quantize a digit classifier to 8, 4, 2 and 1 bits, and evaluate it on the real kernels."""
+    if name != "digits":
+        raise ValueError(f"demo: expected digits, got {name!r}")
+    from kdq.demo import Settings, run_digits
+
+    run_digits(out, Settings.quick(seeds) if quick else Settings(seeds=seeds), console)
+
+
+@app.command()
+def bench(
+    family: Annotated[list[str] | None, typer.Option(help="A kernel family (repeatable); all by default.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads for torch and our kernels alike.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the share of the limit reached, as PNG.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: no figures to quote.")] = False,
+) -> None:
+    """Time every kernel against its best peer and the machine's limit, interleaved, results checked first."""
+    from kdq.bench import run_bench, table
+
+    shown: list[Any] = []
+    measurements, machine = run_bench(family, threads=threads, quick=quick, on_result=shown.extend)
+    for name in dict.fromkeys(m.family for m in measurements):
+        console.print(table.rich_table([m for m in measurements if m.family == name]))
+    if json_path is not None:
+        content = {"machine": machine, "measurements": [m.to_dict() for m in measurements]}
+        json_path.write_text(json.dumps(content, indent=1) + "\n")
+    if markdown is not None:
+        markdown.write_text(table.markdown(measurements, machine))
+    if plot is not None:
+        table.plot(measurements, plot)
+
+
+@app.command()
+def report(
+    student: Annotated[Path, typer.Argument(help="A checkpoint that kdq.save wrote and kdq.load can rebuild.")],
+    teacher: Annotated[Path, typer.Argument(help="The teacher's checkpoint.")],
+    data: Annotated[str, typer.Option(help="module:function that returns the batches to compare on.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the report as PNG.")] = None,
+) -> None:
+    """Compare a quantized checkpoint with its teacher: accuracy, distance, size, time, error by layer."""
+    import kdq
+
+    result = kdq.report(kdq.load(student), kdq.load(teacher), import_function(data)())
+    console.print(result)
+    if json_path is not None:
+        result.save_json(json_path)
+    if plot is not None:
+        result.plot(plot)
+
+
+@app.command()
+def info(
+    peaks: Annotated[bool, typer.Option(help="Measure the machine's limits too.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads for --peaks.")] = 1,
+) -> None:
+    """Show the build, the CPU, and the instruction set in force."""
+    import kdq_kernels
+
+    table = Table(show_header=False)
+    for key, value in kdq_kernels.build_info().items():
+        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+    table.add_row("isa in force", kdq_kernels.cpu_isa())
+    if peaks:
+        for key, value in kdq_kernels.machine_peaks(threads).items():
+            table.add_row(key, f"{value:,.1f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def import_function(spec: str) -> Any:
+    """The object that `module:name` names; modules of the working directory count."""
+    module_name, _, name = spec.partition(":")
+    if not name:
+        raise ValueError(f"data: expected module:function, got {spec!r}")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data: cannot import {spec!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+
+
+def main() -> None:
+    """Entry point: an error of the user's is one line on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)

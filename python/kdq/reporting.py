@@ -1,0 +1,250 @@
+"""report: how far a quantized model is from its reference, what it weighs, and how fast it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console, Group
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdq.calibrate import call_model
+from kdq.distill import evaluating, logits_of, split_batch
+from kdq.layers.base import InferenceLinear
+from kdq.layers.qat import QATLinear
+
+ROUNDS = 15
+ROUND_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """SQNR (dB) of a layer's output: 20 log10(|reference| / |reference - output|)."""
+
+    name: str
+    kind: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds a call: median over the rounds, with the fastest and the slowest."""
+
+    median: float
+    fastest: float
+    slowest: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found. Losses and agreement are against the teacher; accuracies need labels (else None)."""
+
+    samples: int
+    accuracy: float | None
+    teacher_accuracy: float | None
+    agreement: float
+    teacher_kl: float
+    size_bytes: int
+    teacher_size_bytes: int
+    latency: Latency
+    teacher_latency: Latency
+    layers: list[LayerError]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, ready for json.dumps."""
+        return asdict(self)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+    def __rich__(self) -> Group:
+        table = Table("", "student", "teacher", title=f"on {self.samples} samples", title_justify="left")
+        if self.accuracy is not None and self.teacher_accuracy is not None:
+            table.add_row("accuracy", f"{self.accuracy:.2%}", f"{self.teacher_accuracy:.2%}")
+        table.add_row("agreement with the teacher", f"{self.agreement:.2%}", "")
+        table.add_row("KL to the teacher (nats)", f"{self.teacher_kl:.4f}", "")
+        table.add_row("bytes on disk", f"{self.size_bytes:,}", f"{self.teacher_size_bytes:,}")
+        table.add_row("time a batch", _span(self.latency), _span(self.teacher_latency))
+        layers = Table("layer", "kind", "SQNR (dB)", title="output error by layer", title_justify="left")
+        for layer in self.layers:
+            layers.add_row(layer.name, layer.kind, f"{layer.sqnr_db:.1f}")
+        return Group(table, layers) if self.layers else Group(table)
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """SQNR by layer, and size and latency beside the teacher's, as a picture (needs matplotlib)."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+        left.barh([layer.name for layer in self.layers], [layer.sqnr_db for layer in self.layers])
+        left.invert_yaxis()
+        left.set_xlabel("SQNR of the output (dB)")
+        middle.bar(["teacher", "student"], [self.teacher_size_bytes / 1024, self.size_bytes / 1024])
+        middle.set_ylabel("KiB on disk")
+        times = [self.teacher_latency, self.latency]
+        right.bar(
+            ["teacher", "student"],
+            [t.median * 1e6 for t in times],
+            yerr=[
+                [(t.median - t.fastest) * 1e6 for t in times],
+                [(t.slowest - t.median) * 1e6 for t in times],
+            ],
+            capsize=4,
+        )
+        right.set_ylabel("time a batch (us)")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def report(
+    student: nn.Module, teacher: nn.Module, loader: Iterable[Any], *, reference: nn.Module | None = None
+) -> Report:
+    """Compares a student with its teacher on a loader's batches.
+
+    Args:
+        student: typically after `convert_` or `quantize_`.
+        teacher: outputs logits of the same shape.
+        loader: batches of inputs, `(inputs, target)`, or dicts with "labels".
+        reference: the float model with the student's layer names, for the SQNR by layer; None: the teacher, where names and
+            output shapes agree.
+
+    Raises:
+        ValueError: the loader is empty, or the outputs' shapes differ.
+    """
+    batches = list(loader)
+    if not batches:
+        raise ValueError("loader: expected at least one batch, got none")
+    with evaluating(student), evaluating(teacher), torch.no_grad():
+        outputs = [_outputs(student, teacher, batch) for batch in batches]
+        layers = layer_errors(student, teacher if reference is None else reference, batches[0])
+        first = split_batch(batches[0])[0]
+        times = interleaved_latency([lambda: call_model(student, first), lambda: call_model(teacher, first)])
+    student_logits = torch.cat([o[0] for o in outputs])
+    teacher_logits = torch.cat([o[1] for o in outputs])
+    targets = [o[2] for o in outputs if o[2] is not None]
+    target = torch.cat(targets) if len(targets) == len(outputs) else None
+    return Report(
+        samples=len(student_logits),
+        accuracy=None if target is None else accuracy(student_logits, target),
+        teacher_accuracy=None if target is None else accuracy(teacher_logits, target),
+        agreement=accuracy(student_logits, teacher_logits.argmax(-1)),
+        teacher_kl=teacher_kl(student_logits, teacher_logits),
+        size_bytes=size_on_disk(student),
+        teacher_size_bytes=size_on_disk(teacher),
+        latency=times[0],
+        teacher_latency=times[1],
+        layers=layers,
+    )
+
+
+def accuracy(logits: Tensor, target: Tensor) -> float:
+    """The share of rows whose largest logit is the target."""
+    return float((logits.argmax(-1) == target).double().mean())
+
+
+def teacher_kl(student: Tensor, teacher: Tensor) -> float:
+    """KL(softmax(teacher) || softmax(student)), mean over the rows, in nats."""
+    return float(
+        F.kl_div(
+            F.log_softmax(student.double(), -1),
+            F.log_softmax(teacher.double(), -1),
+            reduction="batchmean",
+            log_target=True,
+        )
+    )
+
+
+def size_on_disk(model: nn.Module) -> int:
+    """Bytes of the state dict as a safetensors file: tensors and header, without the quantization map."""
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file(tensors, path)
+        return path.stat().st_size
+
+
+def interleaved_latency(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[Latency]:
+    """Times several calls in turn, so that what else the machine does hits all alike."""
+
+    def once(call: Callable[[], Any], repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return (time.perf_counter() - start) / repeat
+
+    repeats = [max(1, round(ROUND_SECONDS / max(min(once(c, 1) for _ in range(3)), 1e-7))) for c in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for samples, call, repeat in zip(times, calls, repeats, strict=True):
+            samples.append(once(call, repeat))
+    return [Latency(statistics.median(t), min(t), max(t)) for t in times]
+
+
+def layer_errors(student: nn.Module, reference: nn.Module, batch: Any) -> list[LayerError]:
+    """SQNR of every quantized layer whose name and output shape the reference has too."""
+    inputs, _ = split_batch(batch)
+    quantized = {n: m for n, m in student.named_modules() if isinstance(m, InferenceLinear | QATLinear)}
+    theirs = dict(reference.named_modules())
+    wanted = {n: m for n, m in quantized.items() if n in theirs}
+    outputs = _layer_outputs(student, wanted, inputs)
+    expected = _layer_outputs(reference, {n: theirs[n] for n in wanted}, inputs)
+    return [
+        LayerError(name, type(module).__name__, sqnr_db(outputs[name], expected[name]))
+        for name, module in wanted.items()
+        if name in outputs and name in expected and outputs[name].shape == expected[name].shape
+    ]
+
+
+def sqnr_db(output: Tensor, reference: Tensor) -> float:
+    """Signal to quantization noise ratio in decibels; infinite when equal."""
+    signal = reference.double().norm()
+    noise = (reference.double() - output.double()).norm()
+    return float("inf") if noise == 0 else float(20 * torch.log10(signal / noise))
+
+
+def _layer_outputs(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+        for name, module in layers.items()
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _outputs(student: nn.Module, teacher: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    inputs, target = split_batch(batch)
+    ours, theirs = logits_of(call_model(student, inputs)), logits_of(call_model(teacher, inputs))
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"outputs: expected one shape, got student {list(ours.shape)} and teacher {list(theirs.shape)}"
+        )
+    return ours, theirs, target
+
+
+def _span(t: Latency) -> str:
+    return f"{t.median * 1e6:.0f} us ({t.fastest * 1e6:.0f} - {t.slowest * 1e6:.0f})"
