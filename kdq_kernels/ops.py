@@ -69,7 +69,8 @@ def fake_quantize(
         return _ops.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis, group_size)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         raise RuntimeError("fake_quantize: out= does not support automatic differentiation")
-    return _ops.fake_quantize.out(x, scale, zero_point, quant_min, quant_max, axis, group_size, out=out)
+    _ops.fake_quantize.out(x, scale, zero_point, quant_min, quant_max, axis, group_size, out=out)
+    return out
 
 
 def quantize(

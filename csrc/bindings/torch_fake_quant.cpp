@@ -127,8 +127,8 @@ Tensor fake_quantize_op(const Tensor& x, const Tensor& scale, const OptionalTens
   return y;
 }
 
-Tensor fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
-                            int64_t quant_max, OptionalInt axis, OptionalInt group_size, const Tensor& out) {
+void fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                          int64_t quant_max, OptionalInt axis, OptionalInt group_size, const Tensor& out) {
   const DType dtype = float_dtype("x", x);
   if (out.scalar_type() != x.scalar_type() || sizes_of(out) != sizes_of(x)) {
     invalid("out: expected dtype and shape of x, " + type_name(x.scalar_type()) + " " + to_string(sizes_of(x)) +
@@ -139,11 +139,10 @@ Tensor fake_quantize_out_op(const Tensor& x, const Tensor& scale, const Optional
   if (same_strides(input.x, out)) {
     check(
         fake_quantize(dtype, input.x.const_data_ptr(), out.mutable_data_ptr(), input.shape, g.grid, torch_executor()));
-    return out;
+    return;
   }
   Tensor target = out;
   torch::stable::copy_(target, fake_quantize_op(x, scale, zero_point, quant_min, quant_max, axis, group_size));
-  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad_in, const Tensor& x,

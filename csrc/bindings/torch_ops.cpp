@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "int? group_size=None) -> Tensor");
   m.def(
       "fake_quantize.out(Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, int? axis=None, "
-      "int? group_size=None, *, Tensor(a!) out) -> Tensor(a!)");
+      "int? group_size=None, *, Tensor(a!) out) -> ()");
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, "
       "int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");

@@ -12,8 +12,8 @@ using OptionalInt = std::optional<int64_t>;
 // torch_fake_quant.cpp
 Tensor fake_quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
                         int64_t quant_max, OptionalInt axis, OptionalInt group_size);
-Tensor fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
-                            int64_t quant_max, OptionalInt axis, OptionalInt group_size, const Tensor& out);
+void fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
+                          int64_t quant_max, OptionalInt axis, OptionalInt group_size, const Tensor& out);
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                                              const OptionalTensor& zero_point, int64_t quant_min,
                                                              int64_t quant_max, OptionalInt axis,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.grids import AffineGrid, search_affine_grid
+from kdq.observe import evaluating, parse_batch
 
 SAMPLE_SIZE = 1 << 16
 
@@ -43,17 +44,6 @@ class Observer:
         return search_affine_grid(sample, self.low, self.high, bits)
 
 
-def model_inputs(batch: Any) -> Any:
-    """The part of a batch that goes into the model: the first element of a tuple or list, else all of it."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Calls the model on a batch: a tensor, `(inputs, ...)`, or a dict of keyword arguments."""
-    inputs = model_inputs(batch)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-
-
 def observe_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]
 ) -> dict[str, Observer]:
@@ -67,19 +57,16 @@ def observe_inputs(
         module.register_forward_pre_hook(lambda _, args, observer=observers[name]: observer(args[0]))
         for name, module in layers.items()
     ]
-    training = {module: module.training for module in model.modules()}
     count = 0
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
-                call_model(model, batch)
+                parsed = parse_batch(batch)
+                model(*parsed.args, **parsed.kwargs)
                 count += 1
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     if count == 0:
         raise ValueError("calibration: expected at least one batch, got none")
     return observers

@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.configs import Binary, Config, Int8Dynamic, LowBit
-from kdq.distill import Distiller, SoftTargets, evaluating
+from kdq.distill import Distiller, SoftTargets
 from kdq.io import save
+from kdq.observe import evaluating
 from kdq.quantize import convert_, prepare_qat_
 from kdq.reporting import Latency, accuracy, interleaved_latency, size_on_disk, teacher_kl
 
@@ -52,7 +54,7 @@ class Settings:
     seeds: int = 5
     teacher_epochs: int = 30
     float_epochs: int = 60
-    qat_epochs: int = 100
+    qat_epochs: int = 60
 
     @classmethod
     def quick(cls, seeds: int) -> Settings:
@@ -105,23 +107,31 @@ def mlp(width: int, dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def batches(x: Tensor, y: Tensor, epochs: int, seed: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """The batches of every epoch, drawn ahead, so that two runs with one seed see the same."""
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(x), generator=generator) for _ in range(epochs)]
-    return [[(x[i], y[i]) for i in order.split(BATCH)] for order in orders]
+class Batches:
+    """A loader over fixed orders, drawn ahead: two runs with one seed see the same batches."""
+
+    def __init__(self, x: Tensor, y: Tensor, epochs: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x, self.y = x, y
+        self.orders = [torch.randperm(len(x), generator=generator) for _ in range(epochs)]
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.x) // BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self.orders[self.epoch % len(self.orders)]
+        self.epoch += 1
+        for rows in order.split(BATCH):
+            yield self.x[rows], self.y[rows]
 
 
-def train(
-    student: nn.Module, teacher: nn.Module, loss: SoftTargets, data: list[list[tuple[Tensor, Tensor]]], lr: float
-) -> None:
-    """Trains in place over the given epochs, with a learning rate that falls to zero (cosine)."""
-    distiller = Distiller(teacher, student, losses=[loss])
+def train(student: nn.Module, teacher: nn.Module, loss: SoftTargets, loader: Batches, lr: float) -> None:
+    """Trains in place for as many epochs as the loader has orders; the learning rate falls to zero (cosine)."""
     optimizer = torch.optim.Adam(student.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(len(data), 1))
-    for epoch in data:
-        distiller.fit(epoch, 1, optimizer, progress=False)
-        schedule.step()
+    epochs = len(loader.orders)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    Distiller(teacher, student, [loss]).fit(loader, epochs, optimizer, scheduler=scheduler, progress=False)
     student.eval()
 
 
@@ -131,9 +141,9 @@ def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple
     data = load_split(seed)
     teacher, student = mlp(512, dropout=0.2), mlp(256)
     labels_only = ARMS["labels"]
-    train(teacher, teacher, labels_only, batches(data.teacher_x, data.teacher_y, settings.teacher_epochs, seed), 2e-3)
+    train(teacher, teacher, labels_only, Batches(data.teacher_x, data.teacher_y, settings.teacher_epochs, seed), 2e-3)
     advance()
-    train(student, teacher, labels_only, batches(data.student_x, data.student_y, settings.float_epochs, seed), 2e-3)
+    train(student, teacher, labels_only, Batches(data.student_x, data.student_y, settings.float_epochs, seed), 2e-3)
     advance()
     with torch.inference_mode():
         expected = teacher(data.test_x)
@@ -142,12 +152,12 @@ def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple
         evaluate("float32", "labels", seed, student, student, data, expected),
     ]
     models: dict[str, nn.Module] = {"float32 teacher": teacher, "float32": student}
-    qat_batches = batches(data.student_x, data.student_y, settings.qat_epochs, seed + 1000)
     for precision, config in PRECISIONS.items():
         for arm, loss in ARMS.items():
             fake = copy.deepcopy(student)
             prepare_qat_(fake, config)
-            train(fake, teacher, loss, qat_batches, 1e-3)
+            loader = Batches(data.student_x, data.student_y, settings.qat_epochs, seed + 1000)
+            train(fake, teacher, loss, loader, 1e-3)
             real = copy.deepcopy(fake)
             convert_(real)
             results.append(evaluate(precision, arm, seed, real, fake, data, expected))
@@ -166,7 +176,7 @@ def evaluate(
     precision: str, arm: str, seed: int, real: nn.Module, fake: nn.Module, data: Digits, teacher_logits: Tensor
 ) -> Result:
     """Accuracy and distance to the teacher of the model on the kernels, and its agreement with the fake-quant model."""
-    with evaluating(real), evaluating(fake):
+    with evaluating(real, fake):
         logits, trained = real(data.test_x), fake(data.test_x)
     return Result(
         precision=precision,

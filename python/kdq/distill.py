@@ -311,3 +311,17 @@ class Distiller:
                 if bar is progress:
                     bar.remove_task(task)
         return History(losses, steps, time.perf_counter() - start)
+
+    def _checked(self, optimizer: Optimizer | None, loss: Tensor, lr: float) -> Optimizer:
+        """The optimizer to use, once the first loss has shown what there is to train."""
+        if not loss.requires_grad:
+            raise ValueError("student: nothing to train: the loss does not depend on any parameter that requires a gradient")
+        if optimizer is None:
+            return torch.optim.Adam(self.parameters(), lr=lr)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in trained for p in self.own_parameters()):
+            raise ValueError(
+                "optimizer: it lacks the hints' regressors; call distiller.prepare(batch), then make it from "
+                "distiller.parameters()"
+            )
+        return optimizer

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console, Group
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.calibrate import call_model
-from kdq.distill import evaluating, logits_of, split_batch
+from kdq.distill import mean_kl
 from kdq.layers.base import InferenceLinear
 from kdq.layers.qat import QATLinear
+from kdq.observe import captured_outputs, check_same_shape, evaluating, parse_batch, rows_of
 
 ROUNDS = 15
 ROUND_SECONDS = 0.01
@@ -133,11 +132,13 @@ def report(
     batches = list(loader)
     if not batches:
         raise ValueError("loader: expected at least one batch, got none")
-    with evaluating(student), evaluating(teacher), torch.no_grad():
+    with evaluating(student, teacher), torch.no_grad():
         outputs = [_outputs(student, teacher, batch) for batch in batches]
         layers = layer_errors(student, teacher if reference is None else reference, batches[0])
-        first = split_batch(batches[0])[0]
-        times = interleaved_latency([lambda: call_model(student, first), lambda: call_model(teacher, first)])
+        first = parse_batch(batches[0])
+        times = interleaved_latency(
+            [lambda: first.logits(student, "student"), lambda: first.logits(teacher, "teacher")]
+        )
     student_logits = torch.cat([o[0] for o in outputs])
     teacher_logits = torch.cat([o[1] for o in outputs])
     targets = [o[2] for o in outputs if o[2] is not None]
@@ -163,14 +164,7 @@ def accuracy(logits: Tensor, target: Tensor) -> float:
 
 def teacher_kl(student: Tensor, teacher: Tensor) -> float:
     """KL(softmax(teacher) || softmax(student)), mean over the rows, in nats."""
-    return float(
-        F.kl_div(
-            F.log_softmax(student.double(), -1),
-            F.log_softmax(teacher.double(), -1),
-            reduction="batchmean",
-            log_target=True,
-        )
-    )
+    return float(mean_kl(teacher.double(), student.double()))
 
 
 def size_on_disk(model: nn.Module) -> int:
@@ -201,15 +195,21 @@ def interleaved_latency(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS
 
 def layer_errors(student: nn.Module, reference: nn.Module, batch: Any) -> list[LayerError]:
     """SQNR of every quantized layer whose name and output shape the reference has too."""
-    inputs, _ = split_batch(batch)
-    quantized = {n: m for n, m in student.named_modules() if isinstance(m, InferenceLinear | QATLinear)}
     theirs = dict(reference.named_modules())
-    wanted = {n: m for n, m in quantized.items() if n in theirs}
-    outputs = _layer_outputs(student, wanted, inputs)
-    expected = _layer_outputs(reference, {n: theirs[n] for n in wanted}, inputs)
+    quantized = {
+        n: m
+        for n, m in student.named_modules()
+        if isinstance(m, InferenceLinear | QATLinear) and n in theirs
+    }
+    parsed = parse_batch(batch)
+    with evaluating(student, reference), torch.no_grad():
+        with captured_outputs(student, quantized, "student") as outputs:
+            parsed.logits(student, "student")
+        with captured_outputs(reference, quantized, "reference") as expected:
+            parsed.logits(reference, "reference")
     return [
         LayerError(name, type(module).__name__, sqnr_db(outputs[name], expected[name]))
-        for name, module in wanted.items()
+        for name, module in quantized.items()
         if name in outputs and name in expected and outputs[name].shape == expected[name].shape
     ]
 
@@ -221,29 +221,14 @@ def sqnr_db(output: Tensor, reference: Tensor) -> float:
     return float("inf") if noise == 0 else float(20 * torch.log10(signal / noise))
 
 
-def _layer_outputs(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[str, Tensor]:
-    outputs: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
-        for name, module in layers.items()
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            call_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
 def _outputs(student: nn.Module, teacher: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    inputs, target = split_batch(batch)
-    ours, theirs = logits_of(call_model(student, inputs)), logits_of(call_model(teacher, inputs))
-    if ours.shape != theirs.shape:
-        raise ValueError(
-            f"outputs: expected one shape, got student {list(ours.shape)} and teacher {list(theirs.shape)}"
-        )
-    return ours, theirs, target
+    """Logits `[rows, classes]` of both models and the target `[rows]`, without rows whose target is -100."""
+    parsed = parse_batch(batch)
+    ours, theirs = parsed.logits(student, "student"), parsed.logits(teacher, "teacher")
+    check_same_shape(ours, theirs)
+    rows, target, kept = rows_of(ours, parsed.target)
+    teacher_rows = theirs.reshape(-1, theirs.shape[-1])
+    return rows[kept], teacher_rows[kept], None if target is None else target[kept]
 
 
 def _span(t: Latency) -> str:

@@ -1,0 +1,287 @@
+"""quantize_, prepare_qat_, convert_ and the layers: what is replaced, what is left, and that errors change nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kdq
+import kdq_kernels as kk
+from kdq.configs import Config, config_from_json, config_to_json
+from kdq.grids import AffineGrid
+from kdq.layers.low_bit_linear import pack_bits, unpack_bits
+
+CONFIGS: list[Config] = [
+    kdq.Int8Dynamic(),
+    kdq.Int8Static(),
+    kdq.Int8WeightOnly(),
+    kdq.LowBit(weight_bits=8, act_bits=8),
+    kdq.LowBit(weight_bits=4, act_bits=4),
+    kdq.LowBit(weight_bits=3, act_bits=5),
+    kdq.LowBit(weight_bits=2, act_bits=2),
+    kdq.LowBit(weight_bits=1, act_bits=4),
+    kdq.Binary(),
+]
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(37, 48), nn.ReLU(), nn.BatchNorm1d(48), nn.Sequential(nn.Linear(48, 33, bias=False), nn.Tanh())
+    )
+
+
+def data(rows: int = 40) -> Tensor:
+    return torch.randn(rows, 37, generator=torch.Generator().manual_seed(1))
+
+
+def quantized(config: Config) -> nn.Sequential:
+    m = model().eval()
+    kdq.quantize_(m, config, calibration=[data()])
+    return m
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_configs_round_trip_through_json(config: Config) -> None:
+    assert config_from_json(config_to_json(config)) == config
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", True])
+def test_low_bit_validates(bits: Any) -> None:
+    with pytest.raises(ValueError, match="weight_bits"):
+        kdq.LowBit(weight_bits=bits, act_bits=4)
+
+
+def test_low_bit_combinations() -> None:
+    with pytest.raises(ValueError, match="act_bits"):
+        kdq.LowBit(weight_bits=2, act_bits=1)
+    assert kdq.quantize_(model(), kdq.LowBit(weight_bits=1, act_bits=1)).changed["0"] == kdq.Binary()
+    with pytest.raises(ValueError, match="type among"):
+        config_from_json({"type": "Int4"})
+    with pytest.raises(ValueError, match="LowBit"):
+        config_from_json({"type": "LowBit", "weight_bits": 4})
+
+
+# ---- quantize_ and convert_ ------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_report_is_complete_and_the_model_runs(config: Config) -> None:
+    m = model().eval()
+    report = kdq.quantize_(m, config, calibration=[data()])
+    assert report.changed == {"0": config, "3.0": config}
+    assert set(report.left) == {"1", "2", "3.1"}
+    assert m(data()).shape == (40, 33)
+    assert "3.0" in str(report)
+    again = kdq.quantize_(m, config, calibration=[data()])
+    assert not again.changed
+    assert "already quantized" in again.left["0"]
+
+
+@pytest.mark.parametrize(
+    ("config", "decibels"),
+    [
+        (kdq.Int8Dynamic(), 30),
+        (kdq.Int8Static(), 30),
+        (kdq.Int8WeightOnly(), 35),
+        (kdq.LowBit(weight_bits=4, act_bits=4), 10),
+    ],
+    ids=str,
+)
+def test_post_training_error_is_small(config: Config, decibels: float) -> None:
+    expected = model().eval()(data())
+    error = (quantized(config)(data()) - expected).norm() / expected.norm()
+    assert -20 * torch.log10(error) > decibels
+
+
+def test_patterns_and_filter() -> None:
+    report = kdq.quantize_(model(), {"3.*": kdq.Binary(), "nothing": kdq.Int8Dynamic()})
+    assert report.changed == {"3.0": kdq.Binary()}
+    assert "pattern" in report.left["0"]
+    report = kdq.quantize_(model(), kdq.Int8Dynamic(), lambda module, name: name == "0")
+    assert list(report.changed) == ["0"]
+    assert report.left["3.0"] == "filter_fn is false"
+
+
+def test_what_cannot_be_quantized_is_left_with_a_reason() -> None:
+    class Custom(nn.Linear):
+        pass
+
+    m = nn.ModuleDict(
+        {"double": nn.Linear(3, 3).double(), "custom": Custom(3, 3), "conv": nn.Conv2d(1, 1, 1)}
+    )
+    m["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    report = kdq.quantize_(m, kdq.Int8Dynamic())
+    assert not report.changed
+    assert "float64" in report.left["double"]
+    assert "subclass" in report.left["custom"]
+    assert "Conv2d" in report.left["conv"]
+    assert "parametrized" in report.left["normed"]
+
+
+def test_shared_layers_stay_shared() -> None:
+    m = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    m.append(m[0])
+    report = kdq.quantize_(m, kdq.Int8Dynamic())
+    assert set(report.changed) == {"0", "2"}
+    assert m[0] is m[2]
+
+
+def test_transformer_encoder_runs_the_quantized_layers() -> None:
+    """In inference mode torch would take a fused path that reads linear1.weight."""
+    torch.manual_seed(0)
+    m = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.inference_mode():
+        expected = m(x)
+        report = kdq.quantize_(m, kdq.Int8Dynamic())
+        assert "layers.0.linear1" in report.changed
+        assert "subclass" in report.left["layers.0.self_attn.out_proj"]
+        got = m(x)
+    assert 0 < (got - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("spoil", "config", "kwargs", "error", "message"),
+    [
+        (lambda m: None, "int8", {}, TypeError, "config"),
+        (lambda m: None, kdq.Int8Static(), {}, ValueError, "calibration"),
+        (lambda m: None, kdq.Int8Static(), {"calibration": []}, ValueError, "batch"),
+        (lambda m: m[3][0].weight.data.fill_(float("nan")), kdq.Int8Dynamic(), {}, ValueError, "3.0.*weight.*NaN"),
+        (lambda m: m[0].bias.data.fill_(float("inf")), kdq.Binary(), {}, ValueError, "0.*bias"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(
+    spoil: Callable[[Any], Any], config: Any, kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    m = model()
+    spoil(m)
+    before = copy.deepcopy(m)
+    with pytest.raises(error, match=message):
+        kdq.quantize_(m, config, **kwargs)
+    assert str(m) == str(before)
+
+
+def test_a_bare_linear_layer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Sequential"):
+        kdq.quantize_(nn.Linear(3, 3), kdq.Int8Dynamic())
+
+
+def test_convert_before_any_batch_is_an_error() -> None:
+    m = model()
+    kdq.prepare_qat_(m, kdq.LowBit(weight_bits=4, act_bits=4))
+    with pytest.raises(RuntimeError, match="0: the activation scale is not initialized"):
+        kdq.convert_(m)
+    assert not any(isinstance(module, kdq.LowBitLinear) for module in m.modules())
+
+
+def test_convert_with_a_plan() -> None:
+    m = model()
+    kdq.prepare_qat_(m, {"0": kdq.Int8Dynamic()})
+    report = kdq.convert_(m, {"3.*": kdq.Binary()})
+    assert report.changed == {"0": kdq.Int8Dynamic(), "3.0": kdq.Binary()}
+    with pytest.raises(ValueError, match="plan"):
+        kdq.convert_(model(), {"*": kdq.Int8Static()})
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_copies_compute_the_same(config: Config) -> None:
+    m = quantized(config)
+    expected = m(data())
+    assert torch.equal(copy.deepcopy(m)(data()), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(m))(data()), expected)
+    other = quantized(config)
+    for buffer in other.buffers():
+        if buffer.is_floating_point():
+            buffer.mul_(1.5)
+    other.load_state_dict(m.state_dict())
+    assert torch.equal(other(data()), expected)
+
+
+@every_config
+def test_survives_set_isa(config: Config) -> None:
+    m = quantized(config)
+    expected = m(data())
+    before = kk.cpu_isa()
+    try:
+        for name in kk.available_isas():
+            kk.set_isa(name)
+            torch.testing.assert_close(m(data()), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        kk.set_isa(before)
+
+
+@every_config
+def test_modes_and_dtypes(config: Config) -> None:
+    m: Any = quantized(config)[0]
+    expected = m(data())
+    with torch.inference_mode():
+        assert torch.equal(m(data()), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(data()).dtype == torch.bfloat16
+    half = copy.deepcopy(m).bfloat16()
+    assert half.weight_scale.dtype == torch.float32, "scales are not rounded with the model"
+    assert half(data().bfloat16()).dtype == torch.bfloat16
+    assert m(data(0)).shape == (0, 48)
+    assert torch.equal(m(data(12).reshape(3, 4, 37)), m(data(12)).reshape(3, 4, 48))
+    with pytest.raises(ValueError, match="37 features"):
+        m(torch.zeros(2, 36))
+
+
+@every_config
+def test_gradient_passes_to_the_input(config: Config) -> None:
+    m: Any = quantized(config)[0]
+    x = data().requires_grad_()
+    grad = torch.randn(40, 48)
+    y = m(x)
+    assert torch.equal(y.detach(), m(data()))
+    y.backward(grad)
+    torch.testing.assert_close(x.grad, grad @ m.dequantized_weight())
+
+
+@every_config
+def test_compiles_and_exports(config: Config) -> None:
+    m = quantized(config)
+    with torch.no_grad():
+        compiled = torch.compile(m, fullgraph=True)
+        torch.testing.assert_close(compiled(data()), m(data()), rtol=1e-5, atol=1e-5)
+        exported = torch.export.export(m, (data(),))
+    assert sum(str(node.target).startswith("kdq.") for node in exported.graph.nodes) >= 2
+    torch.testing.assert_close(exported.module()(data()), m(data()), rtol=1e-5, atol=1e-5)
+
+
+@every_config
+def test_to_float_and_back(config: Config) -> None:
+    layer: Any = quantized(config)[0]
+    linear = layer.to_float()
+    assert torch.equal(linear.weight, layer.dequantized_weight())
+    grid = {}
+    if getattr(layer, "input_scale", None) is not None:
+        grid = {"input_grid": AffineGrid(layer.input_scale, layer.input_zero_point)}
+    again = type(layer).from_float(linear, config, **grid)
+    error = (again.dequantized_weight() - linear.weight).norm() / linear.weight.norm()
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("k", [1, 7, 8, 33])
+def test_bit_stream_round_trips_and_is_dense(bits: int, k: int) -> None:
+    values = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, k))
+    if bits == 1:
+        values = torch.where(values < 0, -1, 1)
+    stream = pack_bits(values.to(torch.int8), bits)
+    assert stream.shape == (5, -(-k * bits // 8))
+    assert torch.equal(unpack_bits(stream, bits, k), values.to(torch.int8))

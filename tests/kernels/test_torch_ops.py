@@ -1,0 +1,293 @@
+"""torch.ops.kdq: registration (opcheck, compile, export), strides, bit-equality with torch's own fake-quant, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kdq_kernels as kk
+
+ops = torch.ops.kdq
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+
+
+def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    x, w = randn(5, 70), int8(13, 70)
+    packed, scale = kk.pack_int8_weight(w), torch.rand(13) + 0.1
+    bits = kk.pack_signs(randn(13, 70))
+    one, zero = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
+    per_channel, learned = torch.rand(70) + 0.1, torch.rand(70) * 5
+    return [
+        ("fake_quantize", ops.fake_quantize.default, (x, one, zero, 0, 15), {}),
+        ("fake_quantize channel", ops.fake_quantize.default, (x, per_channel, learned, 0, 15, -1), {}),
+        ("fake_quantize group", ops.fake_quantize.default, (x, torch.rand(5, 7) + 0.1, None, -8, 7, None, 10), {}),
+        ("fake_quantize.out", ops.fake_quantize.out, (x, one, zero, 0, 15), {"out": torch.empty(5, 70)}),
+        ("fake_quantize_backward", ops.fake_quantize_backward.default, (x, x, one, zero, 0, 15), {}),
+        ("quantize", ops.quantize.default, (x, one, zero, 0, 255), {}),
+        ("quantize int32", ops.quantize.default, (x.t(), one, None, -1000, 1000), {}),
+        ("dequantize", ops.dequantize.default, (w, scale, None, 0), {}),
+        ("quantize_rows", ops.quantize_rows.default, (x,), {}),
+        ("pack_int8_weight", ops.pack_int8_weight.default, (w,), {}),
+        ("unpack_int8_weight", ops.unpack_int8_weight.default, (packed,), {}),
+        ("int8_matmul", ops.int8_matmul.default, (int8(4, 70), packed), {}),
+        ("int8_matmul plain", ops.int8_matmul.default, (int8(4, 70), w), {}),
+        ("int8_linear", ops.int8_linear.default, (x, packed, scale, scale), {"activation": "gelu"}),
+        ("int8_linear static", ops.int8_linear.default, (x, packed, scale, None, one, zero, 15), {}),
+        ("int8_weight_only_linear", ops.int8_weight_only_linear.default, (x, packed, scale), {}),
+        ("pack_signs", ops.pack_signs.default, (x,), {}),
+        ("unpack_signs", ops.unpack_signs.default, (bits, 70), {}),
+        ("binary_matmul", ops.binary_matmul.default, (bits, bits, 70), {}),
+        ("binary_linear", ops.binary_linear.default, (x, bits, scale, scale), {}),
+    ]
+
+
+@pytest.mark.parametrize(("name", "op", "args", "kwargs"), op_cases(), ids=[c[0] for c in op_cases()])
+def test_opcheck(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    torch.library.opcheck(op, args, kwargs)
+
+
+def test_every_op_is_checked() -> None:
+    """A new operator without an opcheck case fails here."""
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdq::")}
+    assert names == {c[1]._schema.name.split("::")[1] for c in op_cases()}
+
+
+def test_opcheck_with_gradients() -> None:
+    x, scale = randn(4, 6).requires_grad_(), torch.full((6,), 0.3, requires_grad=True)
+    zero_point = torch.full((6,), 2.2, requires_grad=True)
+    torch.library.opcheck(ops.fake_quantize.default, (x, scale, zero_point, 0, 15, 1))
+
+
+def layer(x: Tensor) -> Tensor:
+    q = kk.fake_quantize(x, 0.1, quant_min=-128, quant_max=127)
+    y = kk.int8_linear(q, PACKED, torch.full((8,), 0.01), activation="relu")
+    return kk.binary_linear(y, BITS, torch.ones(3))
+
+
+PACKED = kk.pack_int8_weight(int8(8, 20))
+BITS = kk.pack_signs(randn(3, 8))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for rows in (4, 9):
+        torch.testing.assert_close(compiled(randn(rows, 20)), layer(randn(rows, 20)))
+
+
+def test_compiled_training_step_matches_eager() -> None:
+    def loss(x: Tensor, scale: Tensor) -> Tensor:
+        return kk.fake_quantize(x, scale, quant_min=-8, quant_max=7).square().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        x, scale = randn(5, 7).requires_grad_(), torch.tensor(0.2, requires_grad=True)
+        function(x, scale).backward()
+        results.append((x.grad, scale.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_export_keeps_the_operators() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return layer(x)
+
+    exported = torch.export.export(Model(), (randn(4, 20),))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert {"kdq.fake_quantize.default", "kdq.int8_linear.default", "kdq.binary_linear.default"} <= targets
+    torch.testing.assert_close(exported.module()(randn(4, 20)), layer(randn(4, 20)))
+
+
+# ---- fake_quantize ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(0, 300),
+    scale=st.floats(2.0**-20, 2.0**13, width=32),
+    bits=st.integers(1, 8),
+    spread=st.sampled_from([1e-3, 1.0, 1e6]),
+)
+def test_same_bits_as_torch_per_tensor(seed: int, size: int, scale: float, bits: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, generator=generator) * spread * scale
+    ties = torch.randint(-40, 40, (size,), generator=generator) * 0.5 * scale
+    x = torch.where(torch.rand(size, generator=generator) < 0.3, ties, x)
+    quant_max = 2**bits - 1
+    zero_point = int(torch.randint(0, quant_max + 1, (), generator=generator))
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, quant_max)
+    got = kk.fake_quantize(x, scale, zero_point, quant_min=0, quant_max=quant_max)
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_same_bits_as_torch_per_channel(axis: int, layout: str, dtype: torch.dtype) -> None:
+    x = randn(4, 6, 5, 7).to(dtype)
+    views: dict[str, Callable[[], Tensor]] = {
+        "contiguous": lambda: x,
+        "channels_last": lambda: x.to(memory_format=torch.channels_last),
+        "transposed": lambda: x.permute(2, 0, 3, 1),
+        "sliced": lambda: x[:, ::2, 1:, ::3],
+        "expanded": lambda: x[:1].expand(3, -1, -1, -1),
+    }
+    view = views[layout]()
+    channels = view.shape[axis]
+    scale = torch.linspace(0.05, 0.4, channels)
+    zero_point = torch.arange(channels, dtype=torch.int32) % 16
+    got = kk.fake_quantize(view, scale, zero_point, quant_min=0, quant_max=15, axis=axis)
+    expected = torch.fake_quantize_per_channel_affine(view.float(), scale, zero_point, axis % 4, 0, 15)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected.to(dtype))
+    if layout in ("channels_last", "transposed"):
+        assert got.stride() == view.stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed"])
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+def test_gradients_match_torch_learnable(axis: int | None, layout: str) -> None:
+    """Against torch's learnable operator in float32, and closely against a formula in float64."""
+    x, grad = randn(3, 5, 4, 6), randn(3, 5, 4, 6, seed=2)
+    if layout != "contiguous":
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "channels_last":
+        grad = grad.to(memory_format=torch.channels_last)
+    n = 1 if axis is None else x.shape[axis]
+    scale, zero_point = torch.linspace(0.1, 0.3, n).requires_grad_(), torch.full((n,), 3.0, requires_grad=True)
+    leaf = x.clone().requires_grad_()
+    kk.fake_quantize(leaf, scale, zero_point, quant_min=0, quant_max=15, axis=axis).backward(grad)
+    backward = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward
+    expected = backward(
+        grad if axis is not None else grad.reshape(1, -1),
+        x if axis is not None else x.contiguous().reshape(1, -1),
+        scale.detach(),
+        zero_point.detach(),
+        0 if axis is None else axis % 4,
+        0,
+        15,
+    )
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, expected[0].reshape(x.shape), rtol=0, atol=0)
+    torch.testing.assert_close(scale.grad, expected[1], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(zero_point.grad, expected[2], rtol=1e-4, atol=1e-3)
+
+
+def test_thread_count_changes_nothing() -> None:
+    x, grad = randn(300, 1000), randn(300, 1000, seed=3)
+    packed, scale = kk.pack_int8_weight(int8(500, 1000)), torch.rand(500) + 0.1
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            backward = ops.fake_quantize_backward(grad, x, torch.tensor(0.1), None, -8, 7, None, None)
+            results.append((*backward, kk.int8_linear(x, packed, scale, activation="silu")))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 1, 1)])
+def test_small_shapes(shape: tuple[int, ...]) -> None:
+    x = torch.full(shape, 0.26, requires_grad=True)
+    y = kk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, torch.full(shape, 0.3))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(shape))
+
+
+def test_out() -> None:
+    x = randn(4, 6)
+    expected = kk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7)
+    for out in (torch.empty(4, 6), torch.empty(6, 4).t()):
+        assert kk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7, out=out) is out
+        assert torch.equal(out, expected)
+    with pytest.raises(RuntimeError, match="out="):
+        kk.fake_quantize(x.requires_grad_(), 0.1, quant_min=-8, quant_max=7, out=torch.empty(4, 6))
+
+
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_layers_in_every_dtype(isa: str, dtype: torch.dtype) -> None:
+    x, w = randn(3, 7, 65).to(dtype), int8(33, 65)
+    packed, scale, bias = kk.pack_int8_weight(w), torch.rand(33) * 0.01 + 0.001, randn(33)
+    q, row_scale = kk.quantize_rows(x)
+    assert torch.equal(row_scale, (x.float().abs().amax(-1) / 127))
+    exact = (q.double() @ w.double().t()) * row_scale[..., None].double() * scale.double() + bias.double()
+    got = kk.int8_linear(x, packed, scale, bias)
+    assert got.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
+    binary = kk.binary_linear(x, kk.pack_signs(randn(33, 65, seed=5)), scale, bias)
+    signs = torch.where(x < 0, -1.0, 1.0)
+    weights = torch.where(randn(33, 65, seed=5) < 0, -1.0, 1.0)
+    torch.testing.assert_close(
+        binary.double(), (F.linear(signs.double(), weights.double()) * scale + bias), rtol=tolerance, atol=tolerance
+    )
+    weight_only = kk.int8_weight_only_linear(x, packed, scale, bias)
+    torch.testing.assert_close(
+        weight_only.double(), x.double() @ w.double().t() * scale + bias, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_numbers_and_tensors_mean_the_same() -> None:
+    x, packed, scale = randn(4, 70), kk.pack_int8_weight(int8(13, 70)), torch.full((13,), 0.01)
+    numbers = kk.int8_linear(x, packed, scale, input_scale=0.05, input_zero_point=120)
+    tensors = kk.int8_linear(
+        x, packed, scale, input_scale=torch.tensor(0.05), input_zero_point=torch.tensor([120])
+    )
+    assert torch.equal(numbers, tensors)
+    symmetric = kk.int8_linear(x, packed, scale, input_scale=0.05)
+    assert torch.equal(symmetric, kk.int8_linear(x, packed, scale, input_scale=0.05, input_zero_point=128))
+
+
+def test_inference_outside_inference_mode_is_not_silent() -> None:
+    """The bare operator has no gradient: backward through it must not pretend to have one."""
+    x = randn(2, 70).requires_grad_()
+    y = kk.int8_linear(x, kk.pack_int8_weight(int8(3, 70)), torch.ones(3))
+    with pytest.warns(UserWarning, match="kdq::int8_linear"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kk.fake_quantize(randn(3).double(), 0.1, quant_min=0, quant_max=1), "x: expected dtype float32"),
+        (lambda: kk.fake_quantize(randn(3), -0.1, quant_min=0, quant_max=1), "scale.*-0.1"),
+        (lambda: kk.fake_quantize(randn(3), 0.1, 5, quant_min=0, quant_max=1), "zero_point.*5"),
+        (lambda: kk.fake_quantize(randn(3, 4), torch.ones(3), quant_min=0, quant_max=1), "scale"),
+        (lambda: kk.fake_quantize(randn(3, 4), torch.ones(3), quant_min=0, quant_max=1, axis=2), "axis"),
+        (lambda: kk.int8_matmul(randn(2, 3), int8(4, 3)), "a: expected dtype int8, got float32"),
+        (lambda: kk.int8_matmul(int8(2, 5), int8(4, 3)), "a.*K = 5.*K = 3"),
+        (lambda: kk.int8_linear(randn(2, 5), PACKED, torch.ones(8)), "x.*K = 5.*K = 20"),
+        (lambda: kk.int8_linear(randn(2, 20), PACKED, torch.ones(7)), "weight_scale.*8.*7"),
+        (lambda: kk.int8_linear(randn(2, 20), PACKED, torch.ones(8), activation="elu"), "activation.*elu"),
+        (lambda: kk.int8_linear(randn(2, 20), PACKED.clone().zero_(), torch.ones(8)), "packed"),
+        (lambda: kk.binary_matmul(BITS, BITS, 65), "a_bits"),
+        (lambda: kk.pack_signs(torch.tensor(1.0)), "x"),
+    ],
+)
+def test_bad_arguments_raise_value_error(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
