@@ -1,6 +1,7 @@
 // Public products of the int8 family: the exact matmul, and the linear layers with integer or float activations.
 #include "kdq/int8_gemm.h"
 
+#include <cfloat>
 #include <cmath>
 #include <string>
 
@@ -41,6 +42,19 @@ Status check_static_grid(const Int8Linear& args) {
   return {};
 }
 
+bool usable_scale(float scale) { return (scale > 0.0F) & (scale <= FLT_MAX); }
+
+// The first pass has no branch, so that compilers vectorise it: it runs in every call.
+Status check_weight_scale(const float* scale, int64_t n) {
+  bool usable = true;
+  for (int64_t i = 0; i < n; ++i) usable &= usable_scale(scale[i]);
+  if (usable) return {};
+  int64_t first = 0;
+  while (usable_scale(scale[first])) ++first;
+  return Status::invalid("weight_scale: expected positive finite numbers, got " + format(scale[first]) + " at index " +
+                         std::to_string(first));
+}
+
 Status check_linear(const Int8Linear& args, const PackedWeight& weight, int64_t max_k) {
   Status status = check_m(args.m);
   if (status.ok()) status = check_k("x", args.k, weight.k, max_k);
@@ -49,13 +63,7 @@ Status check_linear(const Int8Linear& args, const PackedWeight& weight, int64_t 
   if (args.m * weight.n > 0 && args.y == nullptr) return Status::invalid("y: expected a pointer, got null");
   if (weight.n > 0 && args.weight_scale == nullptr)
     return Status::invalid("weight_scale: expected a pointer, got null");
-  for (int64_t n = 0; n < weight.n; ++n) {
-    if (!std::isfinite(args.weight_scale[n])) {
-      return Status::invalid("weight_scale: expected finite numbers, got " + format(args.weight_scale[n]) +
-                             " at index " + std::to_string(n));
-    }
-  }
-  return {};
+  return check_weight_scale(args.weight_scale, weight.n);
 }
 
 struct Call {

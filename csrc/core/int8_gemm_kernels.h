@@ -21,8 +21,9 @@ struct StaticGrid {
 };
 
 // What turns acc, the raw sums of one row and one panel, into results. Pointers are those of the panel's first channel.
-//   exact = acc - offset * column_sum        offset: what preparation added to each signed activation, or the zero
-//   point y     = activation(exact * (row_scale * weight_scale) + bias)
+//   exact = acc - offset * column_sum
+//   y     = activation(exact * min(row_scale * weight_scale, FLT_MAX) + bias)
+// offset is what preparation added to each signed activation, or the zero point.
 struct Int8Epilogue {
   const int32_t* column_sum;
   int32_t offset;
@@ -44,8 +45,8 @@ struct Int8Kernels {
   Int8Tile size;
 
   // One row of k activations -> prepared row of k_padded elements (k rounded up to ku; the tail is zero). Indexed by
-  // DType where the input is floating point. The float ones return the row's scale: NaN or inf for a row that has such
-  // values, of which the integers are then zero or irrelevant.
+  // DType where the input is floating point. The float ones return the row's scale: NaN where the whole row of outputs
+  // must be NaN (a NaN in it or, quantized dynamically, an inf); its integers do not matter then.
   void (*prepare_int8)(const int8_t* a, int64_t k, void* row);
   float (*prepare_dynamic[3])(const void* x, int64_t k, void* row);
   float (*prepare_static[3])(const void* x, int64_t k, const StaticGrid& grid, float scale, void* row);

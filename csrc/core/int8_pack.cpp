@@ -1,4 +1,5 @@
 // Packing int8 weights into panels, and back. The loops know the tile by its two numbers only.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -9,6 +10,17 @@
 namespace kdq {
 namespace {
 
+// Copies a unit, or what is left of one at the end of k. Sizes known to the compiler make it one move, not a call.
+inline void copy_unit(int8_t* to, const int8_t* from, int64_t count) {
+  if (count == 4) {
+    std::memcpy(to, from, 4);
+  } else if (count == 2) {
+    std::memcpy(to, from, 2);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
 // One panel: channels [first, first + nr) of w, with zeros where channels or k end, and the sums of the channels.
 void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int8_t* panel, int32_t* column_sum) {
   const int64_t ku = header.ku;
@@ -16,9 +28,12 @@ void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int8
     column_sum[c] = 0;
     if (first + c >= header.n) continue;
     const int8_t* channel = w + (first + c) * header.k;
-    for (int64_t i = 0; i < header.k; ++i) {
-      panel[(i / ku * header.nr + c) * ku + i % ku] = channel[i];
-      column_sum[c] += channel[i];
+    int32_t sum = 0;
+    for (int64_t i = 0; i < header.k; ++i) sum += channel[i];
+    column_sum[c] = sum;
+    int8_t* unit = panel + c * ku;
+    for (int64_t i = 0; i < header.k; i += ku, unit += header.nr * ku) {
+      copy_unit(unit, channel + i, std::min(ku, header.k - i));
     }
   }
 }
@@ -89,12 +104,13 @@ Status unpack_int8_weight(const void* packed, size_t packed_bytes, int8_t* w, co
   Status status = open_in_force(packed, packed_bytes, &weight, &tile);
   if (!status.ok()) return status;
   if (weight.n * weight.k > 0 && w == nullptr) return Status::invalid("w: expected a pointer, got null");
+  const int64_t ku = tile.ku;
   parallel_range(parallel_for, weight.n, 16, [&](int64_t begin, int64_t end) {
     for (int64_t channel = begin; channel < end; ++channel) {
-      const int8_t* panel = weight.panel + channel / tile.nr * weight.panel_bytes;
-      const int64_t c = channel % tile.nr;
-      for (int64_t i = 0; i < weight.k; ++i) {
-        w[channel * weight.k + i] = panel[(i / tile.ku * tile.nr + c) * tile.ku + i % tile.ku];
+      const int8_t* unit = weight.panel + channel / tile.nr * weight.panel_bytes + channel % tile.nr * ku;
+      int8_t* row = w + channel * weight.k;
+      for (int64_t i = 0; i < weight.k; i += ku, unit += tile.nr * ku) {
+        copy_unit(row + i, unit, std::min(ku, weight.k - i));
       }
     }
   });

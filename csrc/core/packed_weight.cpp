@@ -25,6 +25,12 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 
 int64_t column_sum_bytes(int64_t padded_n) { return round_up(padded_n * 4, 64); }
 
+// Odd factors (of the golden ratio and of xxHash) make each step invertible: no change of n or of k alone goes unseen.
+uint64_t hash_shape(int64_t n, int64_t k) {
+  const uint64_t mixed = static_cast<uint64_t>(n) * 0x9E3779B97F4A7C15U ^ static_cast<uint64_t>(k);
+  return mixed * 0xC2B2AE3D27D4EB4FU;
+}
+
 std::string tile_name(uint32_t nr, uint32_t ku) {
   return std::to_string(nr) + " channels x " + std::to_string(ku) + " k";
 }
@@ -53,6 +59,7 @@ Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHead
   header->n = n;
   header->k = k;
   header->bytes = sizeof(PackedHeader) + static_cast<uint64_t>(column_sum_bytes(padded_n) + bytes);
+  header->shape_check = hash_shape(n, k);
   return {};
 }
 
@@ -92,7 +99,9 @@ Status open_packed(const Int8Tile& tile, const void* data, size_t bytes, PackedW
   }
   PackedHeader expected;
   Status status = make_packed_header(tile, header.n, header.k, &expected);
-  if (!status.ok() || expected.bytes != header.bytes) return Status::invalid("packed: the header is corrupt");
+  if (!status.ok() || std::memcmp(&expected, &header, sizeof(header)) != 0) {
+    return Status::invalid("packed: the header is corrupt; pack the weight again");
+  }
   if (header.bytes > bytes) {
     return Status::invalid("packed: truncated, " + std::to_string(bytes) + " of " + std::to_string(header.bytes) +
                            " bytes");

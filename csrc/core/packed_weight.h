@@ -22,8 +22,9 @@ struct PackedHeader {
   uint32_t ku;
   int64_t n;
   int64_t k;
-  uint64_t bytes;  // of the whole blob
-  uint8_t reserved[16];
+  uint64_t bytes;        // of the whole blob
+  uint64_t shape_check;  // hash of n and k: the only fields that could change and leave a header that fits its blob
+  uint64_t reserved;     // zero
 };
 static_assert(sizeof(PackedHeader) == 64, "the header is one cache line");
 

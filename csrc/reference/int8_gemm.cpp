@@ -20,7 +20,7 @@ float activate(float y, Activation activation) {
     case Activation::kRelu:
       return y < 0.0F ? 0.0F : y;
     case Activation::kGelu:
-      return static_cast<float>(0.5 * y * (1.0 + std::erf(y * M_SQRT1_2)));
+      return static_cast<float>(0.5 * y * std::erfc(-y * M_SQRT1_2));
     case Activation::kSilu:
       return static_cast<float>(y / (1.0 + std::exp(-static_cast<double>(y))));
   }
@@ -43,7 +43,7 @@ struct Loops {
       const float q = std::min(std::max(std::nearbyint(load(in + i) * inverse), -127.0F), 127.0F);
       out[i] = std::isfinite(scale) ? static_cast<int16_t>(q) : int16_t{0};
     }
-    return scale;
+    return std::isfinite(scale) ? scale : NAN;
   }
 
   template <class T>
@@ -81,7 +81,9 @@ struct Loops {
   }
 
   static float scaled(float acc, const Int8Epilogue& e) {
-    const float y = acc * (e.row_scale * *e.weight_scale) + (e.bias == nullptr ? 0.0F : *e.bias);
+    float scale = e.row_scale * *e.weight_scale;
+    if (scale > FLT_MAX) scale = FLT_MAX;  // inf * 0 would be NaN where the true result is 0
+    const float y = acc * scale + (e.bias == nullptr ? 0.0F : *e.bias);
     return activate(y, e.activation);
   }
 

@@ -21,8 +21,7 @@ struct Loops {
   static constexpr int kPanel = kCols * kLanes;  // channels of a panel
   using Prepared = Dot::Prepared;
 
-  // ---- prepare
-  // -------------------------------------------------------------------------------------------------------
+  // ---- prepare ----
 
   static void pad(Prepared* row, int64_t k) {
     for (int64_t i = k; i % Dot::kUnit != 0; ++i) row[i] = 0;
@@ -43,7 +42,6 @@ struct Loops {
     const T* x = static_cast<const T*>(x_raw);
     Prepared* row = static_cast<Prepared*>(row_raw);
     const float scale = symmetric_scale(x, k);
-    // NaN or inf: every x becomes 0 * x = NaN or 0, and the NaN lanes become the zero below.
     const bool finite = scale <= kFloatMax;
     const F inverse = Vec::set(finite ? 1.0F / scale : 0.0F);
     const I offset = Vec::int_set(Dot::kOffset);
@@ -52,7 +50,7 @@ struct Loops {
       store_integers(row + i, Vec::int_add(Vec::to_int(q), offset), n);
     });
     pad(row, k);
-    return scale;
+    return finite ? scale : __builtin_nanf("");
   }
 
   template <class T>
@@ -82,8 +80,7 @@ struct Loops {
     for (int64_t i = k; i % Dot::kUnit != 0; ++i) row[i] = 0.0F;
   }
 
-  // ---- tile
-  // ----------------------------------------------------------------------------------------------------------
+  // ---- tile ----
 
   template <int kRows>
   static void tile_rows(const char* a, int64_t row_stride, const int8_t* panel, int64_t units, int32_t* acc) {
@@ -178,8 +175,7 @@ struct Loops {
     float_tile_of<Dot::kRows>(a, row_stride, rows, panel, units, acc);
   }
 
-  // ---- epilogue
-  // ------------------------------------------------------------------------------------------------------
+  // ---- epilogue ----
 
   static I exact(const int32_t* acc, const Int8Epilogue& e, int64_t i, int n) {
     const I sum = n == kLanes ? Vec::int_load(acc + i) : Vec::int_load_part(acc + i, n);
@@ -188,7 +184,8 @@ struct Loops {
   }
 
   static F scaled(F acc, const Int8Epilogue& e, int64_t i, int n) {
-    const F scale = Vec::mul(Vec::set(e.row_scale), load(e.weight_scale + i, n));
+    // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
+    const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(e.row_scale), load(e.weight_scale + i, n)));
     const F y = Vec::mul(acc, scale);
     return activate(e.bias == nullptr ? y : Vec::add(y, load(e.bias + i, n)), e.activation);
   }

@@ -118,12 +118,12 @@ def test_what_cannot_be_quantized_is_left_with_a_reason() -> None:
         pass
 
     m = nn.ModuleDict(
-        {"double": nn.Linear(3, 3).double(), "custom": Custom(3, 3), "conv": nn.Conv2d(1, 1, 1)}
+        {"wide": nn.Linear(3, 3).double(), "custom": Custom(3, 3), "conv": nn.Conv2d(1, 1, 1)}
     )
     m["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     report = kdq.quantize_(m, kdq.Int8Dynamic())
     assert not report.changed
-    assert "float64" in report.left["double"]
+    assert "float64" in report.left["wide"]
     assert "subclass" in report.left["custom"]
     assert "Conv2d" in report.left["conv"]
     assert "parametrized" in report.left["normed"]

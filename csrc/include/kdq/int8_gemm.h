@@ -46,7 +46,7 @@ struct Int8Linear {
   int64_t k = 0;
   const void* packed = nullptr;  // of an [n, k] weight
   size_t packed_bytes = 0;
-  const float* weight_scale = nullptr;  // [n]
+  const float* weight_scale = nullptr;  // [n], positive and finite
   const float* bias = nullptr;          // [n], or nullptr
   Activation activation = Activation::kNone;
 
