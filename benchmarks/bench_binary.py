@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
 
 

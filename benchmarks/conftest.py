@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from kdq.bench.case import Case, Contender, check
 
 
@@ -29,7 +28,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def run_family(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Callable[[bool], Iterator[Case]], str], None]:
+def run_family(
+    request: pytest.FixtureRequest, benchmark: Any
+) -> Callable[[Callable[[bool], Iterator[Case]], str], None]:
     """Benchmarks the contender of that name on every case of a family that has it."""
 
     def run(family: Callable[[bool], Iterator[Case]], name: str) -> None:

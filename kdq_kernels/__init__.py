@@ -1,7 +1,7 @@
 """kdq_kernels: integer, binary and fake-quant kernels for PyTorch and NumPy.
 
-`import kdq_kernels` needs NumPy alone. The tensor functions (`fake_quantize`, `int8_linear`, ...) import torch when first
-touched and register `torch.ops.kdq.*`; the same functions on NumPy arrays are in `kdq_kernels.numpy`.
+`import kdq_kernels` needs NumPy alone. The tensor functions (`fake_quantize`, `int8_linear`, ...) import torch when
+first touched and register `torch.ops.kdq.*`; the same functions on NumPy arrays are in `kdq_kernels.numpy`.
 
 The instruction set is chosen once: the best that the CPU and the operating system run, or the one that the environment
 variable `KDQ_ISA` names.

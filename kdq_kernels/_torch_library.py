@@ -5,8 +5,9 @@ The operators themselves are registered in C++ (csrc/bindings/torch_ops.cpp), so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,14 +44,12 @@ def load() -> None:
 load()
 
 
-def fake(name: str) -> Any:
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fake(name: str) -> Callable[[Function], Function]:
     """Registers the decorated function as the shape inference of `torch.ops.kdq.<name>`."""
     return torch.library.register_fake(f"kdq::{name}")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 # ---- fake_quant ------------------------------------------------------------------------------------------------------
@@ -213,7 +212,8 @@ def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None 
     return x.new_empty((*x.shape[:-1], weight_bits.shape[0]))
 
 
-# ---- autograd: fake_quantize only, so that inference operators keep their short call path ------------------------------
+# ---- autograd: fake_quantize only, so that inference operators keep their short call path
+# ------------------------------
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -45,8 +45,8 @@ def available_isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Forces an instruction set for the whole process; "auto" returns to the best one.
 
-    Weights packed before the change are refused afterwards, with an error that says so: pack them again. Integer results
-    are the same on every instruction set, bit for bit.
+    Weights packed before the change are refused afterwards, with an error that says so: pack them again. Integer
+    results are the same on every instruction set, bit for bit.
 
     Raises:
         ValueError: the name is unknown.
@@ -63,8 +63,8 @@ def build_info() -> BuildInfo:
 def machine_peaks(threads: int = 1, *, copy_bytes: int = 64 << 20, seconds: float = 0.2) -> MachinePeaks:
     """Measures, now, the limits that kernels on this machine run against.
 
-    The arithmetic peaks come from loops that keep their operands in registers, on the instruction set in force; the copy
-    bandwidth counts bytes read plus bytes written.
+    The arithmetic peaks come from loops that keep their operands in registers, on the instruction set in force; the
+    copy bandwidth counts bytes read plus bytes written.
 
     Args:
         threads: how many threads run at once.

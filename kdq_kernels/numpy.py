@@ -86,7 +86,8 @@ def fake_quantize_backward(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> tuple[Floats, NDArray[np.float32], NDArray[np.float32]]:
-    """Straight-through gradients with respect to x, scale and zero_point (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020)."""
+    """Straight-through gradients with respect to x, scale and zero_point (LSQ, Esser et al. 2020; LSQ+, Bhalgat et
+    al. 2020)."""
     return _C.fake_quantize_backward(
         grad, x, _scale_array(scale), _zero_point_array(zero_point), quant_min, quant_max, axis, group_size
     )
@@ -103,9 +104,7 @@ def quantize(
     group_size: int | None = None,
 ) -> Ints:
     """The integers of `fake_quantize`: int8 where the range fits, else uint8, else int32. NaN gives the zero point."""
-    return _C.quantize(
-        x, _scale_array(scale), _zero_point_array(zero_point), quant_min, quant_max, axis, group_size
-    )
+    return _C.quantize(x, _scale_array(scale), _zero_point_array(zero_point), quant_min, quant_max, axis, group_size)
 
 
 def dequantize(
@@ -154,8 +153,8 @@ def int8_linear(
     """x `[..., K]` -> `activation(dequantized(x) @ dequantized(w).T + bias)`, `[..., N]`, in the dtype of x.
 
     Without `input_scale` each row is quantized dynamically (`quantize_rows`); with it, statically to
-    `[0, input_quant_max]` around `input_zero_point` (None: the middle of that range). `activation`: None, "relu", "gelu"
-    (erf form) or "silu".
+    `[0, input_quant_max]` around `input_zero_point` (None: the middle of that range). `activation`: None, "relu",
+    "gelu" (erf form) or "silu".
     """
     return _C.int8_linear(
         x, packed, weight_scale, bias, input_scale, input_zero_point, input_quant_max, activation, False

@@ -1,8 +1,8 @@
 """The kernels on torch tensors: thin, typed faces of `torch.ops.kdq.*`.
 
 x is float32, bfloat16 or float16 on the CPU, of any strides; scales are float32. Wrong shapes, dtypes or values raise
-`ValueError` naming the argument, what came and what was expected. All functions work under `torch.compile(fullgraph=True)`
-and stay `kdq.*` nodes in `torch.export`.
+`ValueError` naming the argument, what came and what was expected. All functions work under
+`torch.compile(fullgraph=True)` and stay `kdq.*` nodes in `torch.export`.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ def fake_quantize(
     """Rounds x to a quantization grid and back: `(clamp(round(x / scale) + zero_point) - zero_point) * scale`.
 
     Rounding is half-to-even and multiplies by the float32 inverse of the scale, so the bits equal those of
-    `torch.fake_quantize_per_{tensor,channel}_affine`. Differentiable in x (straight-through inside the grid), scale and a
-    float zero_point (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020), all in one backward pass.
+    `torch.fake_quantize_per_{tensor,channel}_affine`. Differentiable in x (straight-through inside the grid), scale
+    and a float zero_point (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020), all in one backward pass.
 
     Args:
         x: any shape; NaN propagates, infinities clamp.
-        scale: positive, finite. One element (per tensor), `[x.size(axis)]` (per channel), or `[..., K / group_size]` for x
-            `[..., K]` (per group).
-        zero_point: int32 in `[quant_min, quant_max]`, or float32, which is rounded half-to-even and clamped. Shape of scale.
+        scale: positive, finite. One element (per tensor), `[x.size(axis)]` (per channel), or `[..., K / group_size]`
+            for x `[..., K]` (per group).
+        zero_point: int32 in `[quant_min, quant_max]`, or float32, which is rounded half-to-even and clamped. Shape of
+            scale.
         quant_min, quant_max: the integer range, within ±2^23.
         axis: the channel axis; negative counts from the end.
         group_size: length of the groups along the last axis.
@@ -102,8 +103,8 @@ def dequantize(
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[..., K]` -> (q int8 `[..., K]` in [-127, 127], scale float32 `[...]`), `scale = max|row| / 127`.
 
-    Rows of zeros get q = 0 and the smallest normal float32 as scale. NaN or inf makes the scale of its row NaN or inf, and
-    q zero there.
+    Rows of zeros get q = 0 and the smallest normal float32 as scale. NaN or inf makes the scale of its row NaN or
+    inf, and q zero there.
     """
     return _ops.quantize_rows(x)
 
@@ -151,8 +152,8 @@ def int8_linear(
         packed: `pack_int8_weight(w)` of w `[N, K]`.
         weight_scale: float32 `[N]`, one scale an output channel.
         bias: float32 `[N]`.
-        input_scale: None quantizes each row dynamically (`quantize_rows`; K at most 131071). A number or one-element tensor
-            quantizes statically to unsigned integers `[0, input_quant_max]` (K at most 65535).
+        input_scale: None quantizes each row dynamically (`quantize_rows`; K at most 131071). A number or one-element
+            tensor quantizes statically to unsigned integers `[0, input_quant_max]` (K at most 65535).
         input_zero_point: of the static grid; None: its middle, `(input_quant_max + 1) // 2`.
         input_quant_max: 255 for 8-bit activations, `2**bits - 1` for fewer bits.
         activation: None, "relu", "gelu" (erf form) or "silu".
@@ -187,7 +188,8 @@ def int8_weight_only_linear(
 def pack_signs(x: Tensor) -> Tensor:
     """x `[..., K]` -> sign bits, int64 `[..., ceil(K / 64)]`.
 
-    Element i is bit i % 64 of word i // 64; a set bit means -1; sign(0) = sign(-0.0) = sign(NaN) = +1; tail bits are zero.
+    Element i is bit i % 64 of word i // 64; a set bit means -1; sign(0) = sign(-0.0) = sign(NaN) = +1. Tail bits
+    are zero.
     """
     return _ops.pack_signs(x)
 
@@ -205,12 +207,10 @@ def binary_matmul(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
     return _ops.binary_matmul(a_bits, b_bits, k)
 
 
-def binary_linear(
-    x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def binary_linear(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x.
 
-    The signs of x are packed inside. weight_bits int64 `[N, ceil(K / 64)]`; weight_scale float32 `[N]`: XNOR-Net's alpha, the
-    mean magnitude of the channel's weights (Rastegari et al. 2016).
+    The signs of x are packed inside. weight_bits int64 `[N, ceil(K / 64)]`; weight_scale float32 `[N]`: XNOR-Net's
+    alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016).
     """
     return _ops.binary_linear(x, weight_bits, weight_scale, bias)

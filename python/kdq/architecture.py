@@ -1,4 +1,5 @@
-"""Describes models made of nn.Sequential and common layers as JSON, so that a checkpoint can rebuild them without code."""
+"""Describes models made of nn.Sequential and common layers as JSON, so that a checkpoint can rebuild them without
+code."""
 
 from __future__ import annotations
 
@@ -8,11 +9,21 @@ from torch import nn
 
 from kdq.layers.base import InferenceLinear
 
-# Constructor arguments of the layers that can be described; each is also an attribute ("bias" says whether there is one).
+# Constructor arguments of the layers that can be described; each is also an attribute ("bias" says whether there is
+# one).
 ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
-    nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+    nn.Conv2d: (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "bias",
+    ),
     nn.Dropout: ("p",),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
     nn.Flatten: ("start_dim", "end_dim"),

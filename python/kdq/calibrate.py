@@ -44,9 +44,7 @@ class Observer:
         return search_affine_grid(sample, self.low, self.high, bits)
 
 
-def observe_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]
-) -> dict[str, Observer]:
+def observe_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Observer]:
     """Runs the batches through the model, in eval mode and without gradients, and observes the layers' inputs.
 
     Raises:

@@ -10,12 +10,14 @@ from typing import Any, TypeAlias
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Dynamic:
-    """int8 weights per output channel; activations int8 per row, their scale computed at run time. Needs no calibration."""
+    """int8 weights per output channel; activations int8 per row, their scale computed at run time. Needs no
+    calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Static:
-    """int8 weights per output channel; activations unsigned 8 bits per tensor, their scale fixed by calibration or training."""
+    """int8 weights per output channel; activations unsigned 8 bits per tensor, their scale fixed by calibration or
+    training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class LowBit:
                 raise ValueError(f"{name}: expected an integer from 1 to 8, got {bits!r}")
         if self.act_bits == 1 and self.weight_bits != 1:
             raise ValueError(
-                f"act_bits: 1-bit activations need weight_bits=1 (the binary kernels), got weight_bits={self.weight_bits}"
+                f"act_bits: 1-bit activations need weight_bits=1 (binary kernels), got weight_bits={self.weight_bits}"
             )
 
 

@@ -1,12 +1,13 @@
 """The demo `kdq demo digits`: what a teacher is worth when a small network is compressed to few bits.
 
-Data: scikit-learn's bundled handwritten digits, 8x8 pixels, 1797 samples, split anew for each seed into 1200 for the teacher and
-597 for testing. The student's own labelled data are 200 of the 1200: labels are scarce where one compresses, and the
-teacher knows more than they tell. Both models are multilayer perceptrons with batch norm before each linear layer.
+Data: scikit-learn's bundled handwritten digits, 8x8 pixels, 1797 samples, split anew for each seed into 1200 for the
+teacher and 597 for testing. The student's own labelled data are 200 of the 1200: labels are scarce where one
+compresses, and the teacher knows more than they tell. Both models are multilayer perceptrons with batch norm before
+each linear layer.
 
-For each precision two students start from the same float student and see the same batches for the same number of steps: one
-learns from the labels alone, the other also from the teacher's soft targets. All their linear layers are quantized, weights and
-activations alike. Every result is converted and evaluated on the real kernels.
+For each precision two students start from the same float student and see the same batches for the same number of
+steps: one learns from the labels alone, the other also from the teacher's soft targets. All their linear layers are
+quantized, weights and activations alike. Every result is converted and evaluated on the real kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,8 @@ def load_split(seed: int) -> Digits:
 
 
 def mlp(width: int, dropout: float = 0.0) -> nn.Sequential:
-    """64 -> width -> width -> 10, batch norm before each linear layer: it centres what a 1-bit layer takes the sign of."""
+    """64 -> width -> width -> 10, batch norm before each linear layer: it centres what a 1-bit layer takes the sign
+    of."""
     layers: list[nn.Module] = [nn.BatchNorm1d(64), nn.Linear(64, width), nn.ReLU()]
     layers += [nn.Dropout(dropout), nn.BatchNorm1d(width), nn.Linear(width, width), nn.ReLU()]
     layers += [nn.Dropout(dropout), nn.BatchNorm1d(width), nn.Linear(width, 10)]
@@ -136,14 +139,27 @@ def train(student: nn.Module, teacher: nn.Module, loss: SoftTargets, loader: Bat
 
 
 def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple[list[Result], dict[str, nn.Module]]:
-    """Teacher, float student, and all compressed students of one seed. Returns also the converted models of the teacher arm."""
+    """Teacher, float student, and all compressed students of one seed. Returns also the converted models of the
+    teacher arm."""
     torch.manual_seed(seed)
     data = load_split(seed)
     teacher, student = mlp(512, dropout=0.2), mlp(256)
     labels_only = ARMS["labels"]
-    train(teacher, teacher, labels_only, Batches(data.teacher_x, data.teacher_y, settings.teacher_epochs, seed), 2e-3)
+    train(
+        teacher,
+        teacher,
+        labels_only,
+        Batches(data.teacher_x, data.teacher_y, settings.teacher_epochs, seed),
+        2e-3,
+    )
     advance()
-    train(student, teacher, labels_only, Batches(data.student_x, data.student_y, settings.float_epochs, seed), 2e-3)
+    train(
+        student,
+        teacher,
+        labels_only,
+        Batches(data.student_x, data.student_y, settings.float_epochs, seed),
+        2e-3,
+    )
     advance()
     with torch.inference_mode():
         expected = teacher(data.test_x)
@@ -173,7 +189,13 @@ def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple
 
 @torch.inference_mode()
 def evaluate(
-    precision: str, arm: str, seed: int, real: nn.Module, fake: nn.Module, data: Digits, teacher_logits: Tensor
+    precision: str,
+    arm: str,
+    seed: int,
+    real: nn.Module,
+    fake: nn.Module,
+    data: Digits,
+    teacher_logits: Tensor,
 ) -> Result:
     """Accuracy and distance to the teacher of the model on the kernels, and its agreement with the fake-quant model."""
     with evaluating(real, fake):
@@ -197,7 +219,7 @@ def measure_latency(models: dict[str, nn.Module]) -> dict[str, Latency]:
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            times = interleaved_latency([lambda model=model.eval(): model(x) for model in models.values()])
+            times = interleaved_latency([partial(model.eval(), x) for model in models.values()])
     finally:
         torch.set_num_threads(before)
     return dict(zip(models, times, strict=True))
@@ -270,9 +292,10 @@ def table(rows: list[Summary], seeds: int, teacher_accuracy: tuple[float, float]
     result = Table(
         title=f"Digits, {seeds} seeds; float teacher {spread(teacher_accuracy)} % accuracy",
         caption=(
-            f"accuracy: mean ± standard deviation over seeds; gain: paired difference ± standard error; KL: to the teacher, nats; "
-            f"time: batch of {LATENCY_BATCH}, one thread, median (fastest - slowest), x: against the float student; "
-            "agreement: share of test samples on which kernels and fake-quant model choose the same class (worst seed). "
+            "accuracy: mean ± standard deviation over seeds; gain: paired difference ± standard error; "
+            "KL: to the teacher, nats; "
+            f"time: batch of {LATENCY_BATCH}, one thread, median (fastest - slowest); x: against the float student; "
+            "agreement: share of test samples on which kernels and fake-quant model choose the same class, worst seed. "
             f"Kernels in force: {kk.cpu_isa()}."
         ),
         title_justify="left",

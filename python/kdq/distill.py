@@ -23,15 +23,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdq.observe import captured_outputs, check_same_shape, device_of, evaluating, find_layer, parse_batch, rows_of
+from kdq.observe import (
+    captured_outputs,
+    check_same_shape,
+    device_of,
+    evaluating,
+    find_layer,
+    parse_batch,
+    rows_of,
+)
 
 
 @dataclass(frozen=True)
 class SoftTargets:
     """`alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * cross_entropy(student, target)`.
 
-    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015. T^2 keeps the gradient's size independent of T.
-    The mean is over the rows; rows whose target is -100 are left out of both terms, and if that leaves none, the loss is 0.
+    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015. T^2 keeps the gradient's size
+    independent of T. The mean is over the rows; rows whose target is -100 are left out of both terms, and if that
+    leaves none, the loss is 0.
 
     Args:
         T: temperature, above 0.
@@ -48,7 +57,8 @@ class SoftTargets:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {self.alpha!r}")
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """The loss of logits `[..., C]`, with class indices `[...]` as target: a scalar, in float32 or the student's float64.
+        """The loss of logits `[..., C]`, with class indices `[...]` as target: a scalar, in float32 or the student's
+        float64.
 
         Raises:
             ValueError: the shapes differ, the target is no class index a row, or it is missing while alpha is below 1.
@@ -84,8 +94,8 @@ def mean_kl(teacher: Tensor, student: Tensor) -> Tensor:
 class Hint:
     """Mean squared distance between the outputs of named student layers and teacher layers, summed over the pairs.
 
-    Romero et al.: FitNets: Hints for Thin Deep Nets, 2015. Where the widths differ, a `Distiller` learns a linear regressor
-    from the student's feature to the teacher's.
+    Romero et al.: FitNets: Hints for Thin Deep Nets, 2015. Where the widths differ, a `Distiller` learns a linear
+    regressor from the student's feature to the teacher's.
 
     Args:
         layers: student layer name -> teacher layer name, as in `named_modules()`.
@@ -168,7 +178,8 @@ class History:
 class Distiller:
     """Trains a student on a teacher.
 
-    The teacher runs in eval mode and without gradients and is never changed; it is no part of the student. Regressors of
+    The teacher runs in eval mode and without gradients and is never changed; it is no part of the student. Regressors
+    of
     hints belong to the distiller: they exist from the first batch on and are trained with the student.
 
     Args:
@@ -199,7 +210,9 @@ class Distiller:
             RuntimeError: there are hints, and no batch has shown yet how wide their features are.
         """
         if len(self.regressors) < len(set(self.pairs)):
-            raise RuntimeError("the hints' regressors take their widths from a batch: call distiller.prepare(batch) first")
+            raise RuntimeError(
+                "the hints' regressors take their widths from a batch: call distiller.prepare(batch) first"
+            )
         yield from (p for p in self.student.parameters() if p.requires_grad)
         yield from self.own_parameters()
 
@@ -210,7 +223,8 @@ class Distiller:
                 yield from module.parameters()
 
     def prepare(self, batch: Any) -> None:
-        """Makes the hints' regressors from the shapes that one batch shows. Nothing is trained, no statistics change."""
+        """Makes the hints' regressors from the shapes that one batch shows. Nothing is trained, no statistics
+        change."""
         with torch.no_grad(), evaluating(self.student):
             self.loss(batch)
 
@@ -233,7 +247,9 @@ class Distiller:
         check_same_shape(student, teacher)
         self._add_regressors(learned, taught)
         terms = [
-            loss(self._adapted(loss, learned), taught) if isinstance(loss, Hint) else loss(student, teacher, parsed.target)
+            loss(self._adapted(loss, learned), taught)
+            if isinstance(loss, Hint)
+            else loss(student, teacher, parsed.target)
             for loss in self.losses
         ]
         return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
@@ -293,16 +309,20 @@ class Distiller:
                         value = float(loss.detach())
                         if not math.isfinite(value):
                             where = f"epoch {epoch + 1}, step {len(epoch_losses) + 1}"
-                            raise RuntimeError(f"the loss is {value} at {where}: lower the learning rate, check the data")
+                            raise RuntimeError(
+                                f"the loss is {value} at {where}: lower the learning rate, check the data"
+                            )
                         optimizer.zero_grad()
-                        loss.backward()  # type: ignore[no-untyped-call]
+                        loss.backward()
                         optimizer.step()
                         if scheduler is not None:
                             scheduler.step()
                         epoch_losses.append(value)
                         bar.update(task, advance=1, description=f"distil, loss {value:.4f}")
                     if not epoch_losses:
-                        raise ValueError(f"loader: it gave no batch in epoch {epoch + 1} (an iterator can be used only once)")
+                        raise ValueError(
+                            f"loader: it gave no batch in epoch {epoch + 1} (an iterator can be used only once)"
+                        )
                     losses.append(sum(epoch_losses) / len(epoch_losses))
                     steps += len(epoch_losses)
             finally:
@@ -315,7 +335,9 @@ class Distiller:
     def _checked(self, optimizer: Optimizer | None, loss: Tensor, lr: float) -> Optimizer:
         """The optimizer to use, once the first loss has shown what there is to train."""
         if not loss.requires_grad:
-            raise ValueError("student: nothing to train: the loss does not depend on any parameter that requires a gradient")
+            raise ValueError(
+                "student: nothing to train: the loss does not depend on any parameter that requires a gradient"
+            )
         if optimizer is None:
             return torch.optim.Adam(self.parameters(), lr=lr)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

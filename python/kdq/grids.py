@@ -18,14 +18,16 @@ SEARCH_STEPS = 64
 
 @dataclass(frozen=True)
 class AffineGrid:
-    """Unsigned activations: `q = clamp(round(x / scale) + zero_point, 0, quant_max)`. scale float32, zero_point int32, 0-d."""
+    """Unsigned activations: `q = clamp(round(x / scale) + zero_point, 0, quant_max)`. scale float32, zero_point
+    int32, 0-d."""
 
     scale: Tensor
     zero_point: Tensor
 
 
 def weight_range(bits: int) -> tuple[int, int]:
-    """The integers of a `bits`-bit weight: symmetric for 8 bits, all `2**bits` values below (LSQ, Esser et al. 2020)."""
+    """The integers of a `bits`-bit weight: symmetric for 8 bits, all `2**bits` values below (LSQ, Esser et al.
+    2020)."""
     return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
@@ -45,7 +47,8 @@ def row_scale(x: Tensor) -> Tensor:
 
 
 def low_bit_weight_scale(weight: Tensor, bits: int) -> Tensor:
-    """The scale of each output channel with the least squared rounding error, of 64 candidates below the one that clips nothing.
+    """The scale of each output channel with the least squared rounding error, of 64 candidates below the one that
+    clips nothing.
 
     For 1 bit it is known in closed form: the mean magnitude (Rastegari et al. 2016).
     """

@@ -1,7 +1,7 @@
 """save and load: one safetensors file with the tensors, and the quantization map in its metadata.
 
-The tensors are the portable ones (row-major integers, packed bits, scales); what a machine's kernels want is made on load.
-No code is unpickled.
+The tensors are the portable ones (row-major integers, packed bits, scales); what a machine's kernels want is made on
+load. No code is unpickled.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QATLinear):
             raise ValueError(
-                f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before saving, or keep "
-                "training checkpoints with torch.save(model.state_dict(), ...)"
+                f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before saving, "
+                "or keep training checkpoints with torch.save(model.state_dict(), ...)"
             )
     info = {
         "version": FORMAT_VERSION,
@@ -74,7 +74,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is corrupt, truncated or not kdq's, or does not fit the model, which is then left as it was.
+        ValueError: the file is corrupt, truncated or not kdq's, or does not fit the model, which is then left as it
+            was.
     """
     info, tensors = _read(path)
     layers = {name: _build_layer(path, name, data) for name, data in info["layers"].items()}
@@ -147,7 +148,8 @@ def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, laye
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if name == "" or features != (layer.in_features, layer.out_features):
         raise ValueError(
-            f"{path}: layer {name!r} is linear {layer.in_features} -> {layer.out_features}, the model has {module} there"
+            f"{path}: layer {name!r} is linear {layer.in_features} -> {layer.out_features}, "
+            f"the model has {module} there"
         )
 
 
@@ -157,7 +159,8 @@ def _check_tensors(
     layers: dict[str, InferenceLinear],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Every tensor that the model will have once its layers are replaced is in the file, with the right shape and dtype."""
+    """Every tensor that the model will have once its layers are replaced is in the file, with the right shape and
+    dtype."""
     expected = {
         key: tensor
         for key, tensor in model.state_dict().items()

@@ -93,7 +93,8 @@ def rows_of(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | Non
         return rows, None, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     if target.shape != logits.shape[:-1] or target.is_floating_point() or target.is_complex():
         raise ValueError(
-            f"target: expected class indices of shape {list(logits.shape[:-1])}, got {target.dtype} {list(target.shape)}"
+            f"target: expected class indices of shape {list(logits.shape[:-1])}, "
+            f"got {target.dtype} {list(target.shape)}"
         )
     flat = target.reshape(-1).long()
     kept = flat != IGNORED_TARGET

@@ -1,7 +1,7 @@
 """quantize_, prepare_qat_, convert_: replace a model's linear layers, in place and all or nothing.
 
-Each call first decides about every layer and builds all replacements; only then does it touch the model. An error on the
-way leaves the model as it was.
+Each call first decides about every layer and builds all replacements; only then does it touch the model. An error on
+the way leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -62,15 +62,16 @@ def quantize_(
         model: any module that contains nn.Linear layers.
         config: one config for all layers, or a mapping of name patterns (fnmatch) to configs; the first match counts.
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
-        calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed for `Int8Static` and `LowBit`,
-            whose activation scales are fixed.
+        calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed for `Int8Static`
+            and `LowBit`, whose activation scales are fixed.
 
     Returns:
         What was changed, and what was left and why.
 
     Raises:
         TypeError: config is not one of kdq's.
-        ValueError: calibration is missing or empty, a weight is not finite, or the model itself is the only linear layer.
+        ValueError: calibration is missing or empty, a weight is not finite, or the model itself is the only linear
+            layer.
     """
     plan = _plan(model, config, filter_fn, _why_not_linear)
     static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
@@ -79,8 +80,8 @@ def quantize_(
         if calibration is None:
             first = next(iter(static))
             raise ValueError(
-                f"calibration: {first!r} gets {plan.chosen[first].config}, which fixes the activations' scale; pass some "
-                "batches as calibration=, or use Int8Dynamic, which needs none"
+                f"calibration: {first!r} gets {plan.chosen[first].config}, which fixes the activations' scale; "
+                "pass some batches as calibration=, or use Int8Dynamic, which needs none"
             )
         observers = observe_inputs(model, static, calibration)
     return plan.carry_out(model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)))
@@ -90,7 +91,8 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
     """Replaces linear layers by their training twins, in place: float weights, fake-quantized in the forward pass.
 
     Train the model as before (make the optimizer after this call: learned scales are parameters), then call `convert_`.
-    Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first batch.
+    Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first
+    batch.
     """
     plan = _plan(model, config, filter_fn, _why_not_linear)
     return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
@@ -117,14 +119,16 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
         for name, target in planned.chosen.items():
             if isinstance(target.config, Int8Static | LowBit):
                 raise ValueError(
-                    f"plan: {name!r} gets {target.config}, which fixes the activations' scale: train it with prepare_qat_ or "
-                    "calibrate it with quantize_"
+                    f"plan: {name!r} gets {target.config}, which fixes the activations' scale: "
+                    "train it with prepare_qat_ or calibrate it with quantize_"
                 )
         prepared.chosen.update(planned.chosen)
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
     def build(_: str, p: _Target) -> nn.Module:
-        return p.module.to_inference() if isinstance(p.module, QATLinear) else _inference_layer(p.module, p.config, None)
+        return (
+            p.module.to_inference() if isinstance(p.module, QATLinear) else _inference_layer(p.module, p.config, None)
+        )
 
     return prepared.carry_out(model, build)
 
@@ -255,8 +259,8 @@ def _inside_layer(model: nn.Module, name: str) -> bool:
 
 
 def _disable_fused_transformer_layers(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer has a fused inference path that reads the float weights of its linear layers; this flag,
-    which nothing else reads, makes it call the layers instead."""
+    """nn.TransformerEncoderLayer has a fused inference path that reads the float weights of its linear layers; this
+    flag, which nothing else reads, makes it call the layers instead."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not (
             type(module.linear1) is nn.Linear and type(module.linear2) is nn.Linear

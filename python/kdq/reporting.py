@@ -123,8 +123,8 @@ def report(
         student: typically after `convert_` or `quantize_`.
         teacher: outputs logits of the same shape.
         loader: batches of inputs, `(inputs, target)`, or dicts with "labels".
-        reference: the float model with the student's layer names, for the SQNR by layer; None: the teacher, where names and
-            output shapes agree.
+        reference: the float model with the student's layer names, for the SQNR by layer; None: the teacher, where
+            names and output shapes agree.
 
     Raises:
         ValueError: the loader is empty, or the outputs' shapes differ.
@@ -196,11 +196,7 @@ def interleaved_latency(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS
 def layer_errors(student: nn.Module, reference: nn.Module, batch: Any) -> list[LayerError]:
     """SQNR of every quantized layer whose name and output shape the reference has too."""
     theirs = dict(reference.named_modules())
-    quantized = {
-        n: m
-        for n, m in student.named_modules()
-        if isinstance(m, InferenceLinear | QATLinear) and n in theirs
-    }
+    quantized = {n: m for n, m in student.named_modules() if isinstance(m, InferenceLinear | QATLinear) and n in theirs}
     parsed = parse_batch(batch)
     with evaluating(student, reference), torch.no_grad():
         with captured_outputs(student, quantized, "student") as outputs:

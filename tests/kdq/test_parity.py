@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import kdq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
-import kdq
-import kdq_kernels as kk
 from kdq.configs import Config
 from kdq.grids import int8_weight_scale, weight_range
 from kdq.layers import BinaryLinear, BinaryQATLinear, Int8QATLinear, LowBitQATLinear
+from torch import Tensor, nn
+
+import kdq_kernels as kk
 
 configs = st.one_of(
     st.sampled_from([kdq.Int8Dynamic(), kdq.Int8Static(), kdq.Int8WeightOnly(), kdq.Binary()]),
-    st.builds(
-        lambda w, a: kdq.LowBit(weight_bits=w, act_bits=a), st.integers(1, 8), st.integers(2, 8)
-    ),
+    st.builds(lambda w, a: kdq.LowBit(weight_bits=w, act_bits=a), st.integers(1, 8), st.integers(2, 8)),
 )
 
 
@@ -41,7 +39,11 @@ def trained(config: Config, n: int, k: int, bias: bool, seed: int) -> tuple[nn.S
 
 @settings(max_examples=120, deadline=None)
 @given(
-    config=configs, n=st.integers(1, 40), k=st.integers(1, 130), bias=st.booleans(), seed=st.integers(0, 2**31)
+    config=configs,
+    n=st.integers(1, 40),
+    k=st.integers(1, 130),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
 )
 def test_integers_are_equal_and_outputs_agree(config: Config, n: int, k: int, bias: bool, seed: int) -> None:
     model, x = trained(config, n, k, bias, seed)
@@ -149,6 +151,8 @@ def test_learned_scales_get_lsq_gradients() -> None:
     q = v.round().clamp(-4, 3)
     d_scale = torch.where(v.round() == q, q - v, q)
     grad_w = twin.input_grid(x).detach().sum(0)
-    torch.testing.assert_close(twin.weight_scale.grad, (grad_w * d_scale).sum(1) / (16 * 3) ** 0.5, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        twin.weight_scale.grad, (grad_w * d_scale).sum(1) / (16 * 3) ** 0.5, rtol=1e-4, atol=1e-4
+    )
     assert twin.input_grid.scale.grad is not None
     assert twin.input_grid.zero_point.grad is not None

@@ -7,15 +7,15 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import kdq
 import pytest
 import torch
-from torch import Tensor, nn
-
-import kdq
-import kdq_kernels as kk
 from kdq.configs import Config, config_from_json, config_to_json
 from kdq.grids import AffineGrid
 from kdq.layers.low_bit_linear import pack_bits, unpack_bits
+from torch import Tensor, nn
+
+import kdq_kernels as kk
 
 CONFIGS: list[Config] = [
     kdq.Int8Dynamic(),
@@ -34,7 +34,10 @@ every_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(37, 48), nn.ReLU(), nn.BatchNorm1d(48), nn.Sequential(nn.Linear(48, 33, bias=False), nn.Tanh())
+        nn.Linear(37, 48),
+        nn.ReLU(),
+        nn.BatchNorm1d(48),
+        nn.Sequential(nn.Linear(48, 33, bias=False), nn.Tanh()),
     )
 
 
@@ -117,9 +120,7 @@ def test_what_cannot_be_quantized_is_left_with_a_reason() -> None:
     class Custom(nn.Linear):
         pass
 
-    m = nn.ModuleDict(
-        {"wide": nn.Linear(3, 3).double(), "custom": Custom(3, 3), "conv": nn.Conv2d(1, 1, 1)}
-    )
+    m = nn.ModuleDict({"wide": nn.Linear(3, 3).double(), "custom": Custom(3, 3), "conv": nn.Conv2d(1, 1, 1)})
     m["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     report = kdq.quantize_(m, kdq.Int8Dynamic())
     assert not report.changed
@@ -157,7 +158,13 @@ def test_transformer_encoder_runs_the_quantized_layers() -> None:
         (lambda m: None, "int8", {}, TypeError, "config"),
         (lambda m: None, kdq.Int8Static(), {}, ValueError, "calibration"),
         (lambda m: None, kdq.Int8Static(), {"calibration": []}, ValueError, "batch"),
-        (lambda m: m[3][0].weight.data.fill_(float("nan")), kdq.Int8Dynamic(), {}, ValueError, "3.0.*weight.*NaN"),
+        (
+            lambda m: m[3][0].weight.data.fill_(float("nan")),
+            kdq.Int8Dynamic(),
+            {},
+            ValueError,
+            "3.0.*weight.*NaN",
+        ),
         (lambda m: m[0].bias.data.fill_(float("inf")), kdq.Binary(), {}, ValueError, "0.*bias"),
     ],
 )

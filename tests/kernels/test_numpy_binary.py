@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 import kdq_kernels.numpy as kn
 
-every_isa = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+every_isa = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 rows = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 65])
 depths = st.sampled_from([0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 640, 1000, 1984, 2049, 4097])
 Array = NDArray[Any]

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 import kdq_kernels.numpy as kn
 
-every_isa = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+every_isa = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 Array = NDArray[Any]
 
 
@@ -56,9 +54,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "x": np.random.default_rng(seed).normal(size=shape).astype(draw(st.sampled_from(["f4", "f2"]))),
         "scale": np.random.default_rng(seed + 1).uniform(0.01, 0.5, scale_shape).astype("f4"),
-        "zero_point": np.random.default_rng(seed + 2)
-        .integers(quant_min, quant_max + 1, scale_shape)
-        .astype("i4"),
+        "zero_point": np.random.default_rng(seed + 2).integers(quant_min, quant_max + 1, scale_shape).astype("i4"),
         "quant_min": quant_min,
         "quant_max": quant_max,
         "axis": axis,
@@ -129,10 +125,17 @@ def test_nonfinite_values(isa: str) -> None:
 
 def test_gradients_do_not_depend_on_threads(isa: str) -> None:
     rng = np.random.default_rng(0)
-    x, grad = rng.normal(size=(2, 3, 50021)).astype("f4")[:, :2].copy(), rng.normal(size=(2, 2, 50021)).astype("f4")
+    x, grad = (
+        rng.normal(size=(2, 3, 50021)).astype("f4")[:, :2].copy(),
+        rng.normal(size=(2, 2, 50021)).astype("f4"),
+    )
     before = kn.num_threads()
     try:
-        for axis, scale in [(None, np.float32(0.05)), (1, np.full(2, 0.05, "f4")), (2, np.full(50021, 0.05, "f4"))]:
+        for axis, scale in [
+            (None, np.float32(0.05)),
+            (1, np.full(2, 0.05, "f4")),
+            (2, np.full(50021, 0.05, "f4")),
+        ]:
             results = []
             for threads in (1, 2, 3, 5):
                 kn.set_num_threads(threads)
@@ -152,9 +155,7 @@ def test_quantize_rows(isa: str, dtype: str, shape: tuple[int, ...]) -> None:
     x = np.random.default_rng(1).normal(size=shape).astype(dtype)
     q, scale = kn.quantize_rows(x)
     wide = x.astype(np.float32)
-    expected_scale = np.maximum(
-        np.abs(wide).max(-1, initial=0) / np.float32(127), np.finfo(np.float32).tiny
-    )
+    expected_scale = np.maximum(np.abs(wide).max(-1, initial=0) / np.float32(127), np.finfo(np.float32).tiny)
     np.testing.assert_array_equal(scale, expected_scale)
     inverse = np.float32(1) / expected_scale
     np.testing.assert_array_equal(q, np.clip(np.rint(wide * inverse[..., None]), -127, 127))

@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 import kdq_kernels
 import kdq_kernels.numpy as kn
 
-every_isa = settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+every_isa = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 sizes = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 47, 64, 65, 101, 128, 131])
 Array = NDArray[Any]
 

@@ -1,4 +1,5 @@
-"""torch.ops.kdq: registration (opcheck, compile, export), strides, bit-equality with torch's own fake-quant, gradients."""
+"""torch.ops.kdq: registration (opcheck, compile, export), strides, bit-equality with torch's own fake-quant,
+gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     return [
         ("fake_quantize", ops.fake_quantize.default, (x, one, zero, 0, 15), {}),
         ("fake_quantize channel", ops.fake_quantize.default, (x, per_channel, learned, 0, 15, -1), {}),
-        ("fake_quantize group", ops.fake_quantize.default, (x, torch.rand(5, 7) + 0.1, None, -8, 7, None, 10), {}),
+        (
+            "fake_quantize group",
+            ops.fake_quantize.default,
+            (x, torch.rand(5, 7) + 0.1, None, -8, 7, None, 10),
+            {},
+        ),
         ("fake_quantize.out", ops.fake_quantize.out, (x, one, zero, 0, 15), {"out": torch.empty(5, 70)}),
         ("fake_quantize_backward", ops.fake_quantize_backward.default, (x, x, one, zero, 0, 15), {}),
         ("quantize", ops.quantize.default, (x, one, zero, 0, 255), {}),
@@ -62,7 +68,9 @@ def test_opcheck(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 def test_every_op_is_checked() -> None:
     """A new operator without an opcheck case fails here."""
-    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdq::")}
+    names = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdq::")
+    }
     assert names == {c[1]._schema.name.split("::")[1] for c in op_cases()}
 
 
@@ -169,7 +177,10 @@ def test_gradients_match_torch_learnable(axis: int | None, layout: str) -> None:
     if layout == "channels_last":
         grad = grad.to(memory_format=torch.channels_last)
     n = 1 if axis is None else x.shape[axis]
-    scale, zero_point = torch.linspace(0.1, 0.3, n).requires_grad_(), torch.full((n,), 3.0, requires_grad=True)
+    scale, zero_point = (
+        torch.linspace(0.1, 0.3, n).requires_grad_(),
+        torch.full((n,), 3.0, requires_grad=True),
+    )
     leaf = x.clone().requires_grad_()
     kk.fake_quantize(leaf, scale, zero_point, quant_min=0, quant_max=15, axis=axis).backward(grad)
     backward = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward
@@ -243,7 +254,10 @@ def test_linear_layers_in_every_dtype(isa: str, dtype: torch.dtype) -> None:
     signs = torch.where(x < 0, -1.0, 1.0)
     weights = torch.where(randn(33, 65, seed=5) < 0, -1.0, 1.0)
     torch.testing.assert_close(
-        binary.double(), (F.linear(signs.double(), weights.double()) * scale + bias), rtol=tolerance, atol=tolerance
+        binary.double(),
+        (F.linear(signs.double(), weights.double()) * scale + bias),
+        rtol=tolerance,
+        atol=tolerance,
     )
     weight_only = kk.int8_weight_only_linear(x, packed, scale, bias)
     torch.testing.assert_close(
@@ -254,9 +268,7 @@ def test_linear_layers_in_every_dtype(isa: str, dtype: torch.dtype) -> None:
 def test_numbers_and_tensors_mean_the_same() -> None:
     x, packed, scale = randn(4, 70), kk.pack_int8_weight(int8(13, 70)), torch.full((13,), 0.01)
     numbers = kk.int8_linear(x, packed, scale, input_scale=0.05, input_zero_point=120)
-    tensors = kk.int8_linear(
-        x, packed, scale, input_scale=torch.tensor(0.05), input_zero_point=torch.tensor([120])
-    )
+    tensors = kk.int8_linear(x, packed, scale, input_scale=torch.tensor(0.05), input_zero_point=torch.tensor([120]))
     assert torch.equal(numbers, tensors)
     symmetric = kk.int8_linear(x, packed, scale, input_scale=0.05)
     assert torch.equal(symmetric, kk.int8_linear(x, packed, scale, input_scale=0.05, input_zero_point=128))
@@ -273,7 +285,10 @@ def test_inference_outside_inference_mode_is_not_silent() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: kk.fake_quantize(randn(3).double(), 0.1, quant_min=0, quant_max=1), "x: expected dtype float32"),
+        (
+            lambda: kk.fake_quantize(randn(3).double(), 0.1, quant_min=0, quant_max=1),
+            "x: expected dtype float32",
+        ),
         (lambda: kk.fake_quantize(randn(3), -0.1, quant_min=0, quant_max=1), "scale.*-0.1"),
         (lambda: kk.fake_quantize(randn(3), 0.1, 5, quant_min=0, quant_max=1), "zero_point.*5"),
         (lambda: kk.fake_quantize(randn(3, 4), torch.ones(3), quant_min=0, quant_max=1), "scale"),

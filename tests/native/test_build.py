@@ -1,4 +1,5 @@
-"""The native build as others meet it: the C++ package, the ODR rule of the ISA objects, introspection, clean imports."""
+"""The native build as others meet it: the C++ package, the ODR rule of the ISA objects, introspection, clean
+imports."""
 
 from __future__ import annotations
 
@@ -44,9 +45,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_success(run("cmake", "--install", folder / "build", "--prefix", folder / "prefix"))
     require_success(
         run(
-            "cmake", "-S", ROOT / "tests" / "consumer", "-B", folder / "consumer", *generator,
+            "cmake",
+            "-S",
+            ROOT / "tests" / "consumer",
+            "-B",
+            folder / "consumer",
+            *generator,
             f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}",
-        )  # fmt: skip
+        )
     )
     require_success(run("cmake", "--build", folder / "consumer"))
     return folder

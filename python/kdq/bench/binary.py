@@ -1,12 +1,13 @@
 """Contenders for the binary kernels.
 
-PyTorch has no xnor-popcount, so the peers compute the same product of +-1 values the way a user would without us: in int8,
-bfloat16 or float32.
+PyTorch has no xnor-popcount, so the peers compute the same product of +-1 values the way a user would without us: in
+int8, bfloat16 or float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +37,14 @@ def binary_matmul_cases(quick: bool) -> Iterator[Case]:
         int8_a, int8_b = a.to(torch.int8), kk.pack_int8_weight(b.to(torch.int8))
         bf16_a, bf16_b = a.bfloat16(), b.bfloat16()
         contenders = [
-            Contender("kdq binary_matmul", lambda a=a_bits, b=b_bits, k=k: kk.binary_matmul(a, b, k), "ours"),
-            Contender("kdq int8_matmul", lambda a=int8_a, b=int8_b: kk.int8_matmul(a, b), "context"),
-            Contender("torch float32", lambda a=a, b=b: F.linear(a, b), "peer"),
-            Contender("torch bfloat16", lambda a=bf16_a, b=bf16_b: F.linear(a, b), "peer", 1e-2),
+            Contender("kdq binary_matmul", partial(kk.binary_matmul, a_bits, b_bits, k), "ours"),
+            Contender("kdq int8_matmul", partial(kk.int8_matmul, int8_a, int8_b), "context"),
+            Contender("torch float32", partial(F.linear, a, b), "peer"),
+            Contender("torch bfloat16", partial(F.linear, bf16_a, bf16_b), "peer", 1e-2),
         ]
         if m > 16:
             transposed = b.to(torch.int8).t()
-            contenders.append(
-                Contender("torch _int_mm", lambda a=int8_a, t=transposed: torch._int_mm(a, t), "peer")
-            )
+            contenders.append(Contender("torch _int_mm", partial(torch._int_mm, int8_a, transposed), "peer"))
         reference = a.double() @ b.double().t()
         yield Case("binary_matmul", f"{m}x{n}x{k}", 2.0 * m * n * k, "binary_gops", reference, contenders)
 
@@ -65,18 +64,18 @@ def binary_linear_cases(quick: bool) -> Iterator[Case]:
         contenders = [
             Contender(
                 "kdq binary_linear",
-                lambda x=x, w=bits, s=scale, b=bias: kk.binary_linear(x, w, s, b),
+                partial(kk.binary_linear, x, bits, scale, bias),
                 "ours",
                 1e-5,
             ),
             Contender(
                 "kdq int8_linear",
-                lambda x=x, w=int8_packed, s=scale, b=bias: kk.int8_linear(x, w, s, b),
+                partial(kk.int8_linear, x, int8_packed, scale, bias),
                 "context",
                 1e-5,
             ),
-            Contender("torch float32", lambda x=x, w=scaled, b=bias: F.linear(x, w, b), "peer", 1e-5),
-            Contender("torch bfloat16", lambda t=bf16: F.linear(*t), "peer", 1e-2),
+            Contender("torch float32", partial(F.linear, x, scaled, bias), "peer", 1e-5),
+            Contender("torch bfloat16", partial(F.linear, *bf16), "peer", 1e-2),
             *torch_quantized_linears(x, scaled, bias),
         ]
         reference = x.double() @ scaled.double().t() + bias

@@ -19,7 +19,8 @@ class Contender:
     Attributes:
         name: as shown in the table.
         run: computes the result once; everything that need not be repeated is done before.
-        role: "ours"; "peer": does the same job, and counts in the ratio; "context": a different precision or job, shown only.
+        role: "ours"; "peer": does the same job, and counts in the ratio; "context": a different precision or job,
+            shown only.
         tolerance: largest accepted `|result - reference| / |reference|` (Frobenius norms); 0 demands equality.
     """
 

@@ -1,12 +1,14 @@
 """Contenders for fake-quant, forward and backward: torch's four operators and the compiled composition of plain ops.
 
-The limit is the copy bandwidth: forward reads x and writes y, backward reads x and the gradient and writes the gradient of x.
-Our forward is shown with a fresh and with a reused output, since page faults of fresh memory cost more than the kernel.
+The limit is the copy bandwidth: forward reads x and writes y, backward reads x and the gradient and writes the
+gradient of x. Our forward is shown with a fresh and with a reused output, since page faults of fresh memory cost more
+than the kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,12 +53,12 @@ def fake_quantize_cases(quick: bool) -> Iterator[Case]:
             Contender("kdq, fresh output", _ours(x, one, None, None), "ours"),
             Contender(
                 "torch per_tensor",
-                lambda x=x: torch.fake_quantize_per_tensor_affine(x, SCALE, 0, QMIN, QMAX),
+                partial(torch.fake_quantize_per_tensor_affine, x, SCALE, 0, QMIN, QMAX),
                 tolerance=1e-6,
             ),
             Contender(
                 "torch learnable per_tensor",
-                lambda x=x, s=one, z=zero.float(): learnable_tensor(x, s, z, QMIN, QMAX),
+                partial(learnable_tensor, x, one, zero.float(), QMIN, QMAX),
                 tolerance=1e-6,
             ),
         ]
@@ -73,19 +75,17 @@ def fake_quantize_cases(quick: bool) -> Iterator[Case]:
             Contender("kdq, fresh output", _ours(x, scale, 0, None), "ours"),
             Contender(
                 "torch per_channel",
-                lambda x=x, s=scale, z=zeros: torch.fake_quantize_per_channel_affine(x, s, z, 0, QMIN, QMAX),
+                partial(torch.fake_quantize_per_channel_affine, x, scale, zeros, 0, QMIN, QMAX),
                 tolerance=1e-6,
             ),
             Contender(
                 "torch learnable per_channel",
-                lambda x=x, s=scale, z=zeros.float(): learnable_channel(x, s, z, 0, QMIN, QMAX),
+                partial(learnable_channel, x, scale, zeros.float(), 0, QMIN, QMAX),
                 tolerance=1e-6,
             ),
         ]
         if not quick:
-            contenders.append(
-                Contender("torch.compile", compiled_composition(x, scale[:, None]), tolerance=1e-6)
-            )
+            contenders.append(Contender("torch.compile", compiled_composition(x, scale[:, None]), tolerance=1e-6))
         yield Case("fake_quantize", f"{shape} per channel", work, "copy_gbps", reference, contenders)
 
 

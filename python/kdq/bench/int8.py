@@ -1,13 +1,14 @@
 """Contenders for the int8 kernels: exact matmul, and the float-in, float-out linear layer.
 
-Peers quantize activations per tensor (torch's quantized linear, ONNX Runtime), ours per row: the `error` column shows what
-that costs in accuracy against the float32 product.
+Peers quantize activations per tensor (torch's quantized linear, ONNX Runtime), ours per row: the `error` column shows
+what that costs in accuracy against the float32 product.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,21 +45,21 @@ def int8_matmul_cases(quick: bool) -> Iterator[Case]:
         float_a, float_b = a.float(), b.float()
         bf16_a, bf16_b = a.bfloat16(), b.bfloat16()
         contenders = [
-            Contender("kdq int8_matmul", lambda a=a, p=packed: kk.int8_matmul(a, p), "ours"),
-            Contender("torch float32", lambda x=float_a, w=float_b: F.linear(x, w), "context", 1e-5),
-            Contender("torch bfloat16", lambda x=bf16_a, w=bf16_b: F.linear(x, w), "context", 1e-2),
+            Contender("kdq int8_matmul", partial(kk.int8_matmul, a, packed), "ours"),
+            Contender("torch float32", partial(F.linear, float_a, float_b), "context", 1e-5),
+            Contender("torch bfloat16", partial(F.linear, bf16_a, bf16_b), "context", 1e-2),
         ]
         if m > 16:  # torch._int_mm wants more than 16 rows
-            contenders.append(Contender("torch _int_mm", lambda a=a, t=transposed: torch._int_mm(a, t)))
+            contenders.append(Contender("torch _int_mm", partial(torch._int_mm, a, transposed)))
         reference = (a.double() @ b.double().t()).to(torch.int32)
         yield Case("int8_matmul", f"{m}x{n}x{k}", 2.0 * m * n * k, "int8_gops", reference, contenders)
 
 
-def int_mm_linear(x: Tensor, transposed: Tensor, weight_scale: Tensor) -> Tensor:
+def int_mm_linear(x: Tensor, transposed: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
     """The same layer from torch's own ops: per-row quantization, `_int_mm`, scaling."""
     scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
     q = torch.round(x / scale).to(torch.int8)
-    return torch._int_mm(q, transposed).float() * scale * weight_scale
+    return torch._int_mm(q, transposed).float() * scale * weight_scale + bias
 
 
 def int8_linear_cases(quick: bool) -> Iterator[Case]:
@@ -75,26 +76,26 @@ def int8_linear_cases(quick: bool) -> Iterator[Case]:
         contenders = [
             Contender(
                 "kdq int8_linear",
-                lambda x=x, p=packed, s=weight_scale, b=bias: kk.int8_linear(x, p, s, b),
+                partial(kk.int8_linear, x, packed, weight_scale, bias),
                 "ours",
                 0.02,
             ),
-            Contender("torch float32", lambda x=x, w=w, b=bias: F.linear(x, w, b), "peer", 1e-5),
-            Contender("torch bfloat16", lambda t=bf16: F.linear(*t), "peer", 1e-2),
+            Contender("torch float32", partial(F.linear, x, w, bias), "peer", 1e-5),
+            Contender("torch bfloat16", partial(F.linear, *bf16), "peer", 1e-2),
             *torch_quantized_linears(x, w, bias),
         ]
         if m > 16:
             contenders.append(
                 Contender(
                     "torch _int_mm + scaling",
-                    lambda x=x, t=q.t(), s=weight_scale, b=bias: int_mm_linear(x, t, s) + b,
+                    partial(int_mm_linear, x, q.t(), weight_scale, bias),
                     "peer",
                     0.02,
                 )
             )
         if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
             run = onnxruntime_linear(q, weight_scale, bias)
-            contenders.append(Contender("ONNX Runtime int8", lambda x=x, run=run: run(x), "peer", 0.05))
+            contenders.append(Contender("ONNX Runtime int8", partial(run, x), "peer", 0.05))
         reference = x.double() @ w.double().t() + bias
         yield Case("int8_linear", f"{m}x{n}x{k}", 2.0 * m * n * k, "int8_gops", reference, contenders)
 
@@ -130,7 +131,5 @@ def onnxruntime_linear(q: Tensor, weight_scale: Tensor, bias: Tensor) -> Callabl
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session: Any = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])

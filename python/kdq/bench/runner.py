@@ -1,8 +1,8 @@
 """Checks, then times, the contenders of each case, interleaved so that noise hits all alike.
 
-Each round runs every contender for about the same short time, in an order that rotates from round to round; a contender's
-time is the median over the rounds, with the smallest and the largest beside it. The machine's peaks are measured in the same
-process, once before each family.
+Each round runs every contender for about the same short time, in an order that rotates from round to round; a
+contender's time is the median over the rounds, with the smallest and the largest beside it. The machine's peaks are
+measured in the same process, once before each family.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ ROUND_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender on one case. Times are seconds a call; `rate` is Gop/s or GB/s; `error` is relative to the reference."""
+    """One contender on one case. Times are seconds a call; `rate` is Gop/s or GB/s; `error` is relative to the
+    reference."""
 
     family: str
     shape: str

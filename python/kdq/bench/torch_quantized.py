@@ -16,8 +16,8 @@ ENGINES = ("fbgemm", "x86", "onednn")
 def torch_quantized_linears(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
     """One contender an engine: int8 weights per channel, activations quantized per tensor inside the call.
 
-    `reduce_range` keeps activations to 7 bits on CPUs without VNNI, where these backends' 8-bit products would saturate;
-    torch's documentation asks for it there.
+    `reduce_range` keeps activations to 7 bits on CPUs without VNNI, where these backends' 8-bit products would
+    saturate; torch's documentation asks for it there.
     """
     vnni = torch.cpu._is_vnni_supported()
     contenders = []

@@ -85,7 +85,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(kernel: Callable[[Tensor], Tensor], weight: Callable[[], Tensor], x: Tensor) -> Tensor:
-    """`kernel(x)`, with the gradient of the dequantized linear layer, so that what lies before a frozen layer still trains."""
+    """`kernel(x)`, with the gradient of the dequantized linear layer, so that what lies before a frozen layer still
+    trains."""
     y: Tensor = _StraightThrough.apply(x, kernel(x.detach()), weight())
     return y
 
@@ -93,8 +94,8 @@ def straight_through(kernel: Callable[[Tensor], Tensor], weight: Callable[[], Te
 class PackedInt8Linear(InferenceLinear):
     """An inference layer on the int8 kernels.
 
-    The kernels read a machine-dependent packed weight. It is a cache beside the portable buffers: made when the layer is
-    built, loaded, copied or unpickled, remade after `set_isa`, and never saved.
+    The kernels read a machine-dependent packed weight. It is a cache beside the portable buffers: made when the layer
+    is built, loaded, copied or unpickled, remade after `set_isa`, and never saved.
     """
 
     packed: Tensor

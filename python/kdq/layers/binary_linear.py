@@ -13,8 +13,8 @@ from kdq.layers.base import InferenceLinear
 class BinaryLinear(InferenceLinear):
     """`sign(x) @ sign(w).T * weight_scale + bias` (XNOR-Net, Rastegari et al. 2016).
 
-    Buffers: `weight_bits` int64 `[N, ceil(K / 64)]`, `weight_scale` float32 `[N]` (the mean `|w|` of the output channel),
-    `bias` float32 `[N]` or None.
+    Buffers: `weight_bits` int64 `[N, ceil(K / 64)]`, `weight_scale` float32 `[N]` (the mean `|w|` of the output
+    channel), `bias` float32 `[N]` or None.
     """
 
     weight_bits: Tensor

@@ -40,7 +40,8 @@ class LowBitLinear(PackedInt8Linear):
     """A linear layer of few-bit integers. It occupies its bits on disk and runs on the int8 kernels.
 
     Buffers: `weight` uint8 `[N, ceil(K * weight_bits / 8)]` (`pack_bits`), `weight_scale` float32 `[N]`, `bias` float32
-    `[N]` or None, `input_scale` float32 and `input_zero_point` int32, both 0-d. Activations lie in `[0, 2**act_bits - 1]`.
+    `[N]` or None, `input_scale` float32 and `input_zero_point` int32, both 0-d. Activations lie in `[0, 2**act_bits -
+    1]`.
     """
 
     weight: Tensor

@@ -1,4 +1,5 @@
-"""The training twins: float weights that are fake-quantized in the forward pass, on the integers that inference will use.
+"""The training twins: float weights that are fake-quantized in the forward pass, on the integers that inference will
+use.
 
 All rounding goes through `kdq_kernels.fake_quantize`, whose numerics are those of the inference kernels. `to_inference`
 makes the layer that runs on them.
@@ -122,7 +123,8 @@ class LearnedActivationGrid(nn.Module):
         """
         if not self.initialized:
             raise RuntimeError(
-                "the activation scale is not initialized: run at least one batch through the prepared model before convert_"
+                "the activation scale is not initialized: run at least one batch through the prepared model "
+                "before convert_"
             )
         scale = learned_scale(self.scale.detach(), 1, 1)
         zero_point = self.zero_point.detach().round().clamp(0, self.quant_max).to(torch.int32)
