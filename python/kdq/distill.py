@@ -87,7 +87,7 @@ def mean_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """
     log_p, log_q = F.log_softmax(teacher, -1), F.log_softmax(student, -1)
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).mean()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).mean()
 
 
 @dataclass(frozen=True)

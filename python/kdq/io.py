@@ -43,8 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QATLinear):
             raise ValueError(
-                f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before saving, "
-                "or keep training checkpoints with torch.save(model.state_dict(), ...)"
+                f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before "
+                "saving, or keep training checkpoints with torch.save(model.state_dict(), ...)"
             )
     info = {
         "version": FORMAT_VERSION,

@@ -249,13 +249,14 @@ def _plan(
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, QATLinear | InferenceLinear) or not any(True for _ in module.children())
+    return isinstance(module, nn.Linear | QATLinear | InferenceLinear) or next(module.children(), None) is None
 
 
 def _inside_layer(model: nn.Module, name: str) -> bool:
-    """Whether a module is a part of a training twin."""
+    """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
     parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), QATLinear) for i in range(len(parts)) if name)
+    above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
+    return any(isinstance(module, nn.Linear | QATLinear) for module in above)
 
 
 def _disable_fused_transformer_layers(model: nn.Module) -> None:
