@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from kdq.bench.fake_quant import fake_quantize_backward_cases, fake_quantize_cases
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
 
 

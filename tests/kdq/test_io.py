@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import kdq
 import pytest
 import torch
-from kdq.configs import Config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+import kdq
+from kdq.configs import Config
 
 CONFIGS: list[Config] = [
     kdq.Int8Dynamic(),

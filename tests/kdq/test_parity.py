@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import kdq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import kdq
+import kdq_kernels as kk
 from kdq.configs import Config
 from kdq.grids import int8_weight_scale, weight_range
 from kdq.layers import BinaryLinear, BinaryQATLinear, Int8QATLinear, LowBitQATLinear
-from torch import Tensor, nn
-
-import kdq_kernels as kk
 
 configs = st.one_of(
     st.sampled_from([kdq.Int8Dynamic(), kdq.Int8Static(), kdq.Int8WeightOnly(), kdq.Binary()]),

@@ -7,15 +7,15 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import kdq
 import pytest
 import torch
+from torch import Tensor, nn
+
+import kdq
+import kdq_kernels as kk
 from kdq.configs import Config, config_from_json, config_to_json
 from kdq.grids import AffineGrid
 from kdq.layers.low_bit_linear import pack_bits, unpack_bits
-from torch import Tensor, nn
-
-import kdq_kernels as kk
 
 CONFIGS: list[Config] = [
     kdq.Int8Dynamic(),
