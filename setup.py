@@ -15,10 +15,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake once and lets it put the libraries where setuptools expects `kdq_kernels._C`."""
+    """Lets CMake put the libraries where `kdq_kernels._C` belongs: the source folder (editable install) or the wheel.
 
-    def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+    Overrides `run` because setuptools's own copies the extension alone, without the libraries beside it that it loads.
+    """
+
+    def run(self) -> None:
+        output = Path(self.get_ext_fullpath("kdq_kernels._C")).resolve().parent
         build = ROOT / "build" / f"python-{sys.implementation.cache_tag}"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",

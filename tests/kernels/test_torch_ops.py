@@ -4,6 +4,7 @@ gradients."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdq_kernels as kk
+from kdq_kernels import _torch_library
 
 ops = torch.ops.kdq
 
@@ -306,3 +308,16 @@ def test_inference_outside_inference_mode_is_not_silent() -> None:
 def test_bad_arguments_raise_value_error(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_wrong_torch_or_missing_library_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(ImportError, match="needs torch 2.10 or newer, found 2.9.1"):
+        _torch_library.load()
+    monkeypatch.undo()
+    monkeypatch.setattr(_torch_library, "LIBRARY", tmp_path / "libkdq_torch.so")
+    with pytest.raises(ImportError, match="libkdq_torch.so is missing.*rebuild"):
+        _torch_library.load()
+    (tmp_path / "libkdq_torch.so").write_bytes(b"not a library")
+    with pytest.raises(ImportError, match="cannot be loaded.*rebuild"):
+        _torch_library.load()
