@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -299,41 +300,40 @@ def table(rows: list[Summary], seeds: int, teacher_accuracy: tuple[float, float]
     result = Table(
         title=f"Digits, {seeds} seeds; float teacher {spread(teacher_accuracy)} % accuracy",
         caption=(
-            "accuracy: mean ± standard deviation over seeds; gain: paired difference ± standard error; "
-            "KL: to the teacher, nats; "
-            f"time: batch of {LATENCY_BATCH}, one thread, median (fastest - slowest); x: against the float student; "
-            "agreement: share of test samples on which kernels and fake-quant model choose the same class, worst seed. "
+            "accuracy: mean ± standard deviation over seeds; gain: of the teacher, paired difference in points ± "
+            "standard error; KL: to the teacher, nats; bytes: on disk; "
+            f"us: batch of {LATENCY_BATCH}, one thread, median and below it fastest-slowest; x: times faster than the "
+            "float student; agree: share of test samples on which kernels and fake-quant model choose the same class, "
+            "worst seed. "
             f"Kernels in force: {kk.cpu_isa()}."
         ),
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
     )
-    for column in (
-        "student",
-        "accuracy %\nlabels only",
-        "accuracy %\nwith teacher",
-        "gain\n(points)",
-        "KL labels\n/ teacher",
-        "bytes\non disk",
-        "time, us",
-        "x",
-        "agree-\nment",
-    ):
-        result.add_column(column, justify="left" if column == "student" else "right")
+    for column in ("student", "taught by", "accuracy %", "gain", "KL", "bytes", "us", "x", "agree"):
+        left = column in ("student", "taught by")
+        result.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row in rows:
-        kl = " / ".join(f"{row.teacher_kl[arm]:.3f}" for arm in ARMS if arm in row.teacher_kl)
         time = row.latency
-        result.add_row(
-            row.precision,
-            spread(row.accuracy.get("labels")),
-            spread(row.accuracy.get("teacher")),
-            spread(row.gain, sign=True),
-            kl,
+        span = f"{time.fastest * 1e6:.0f}-{time.slowest * 1e6:.0f}"
+        shared = [
             f"{row.size_bytes:,}",
-            f"{time.median * 1e6:.0f} ({time.fastest * 1e6:.0f} - {time.slowest * 1e6:.0f})",
+            f"{time.median * 1e6:.0f}",
             f"{row.speedup:.2f}",
-            f"{row.kernel_agreement:.2%}",
+            f"{row.kernel_agreement:.1%}",
+        ]
+        result.add_row(
+            row.precision, "labels", spread(row.accuracy["labels"]), "", f"{row.teacher_kl['labels']:.3f}", *shared
         )
+        if row.gain is None:
+            result.add_row(*[""] * 6, span)
+        else:
+            accuracy, gain = spread(row.accuracy["teacher"]), spread(row.gain, sign=True)
+            result.add_row("", "teacher", accuracy, gain, f"{row.teacher_kl['teacher']:.3f}", "", span)
+        result.add_section()
     return result
 
 

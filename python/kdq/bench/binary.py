@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import kdq_kernels as kk
 from kdq.bench.case import Case, Contender
@@ -27,12 +28,17 @@ SHAPES: list[Shape] = [
 ]
 
 
+def random_signs(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """+1 and -1, float32; `randn().sign()` would hold a zero now and then."""
+    return torch.randint(2, (rows, columns), generator=generator) * 2.0 - 1.0
+
+
 def binary_matmul_cases(quick: bool) -> Iterator[Case]:
     """Bits in, int32 out."""
     generator = torch.Generator().manual_seed(2)
     for m, n, k in QUICK_SHAPES if quick else SHAPES:
-        a = torch.randn(m, k, generator=generator).sign()
-        b = torch.randn(n, k, generator=generator).sign()
+        a = random_signs(m, k, generator)
+        b = random_signs(n, k, generator)
         a_bits, b_bits = kk.pack_signs(a), kk.pack_signs(b)
         int8_a, int8_b = a.to(torch.int8), kk.pack_int8_weight(b.to(torch.int8))
         bf16_a, bf16_b = a.bfloat16(), b.bfloat16()
@@ -53,8 +59,8 @@ def binary_linear_cases(quick: bool) -> Iterator[Case]:
     """float32 in, float32 out, signs packed inside."""
     generator = torch.Generator().manual_seed(3)
     for m, n, k in QUICK_SHAPES if quick else SHAPES:
-        x = torch.randn(m, k, generator=generator).sign()
-        w = torch.randn(n, k, generator=generator).sign()
+        x = random_signs(m, k, generator)
+        w = random_signs(n, k, generator)
         scale = torch.rand(n, generator=generator) + 0.5
         bias = torch.randn(n, generator=generator)
         bits = kk.pack_signs(w)
