@@ -26,7 +26,8 @@ test: build
 
 bench: build
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
-	$(BIN)/kdq bench --json benchmarks/results.json --markdown benchmarks/RESULTS.md
+	$(BIN)/kdq bench --json benchmarks/results.json --markdown benchmarks/RESULTS.md \
+		--plot benchmarks/results.png
 
 lint: build $(VENV)/.lint
 	$(BIN)/ruff check .

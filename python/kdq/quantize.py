@@ -29,7 +29,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a call did with every leaf module: changed (name -> config) or left (name -> reason)."""
+    """What a call did with every leaf module that has weights: changed (name -> config) or left (name -> reason)."""
 
     changed: dict[str, Config] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -235,7 +235,8 @@ def _plan(
             elif filter_fn is not None and not filter_fn(module, name):
                 reason = "filter_fn is false"
         if reason is not None or config is None:
-            plan.left[name] = reason or ""
+            if next(module.parameters(), None) is not None or isinstance(module, InferenceLinear):
+                plan.left[name] = reason or ""
             continue
         if name == "":
             raise ValueError(

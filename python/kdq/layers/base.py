@@ -30,7 +30,11 @@ class InferenceLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def kernel(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> `[..., out_features]`, in the dtype of x."""
+        """x `[..., in_features]` -> `[..., out_features]`, in the dtype of x.
+
+        Implementations read their tensors from `self._buffers`: `self.name` costs more than a microsecond on an
+        nn.Module, and five of them cost as much as a small layer's whole product.
+        """
         raise NotImplementedError
 
     def dequantized_weight(self) -> Tensor:
@@ -118,7 +122,9 @@ class PackedInt8Linear(InferenceLinear):
         """The packed weight for the instruction set in force."""
         if not torch.compiler.is_compiling() and self._packed_isa != kk.cpu_isa():
             self.pack()
-        return self.packed
+        own: dict[str, Any] = self._buffers
+        packed: Tensor = own["packed"]
+        return packed
 
     def dequantized_weight(self) -> Tensor:
         return kk.dequantize(self.int8_weight(), self.weight_scale, axis=0)

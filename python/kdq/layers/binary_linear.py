@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ class BinaryLinear(InferenceLinear):
         return layer
 
     def kernel(self, x: Tensor) -> Tensor:
-        return kk.binary_linear(x, self.weight_bits, self.weight_scale, self.bias)
+        own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
+        return kk.binary_linear(x, own["weight_bits"], own["weight_scale"], own["bias"])
 
     def dequantized_weight(self) -> Tensor:
         return kk.unpack_signs(self.weight_bits, self.in_features) * self.weight_scale[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -68,15 +70,17 @@ class Int8Linear(PackedInt8Linear):
         return self.weight
 
     def kernel(self, x: Tensor) -> Tensor:
+        packed = self.packed_weight()
+        own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
         if isinstance(self.config, Int8WeightOnly):
-            return kk.int8_weight_only_linear(x, self.packed_weight(), self.weight_scale, self.bias)
+            return kk.int8_weight_only_linear(x, packed, own["weight_scale"], own["bias"])
         return kk.int8_linear(
             x,
-            self.packed_weight(),
-            self.weight_scale,
-            self.bias,
-            input_scale=self.input_scale,
-            input_zero_point=self.input_zero_point,
+            packed,
+            own["weight_scale"],
+            own["bias"],
+            input_scale=own["input_scale"],
+            input_zero_point=own["input_zero_point"],
         )
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -83,13 +85,15 @@ class LowBitLinear(PackedInt8Linear):
         return unpack_bits(self.weight, self.config.weight_bits, self.in_features)
 
     def kernel(self, x: Tensor) -> Tensor:
+        packed = self.packed_weight()
+        own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
         return kk.int8_linear(
             x,
-            self.packed_weight(),
-            self.weight_scale,
-            self.bias,
-            input_scale=self.input_scale,
-            input_zero_point=self.input_zero_point,
+            packed,
+            own["weight_scale"],
+            own["bias"],
+            input_scale=own["input_scale"],
+            input_zero_point=own["input_zero_point"],
             input_quant_max=2**self.config.act_bits - 1,
         )
 
