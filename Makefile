@@ -37,7 +37,7 @@ lint: build $(VENV)/.lint
 
 # Ninja decides what to recompile; a second call compiles nothing.
 build: $(VENV)/.installed
-	$(BIN)/cmake --build build/python-*
+	$(BIN)/cmake --build build/editable-*
 
 $(VENV)/.installed: $(VENV)/.deps pyproject.toml setup.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .

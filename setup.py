@@ -22,7 +22,8 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         output = Path(self.get_ext_fullpath("kdq_kernels._C")).resolve().parent
-        build = ROOT / "build" / f"python-{sys.implementation.cache_tag}"
+        kind = "editable" if self.editable_mode else "wheel"  # two folders: each remembers where its libraries go
+        build = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DKDQ_PYTHON=ON",
