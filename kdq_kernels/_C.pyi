@@ -72,3 +72,11 @@ def binary_matmul(a_bits: NDArray[int64], b_bits: NDArray[int64], k: int) -> NDA
 def binary_linear(
     x: Floats, weight_bits: NDArray[int64], weight_scale: NDArray[float32], bias: NDArray[float32] | None
 ) -> Floats: ...
+def distillation_loss(
+    student: Floats,
+    teacher: Floats,
+    target: NDArray[int64] | None,
+    temperature: float,
+    alpha: float,
+    with_gradient: bool,
+) -> tuple[float, Floats | None]: ...

@@ -212,16 +212,39 @@ def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None 
     return x.new_empty((*x.shape[:-1], weight_bits.shape[0]))
 
 
-# ---- autograd: fake_quantize only, so that inference operators keep their short call path
-# ------------------------------
+# ---- distillation ----------------------------------------------------------------------------------------------------
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+@fake("distillation_loss")
+def _(
+    student: Tensor, teacher: Tensor, target: Tensor | None, temperature: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    rows = student.shape[:-1].numel()
+    return student.new_empty((), dtype=torch.float32), student.new_empty((rows, 5), dtype=torch.float32)
+
+
+@fake("distillation_loss_backward")
+def _(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    statistics: Tensor,
+    temperature: float,
+    alpha: float,
+) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+# ---- autograd: of the operators that train only, so that inference operators keep their short call path --------------
+
+
+def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, ctx.quant_min, ctx.quant_max, ctx.axis, ctx.group_size = inputs
     ctx.save_for_backward(x, scale, zero_point)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, scale, zero_point = ctx.saved_tensors
     grad_x, grad_scale, grad_zero_point = torch.ops.kdq.fake_quantize_backward(
         grad, x, scale, zero_point, ctx.quant_min, ctx.quant_max, ctx.axis, ctx.group_size
@@ -230,4 +253,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_scale, grad_zero_point if learned else None, None, None, None, None
 
 
-torch.library.register_autograd("kdq::fake_quantize", _backward, setup_context=_save_for_backward)
+def _save_distillation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, target, ctx.temperature, ctx.alpha = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(student, teacher, target, output[1])
+
+
+def _distillation_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    """The student's gradient; the teacher is a constant."""
+    if grad is None:
+        return None, None, None, None, None
+    student, teacher, target, statistics = ctx.saved_tensors
+    grad_student = torch.ops.kdq.distillation_loss_backward(
+        grad, student, teacher, target, statistics, ctx.temperature, ctx.alpha
+    )
+    return grad_student, None, None, None, None
+
+
+torch.library.register_autograd("kdq::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize)
+torch.library.register_autograd("kdq::distillation_loss", _distillation_backward, setup_context=_save_distillation)

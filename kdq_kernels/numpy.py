@@ -23,6 +23,8 @@ __all__ = [
     "binary_linear",
     "binary_matmul",
     "dequantize",
+    "distillation_loss",
+    "distillation_loss_gradient",
     "fake_quantize",
     "fake_quantize_backward",
     "int8_linear",
@@ -196,3 +198,32 @@ def binary_linear(
 ) -> Floats:
     """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x."""
     return _C.binary_linear(x, weight_bits, weight_scale, bias)
+
+
+def distillation_loss(
+    student_logits: Floats,
+    teacher_logits: Floats,
+    target: NDArray[np.int64] | None = None,
+    *,
+    temperature: float,
+    alpha: float,
+) -> float:
+    """`alpha T^2 KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) cross_entropy(student, target)`.
+
+    Logits `[..., C]` of one dtype, target int64 `[...]`; the mean over the rows whose target is not -100.
+    """
+    return _C.distillation_loss(student_logits, teacher_logits, target, temperature, alpha, False)[0]
+
+
+def distillation_loss_gradient(
+    student_logits: Floats,
+    teacher_logits: Floats,
+    target: NDArray[np.int64] | None = None,
+    *,
+    temperature: float,
+    alpha: float,
+) -> tuple[float, Floats]:
+    """(loss, its gradient like student_logits)."""
+    loss, gradient = _C.distillation_loss(student_logits, teacher_logits, target, temperature, alpha, True)
+    assert gradient is not None  # asked for
+    return loss, gradient

@@ -8,6 +8,7 @@
 #include "kdq/kdq.h"
 #include "layer_args.h"
 #include "numpy_common.h"
+#include "numpy_distillation.h"
 
 namespace kdq::bindings {
 namespace {
@@ -15,18 +16,7 @@ namespace {
 using OptionalArray = std::optional<py::array>;
 using OptionalInt = std::optional<int64_t>;
 
-template <class Function>
-void run(Function&& function) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = function();
-  }
-  check(status);
-}
-
-// ---- fake_quant
-// ------------------------------------------------------------------------------------------------------
+// ---- fake_quant ----------------------------------------------------------------------------------------------------
 
 struct Quantization {
   QuantShape shape;
@@ -164,8 +154,7 @@ py::tuple quantize_rows_array(const py::array& x_in) {
   return py::make_tuple(q, scale);
 }
 
-// ---- int8_gemm
-// -------------------------------------------------------------------------------------------------------
+// ---- int8_gemm -----------------------------------------------------------------------------------------------------
 
 py::array pack_int8_weight_array(const py::array& w_in) {
   const py::array w = expect<int8_t>("w", w_in, 2);
@@ -343,6 +332,7 @@ py::array binary_linear_array(const py::array& x_in, const py::array& weight_bit
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of kdq_kernels: kernels on NumPy arrays, CPU and build introspection.";
   bind_introspection(m);
+  bind_distillation(m);
   const py::arg x("x");
   const py::arg scale("scale");
   const py::arg zero_point("zero_point");

@@ -69,6 +69,17 @@ inline DType float_dtype(const char* name, const py::array& a) {
   invalid(std::string(name) + ": expected dtype float32 or float16, got " + dtype_name(a));
 }
 
+// Calls a kernel without the GIL.
+template <class Function>
+void run(Function&& function) {
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = function();
+  }
+  check(status);
+}
+
 // An uninitialised array: the kernels write every element.
 inline py::array empty(const py::dtype& dtype, const Sizes& sizes) {
   return py::array(dtype, std::vector<py::ssize_t>(sizes.begin(), sizes.end()));

@@ -34,6 +34,13 @@ STABLE_TORCH_LIBRARY(kdq, m) {
   m.def("unpack_signs(Tensor bits, int k) -> Tensor");
   m.def("binary_matmul(Tensor a_bits, Tensor b_bits, int k) -> Tensor");
   m.def("binary_linear(Tensor x, Tensor weight_bits, Tensor weight_scale, Tensor? bias=None) -> Tensor");
+
+  m.def(
+      "distillation_loss(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "distillation_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, "
+      "Tensor statistics, float temperature, float alpha) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
@@ -52,6 +59,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
   m.impl("unpack_signs", TORCH_BOX(&unpack_signs_op));
   m.impl("binary_matmul", TORCH_BOX(&binary_matmul_op));
   m.impl("binary_linear", TORCH_BOX(&binary_linear_op));
+  m.impl("distillation_loss", TORCH_BOX(&distillation_loss_op));
+  m.impl("distillation_loss_backward", TORCH_BOX(&distillation_loss_backward_op));
 }
 
 }  // namespace kdq::bindings

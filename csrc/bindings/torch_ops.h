@@ -41,4 +41,12 @@ Tensor binary_matmul_op(const Tensor& a_bits, const Tensor& b_bits, int64_t k);
 Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits, const Tensor& weight_scale,
                         const OptionalTensor& bias);
 
+// torch_distillation.cpp
+constexpr int64_t kDistillationColumns = 5;  // what the forward pass keeps of a row
+std::tuple<Tensor, Tensor> distillation_loss_op(const Tensor& student, const Tensor& teacher,
+                                                const OptionalTensor& target, double temperature, double alpha);
+Tensor distillation_loss_backward_op(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
+                                     const OptionalTensor& target, const Tensor& statistics, double temperature,
+                                     double alpha);
+
 }  // namespace kdq::bindings

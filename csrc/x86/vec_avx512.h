@@ -51,6 +51,7 @@ struct Vec {
   static Mask is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
   static Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
   static uint32_t bits(Mask mask) { return mask; }
+  static Mask first_lanes(int n) { return lanes_below(n); }
 
   static float sum(Float v) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -58,6 +59,8 @@ struct Vec {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+
+  static float largest(Float v) { return _mm512_reduce_max_ps(v); }
 
   static Int int_zero() { return _mm512_setzero_si512(); }
   static Int int_set(int32_t value) { return _mm512_set1_epi32(value); }

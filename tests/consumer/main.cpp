@@ -1,4 +1,5 @@
 // One op of each family through the public headers, compared with the reference level. Exits 0 when all agree.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -64,6 +65,26 @@ std::vector<int32_t> run_binary() {
   return out;
 }
 
+// A float result, which may differ between levels in its last digits.
+std::vector<int64_t> run_distillation() {
+  const int64_t classes = 1001;
+  const std::vector<float> student = ramp(3 * classes);
+  const std::vector<float> teacher = ramp(3 * classes + 5);
+  const std::vector<int64_t> target = {7, kdq::kIgnoredTarget, 1000};
+  std::vector<kdq::DistillationRow> statistics(3);
+  kdq::DistillationLoss args;
+  args.student = student.data();
+  args.teacher = teacher.data() + 5;
+  args.target = target.data();
+  args.rows = 3;
+  args.classes = classes;
+  args.temperature = 2.0F;
+  args.alpha = 0.5F;
+  float loss = 0.0F;
+  require(kdq::distillation_loss(args, statistics.data(), &loss, kdq::default_executor()));
+  return {std::llround(loss * 1e4)};
+}
+
 template <class Run>
 bool same_on_every_isa(const char* name, Run run) {
   require(kdq::set_isa("reference"));
@@ -84,6 +105,7 @@ int main() {
   const bool fake_quant = same_on_every_isa("fake_quantize", run_fake_quant);
   const bool int8 = same_on_every_isa("int8_matmul", run_int8);
   const bool binary = same_on_every_isa("binary_matmul", run_binary);
+  const bool distillation = same_on_every_isa("distillation_loss", run_distillation);
   const bool refused = !kdq::set_isa("mmx").ok();
-  return fake_quant && int8 && binary && refused ? 0 : 1;
+  return fake_quant && int8 && binary && distillation && refused ? 0 : 1;
 }

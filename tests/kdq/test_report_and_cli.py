@@ -117,6 +117,7 @@ def test_bench_measures_every_family(tmp_path: Path) -> None:
         "int8_matmul",
         "int8_linear",
         "binary_matmul",
+        "distillation_loss",
         "binary_linear",
         "fake_quantize",
         "fake_quantize_backward",

@@ -60,6 +60,13 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("unpack_signs", ops.unpack_signs.default, (bits, 70), {}),
         ("binary_matmul", ops.binary_matmul.default, (bits, bits, 70), {}),
         ("binary_linear", ops.binary_linear.default, (x, bits, scale, scale), {}),
+        ("distillation_loss", ops.distillation_loss.default, (x, w.float()[:5], None, 4.0, 1.0), {}),
+        (
+            "distillation_loss_backward",
+            ops.distillation_loss_backward.default,
+            (torch.tensor(1.0), x, w.float()[:5], torch.arange(5), torch.rand(5, 5) + 1, 4.0, 0.5),
+            {},
+        ),
     ]
 
 

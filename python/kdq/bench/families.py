@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
 from kdq.bench.case import Case
+from kdq.bench.distillation import distillation_loss_cases
 from kdq.bench.fake_quant import fake_quantize_backward_cases, fake_quantize_cases
 from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
 
@@ -16,4 +17,5 @@ FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "binary_linear": binary_linear_cases,
     "fake_quantize": fake_quantize_cases,
     "fake_quantize_backward": fake_quantize_backward_cases,
+    "distillation_loss": distillation_loss_cases,
 }

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from kdq.bench.runner import Measurement
@@ -48,16 +49,23 @@ def row(m: Measurement) -> tuple[str, ...]:
 
 
 def rich_table(measurements: Sequence[Measurement]) -> Table:
-    """One table for the measurements of one family."""
+    """One table for the measurements of one family, narrow enough for 80 columns: each shape heads its contenders."""
     first = measurements[0]
     plural = "thread" if first.threads == 1 else "threads"
-    table = Table(title=f"{first.family}, {first.threads} {plural}", title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
-    for _, group in groupby(measurements, key=lambda m: m.shape):
+    table = Table(
+        title=f"{first.family}, {first.threads} {plural}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("contender")
+    for column in ("time", "min - max", "rate", "of peak", "ratio", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for shape, group in groupby(measurements, key=lambda m: m.shape):
+        table.add_row(shape, style="underline")
         for m in group:
-            table.add_row(*row(m), style="bold" if m.role == "ours" else None)
-        table.add_section()
+            table.add_row(*row(m)[1:], style="bold" if m.role == "ours" else None)
     return table
 
 

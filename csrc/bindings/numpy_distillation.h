@@ -1,0 +1,10 @@
+// Registers the distillation loss on NumPy arrays in kdq_kernels._C.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace kdq::bindings {
+
+void bind_distillation(pybind11::module_& m);
+
+}  // namespace kdq::bindings
