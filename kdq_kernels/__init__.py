@@ -23,11 +23,13 @@ from kdq_kernels.cpu import available_isas, build_info, cpu_isa, machine_peaks, 
 
 if TYPE_CHECKING:
     from kdq_kernels.ops import (
+        binarize_rows,
         binary_linear,
         binary_matmul,
         dequantize,
         distillation_loss,
         fake_quantize,
+        fake_quantize_rows,
         int8_linear,
         int8_matmul,
         int8_weight_only_linear,
@@ -43,6 +45,7 @@ __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "available_isas",
+    "binarize_rows",
     "binary_linear",
     "binary_matmul",
     "build_info",
@@ -50,6 +53,7 @@ __all__ = [
     "dequantize",
     "distillation_loss",
     "fake_quantize",
+    "fake_quantize_rows",
     "int8_linear",
     "int8_matmul",
     "int8_weight_only_linear",

@@ -140,6 +140,21 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+@fake("fake_quantize_rows")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@fake("binarize_rows")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@fake("binarize_rows_backward")
+def _(grad_signs: Tensor | None, grad_mean: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 # ---- int8 ------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +268,23 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, grad_scale, grad_zero_point if learned else None, None, None, None, None
 
 
+def _fake_quantize_rows_backward(ctx: Any, grad: Tensor) -> Tensor:
+    """Straight through: with a scale from the row's own maximum nothing is clipped."""
+    return grad
+
+
+def _save_binarize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0])
+
+
+def _binarize_backward(ctx: Any, grad_signs: Tensor | None, grad_mean: Tensor | None) -> Tensor | None:
+    if grad_signs is None and grad_mean is None:
+        return None
+    (x,) = ctx.saved_tensors
+    return torch.ops.kdq.binarize_rows_backward(grad_signs, grad_mean, x)
+
+
 def _save_distillation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     student, teacher, target, ctx.temperature, ctx.alpha = inputs
     ctx.mark_non_differentiable(output[1])
@@ -272,4 +304,6 @@ def _distillation_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> t
 
 
 torch.library.register_autograd("kdq::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize)
+torch.library.register_autograd("kdq::fake_quantize_rows", _fake_quantize_rows_backward)
+torch.library.register_autograd("kdq::binarize_rows", _binarize_backward, setup_context=_save_binarize)
 torch.library.register_autograd("kdq::distillation_loss", _distillation_backward, setup_context=_save_distillation)

@@ -20,6 +20,7 @@ Scale = NDArray[np.float32] | float
 ZeroPoint = NDArray[Any] | int | float | None
 
 __all__ = [
+    "binarize_rows",
     "binary_linear",
     "binary_matmul",
     "dequantize",
@@ -27,6 +28,7 @@ __all__ = [
     "distillation_loss_gradient",
     "fake_quantize",
     "fake_quantize_backward",
+    "fake_quantize_rows",
     "int8_linear",
     "int8_matmul",
     "int8_weight_only_linear",
@@ -124,6 +126,16 @@ def dequantize(
 def quantize_rows(x: Floats) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """x `[..., K]` -> (q int8 `[..., K]`, scale float32 `[...]`), symmetric, `scale = max|row| / 127`."""
     return _C.quantize_rows(x)
+
+
+def fake_quantize_rows(x: Floats) -> Floats:
+    """`quantize_rows` and back: `q * scale`, like x."""
+    return _C.fake_quantize_rows(x)
+
+
+def binarize_rows(x: Floats) -> tuple[Floats, NDArray[np.float32]]:
+    """x `[..., K]` -> (signs like x, -1 where x < 0, else 1; float32 `[...]`, the mean of `|x|` over each row)."""
+    return _C.binarize_rows(x)
 
 
 def pack_int8_weight(w: NDArray[np.int8]) -> NDArray[np.uint8]:

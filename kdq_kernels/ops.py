@@ -109,6 +109,24 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return _ops.quantize_rows(x)
 
 
+def fake_quantize_rows(x: Tensor) -> Tensor:
+    """`quantize_rows` and back: x `[..., K]` -> `q * scale`, like x.
+
+    Differentiable: nothing is clipped, so the straight-through gradient is the identity. A row with NaN or inf becomes
+    NaN.
+    """
+    return _ops.fake_quantize_rows(x)
+
+
+def binarize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[..., K]` -> (signs like x: -1 where x < 0, else 1; float32 `[...]`: the mean of `|x|` over each row).
+
+    Differentiable: straight through the signs where `|x| <= 1` (Courbariaux et al. 2016), exact through the mean, which
+    is XNOR-Net's scale of a channel (Rastegari et al. 2016).
+    """
+    return _ops.binarize_rows(x)
+
+
 def pack_int8_weight(w: Tensor) -> Tensor:
     """w int8 `[N, K]` -> an opaque blob, uint8 `[N, ...]`, in the order that this machine's kernels read.
 

@@ -154,6 +154,34 @@ py::tuple quantize_rows_array(const py::array& x_in) {
   return py::make_tuple(q, scale);
 }
 
+py::array fake_quantize_rows_array(const py::array& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const py::array x = dense(x_in);
+  py::array y = empty(x.dtype(), sizes_of(x));
+  void* y_data = y.mutable_data();
+  const int64_t cols = sizes_of(x).back();
+  run([&, x_data = x.data()] { return fake_quantize_rows(dtype, x_data, rows, cols, y_data, default_executor()); });
+  return y;
+}
+
+py::tuple binarize_rows_array(const py::array& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const py::array x = dense(x_in);
+  Sizes sizes = sizes_of(x);
+  py::array signs = empty(x.dtype(), sizes);
+  const int64_t cols = sizes.back();
+  sizes.pop_back();
+  py::array mean = empty(py::dtype::of<float>(), sizes);
+  void* signs_data = signs.mutable_data();
+  float* mean_data = data<float>(mean);
+  run([&, x_data = x.data()] {
+    return binarize_rows(dtype, x_data, rows, cols, signs_data, mean_data, default_executor());
+  });
+  return py::make_tuple(signs, mean);
+}
+
 // ---- int8_gemm -----------------------------------------------------------------------------------------------------
 
 py::array pack_int8_weight_array(const py::array& w_in) {
@@ -347,6 +375,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize", &quantize_array, x, scale, zero_point, quant_min, quant_max, axis, group_size);
   m.def("dequantize", &dequantize_array, py::arg("q"), scale, zero_point, axis, group_size);
   m.def("quantize_rows", &quantize_rows_array, x);
+  m.def("fake_quantize_rows", &fake_quantize_rows_array, x);
+  m.def("binarize_rows", &binarize_rows_array, x);
   m.def(
       "int8_packed_bytes",
       [](int64_t n, int64_t k) {

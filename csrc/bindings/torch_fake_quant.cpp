@@ -205,4 +205,50 @@ std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x_in) {
   return {q, scale};
 }
 
+Tensor fake_quantize_rows_op(const Tensor& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const Tensor x = dense(x_in);
+  const Tensor y = empty(x, sizes_of(x), x.scalar_type());
+  check(
+      fake_quantize_rows(dtype, x.const_data_ptr(), rows, x.size(x.dim() - 1), y.mutable_data_ptr(), torch_executor()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> binarize_rows_op(const Tensor& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const Tensor x = dense(x_in);
+  Sizes sizes = sizes_of(x);
+  const Tensor signs = empty(x, sizes, x.scalar_type());
+  const int64_t cols = sizes.back();
+  sizes.pop_back();
+  const Tensor mean = empty(x, sizes, ScalarType::Float);
+  check(binarize_rows(dtype, x.const_data_ptr(), rows, cols, signs.mutable_data_ptr(), mutable_data<float>(mean),
+                      torch_executor()));
+  return {signs, mean};
+}
+
+Tensor binarize_rows_backward_op(const OptionalTensor& grad_signs_in, const OptionalTensor& grad_mean_in,
+                                 const Tensor& x_in) {
+  const DType dtype = float_dtype("x", x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const Tensor x = dense(x_in);
+  OptionalTensor grad_signs;
+  if (grad_signs_in) {
+    grad_signs = expect("grad_signs", *grad_signs_in, x.scalar_type());
+    if (sizes_of(*grad_signs) != sizes_of(x)) invalid("grad_signs: expected the shape of x");
+  }
+  OptionalTensor grad_mean;
+  if (grad_mean_in) {
+    grad_mean = expect("grad_mean", *grad_mean_in, ScalarType::Float);
+    if (grad_mean->numel() != rows) invalid("grad_mean: expected one element a row of x");
+  }
+  const Tensor grad_x = empty(x, sizes_of(x), x.scalar_type());
+  check(binarize_rows_backward(dtype, grad_signs ? grad_signs->const_data_ptr() : nullptr,
+                               grad_mean ? data<float>(*grad_mean) : nullptr, x.const_data_ptr(), rows,
+                               x.size(x.dim() - 1), grad_x.mutable_data_ptr(), torch_executor()));
+  return grad_x;
+}
+
 }  // namespace kdq::bindings

@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "int? group_size=None) -> Tensor");
   m.def("dequantize(Tensor q, Tensor scale, Tensor? zero_point, int? axis=None, int? group_size=None) -> Tensor");
   m.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
+  m.def("fake_quantize_rows(Tensor x) -> Tensor");
+  m.def("binarize_rows(Tensor x) -> (Tensor, Tensor)");
+  m.def("binarize_rows_backward(Tensor? grad_signs, Tensor? grad_mean, Tensor x) -> Tensor");
 
   m.def("pack_int8_weight(Tensor w) -> Tensor");
   m.def("unpack_int8_weight(Tensor packed) -> Tensor");
@@ -50,6 +53,9 @@ STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize_op));
   m.impl("dequantize", TORCH_BOX(&dequantize_op));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows_op));
+  m.impl("fake_quantize_rows", TORCH_BOX(&fake_quantize_rows_op));
+  m.impl("binarize_rows", TORCH_BOX(&binarize_rows_op));
+  m.impl("binarize_rows_backward", TORCH_BOX(&binarize_rows_backward_op));
   m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight_op));
   m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_op));
   m.impl("int8_matmul", TORCH_BOX(&int8_matmul_op));

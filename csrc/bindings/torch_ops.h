@@ -23,6 +23,9 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& z
 Tensor dequantize_op(const Tensor& q, const Tensor& scale, const OptionalTensor& zero_point, OptionalInt axis,
                      OptionalInt group_size);
 std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x);
+Tensor fake_quantize_rows_op(const Tensor& x);
+std::tuple<Tensor, Tensor> binarize_rows_op(const Tensor& x);
+Tensor binarize_rows_backward_op(const OptionalTensor& grad_signs, const OptionalTensor& grad_mean, const Tensor& x);
 
 // torch_int8.cpp
 Tensor pack_int8_weight_op(const Tensor& w);

@@ -26,13 +26,6 @@ Status begin(const QuantShape& shape, const QuantGrid& grid, const char* in_name
   return status;
 }
 
-const char* at(const void* base, int64_t index, size_t size) {
-  return static_cast<const char*>(base) + static_cast<size_t>(index) * size;
-}
-char* at(void* base, int64_t index, size_t size) {
-  return static_cast<char*>(base) + static_cast<size_t>(index) * size;
-}
-
 Status check_fits(QType qtype, const QuantGrid& grid) {
   const bool fits = qtype == QType::kInt32 ||
                     (qtype == QType::kInt8 && grid.quant_min >= -128 && grid.quant_max <= 127) ||
@@ -88,23 +81,6 @@ Status dequantize(QType qtype, const void* q, float* y, const QuantShape& shape,
   for_each_piece(layout, kPiece, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t) {
     const int64_t first = row * layout.row_length + offset;
     loop(at(q, first, qtype_size(qtype)), y + first, n, prepared.at(row, offset));
-  });
-  return status;
-}
-
-Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int8_t* q, float* scale,
-                     const ParallelFor& parallel_for) {
-  const FakeQuantKernels* kernels = nullptr;
-  Status status = fake_quant_kernels(&kernels);
-  if (!status.ok()) return status;
-  if (rows < 0 || cols < 0) return Status::invalid("x: expected sizes of at least 0");
-  if (rows * cols > 0 && (x == nullptr || q == nullptr)) return Status::invalid("x, q: expected pointers, got null");
-  if (rows > 0 && scale == nullptr) return Status::invalid("scale: expected a pointer, got null");
-  const auto quantize_row = kernels->quantize_row[static_cast<int>(dtype)];
-  const int64_t grain = cols < kPiece ? kPiece / (cols + 1) + 1 : 1;
-  parallel_range(parallel_for, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      scale[r] = quantize_row(at(x, r * cols, dtype_size(dtype)), cols, q + r * cols);
   });
   return status;
 }

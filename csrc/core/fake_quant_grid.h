@@ -57,4 +57,12 @@ void for_each_piece(const RunLayout& layout, int64_t piece, const ParallelFor& p
 
 Status fake_quant_kernels(const FakeQuantKernels** kernels);
 
+// Element `index` of a buffer whose elements have `size` bytes.
+inline const char* at(const void* base, int64_t index, size_t size) {
+  return static_cast<const char*>(base) + static_cast<size_t>(index) * size;
+}
+inline char* at(void* base, int64_t index, size_t size) {
+  return static_cast<char*>(base) + static_cast<size_t>(index) * size;
+}
+
 }  // namespace kdq

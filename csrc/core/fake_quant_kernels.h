@@ -35,6 +35,11 @@ struct FakeQuantKernels {
 
   // One row: returns its scale.
   float (*quantize_row[3])(const void* x, int64_t n, int8_t* q);
+  void (*fake_quantize_row[3])(const void* x, int64_t n, void* y);
+  // Part of a row, n <= kBackwardBlock: returns the sum of |x|.
+  float (*binarize[3])(const void* x, int64_t n, void* signs);
+  // mean_step: grad_mean / cols. grad_signs may be null.
+  void (*binarize_backward[3])(const void* grad_signs, float mean_step, const void* x, int64_t n, void* grad_x);
 };
 
 // Elements of one partial sum in backward. Sums within a block run in the ISA's lane order, blocks are added in
@@ -65,6 +70,11 @@ constexpr FakeQuantKernels make_fake_quant_kernels() {
        {L::template dequantize<uint8_t, kUniform>, L::template dequantize<uint8_t, kEach>},
        {L::template dequantize<int32_t, kUniform>, L::template dequantize<int32_t, kEach>}},
       {L::template quantize_row<float>, L::template quantize_row<BFloat16>, L::template quantize_row<Float16>},
+      {L::template fake_quantize_row<float>, L::template fake_quantize_row<BFloat16>,
+       L::template fake_quantize_row<Float16>},
+      {L::template binarize<float>, L::template binarize<BFloat16>, L::template binarize<Float16>},
+      {L::template binarize_backward<float>, L::template binarize_backward<BFloat16>,
+       L::template binarize_backward<Float16>},
   };
 }
 

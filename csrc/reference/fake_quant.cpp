@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <vector>
 
 #include "core/fake_quant_kernels.h"
 #include "reference/scalar.h"
@@ -90,6 +91,38 @@ struct Loops {
       q[i] = std::isfinite(scale) ? static_cast<int8_t>(std::min(std::max(rounded, -127.0F), 127.0F)) : int8_t{0};
     }
     return scale;
+  }
+
+  template <class T>
+  static void fake_quantize_row(const void* x, int64_t n, void* y) {
+    std::vector<int8_t> q(static_cast<size_t>(n));
+    const float scale = quantize_row<T>(x, n, q.data());
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = static_cast<float>(q[static_cast<size_t>(i)]) * scale;
+      store(static_cast<T*>(y) + i, std::isfinite(scale) ? value : std::nanf(""));
+    }
+  }
+
+  template <class T>
+  static float binarize(const void* x, int64_t n, void* signs) {
+    float sum = 0.0F;
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = load(static_cast<const T*>(x) + i);
+      store(static_cast<T*>(signs) + i, value < 0.0F ? -1.0F : 1.0F);
+      sum += std::fabs(value);
+    }
+    return sum;
+  }
+
+  template <class T>
+  static void binarize_backward(const void* grad_signs, float mean_step, const void* x, int64_t n, void* grad_x) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = load(static_cast<const T*>(x) + i);
+      const float dy = grad_signs == nullptr ? 0.0F : load(static_cast<const T*>(grad_signs) + i);
+      const float straight = std::fabs(value) <= 1.0F ? dy : 0.0F;
+      const float through_mean = value > 0.0F ? mean_step : value < 0.0F ? -mean_step : 0.0F;
+      store(static_cast<T*>(grad_x) + i, straight + through_mean);
+    }
   }
 };
 

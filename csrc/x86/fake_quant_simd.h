@@ -123,6 +123,52 @@ struct Loops {
     });
     return scale;
   }
+
+  template <class T>
+  static void fake_quantize_row(const void* x_raw, int64_t count, void* y_raw) {
+    const T* x = static_cast<const T*>(x_raw);
+    T* y = static_cast<T*>(y_raw);
+    const float scale_or_not = symmetric_scale(x, count);
+    const bool finite = scale_or_not <= kFloatMax;
+    const F scale = Vec::set(finite ? scale_or_not : __builtin_nanf(""));
+    const F inverse = Vec::set(1.0F / scale_or_not);
+    for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const F q = Vec::add(symmetric127(load(x + i, n), inverse), Vec::zero());  // -0 becomes the integer's +0
+      store(y + i, Vec::mul(q, scale), n);
+    });
+  }
+
+  template <class T>
+  static float binarize(const void* x_raw, int64_t count, void* signs_raw) {
+    const T* x = static_cast<const T*>(x_raw);
+    T* signs = static_cast<T*>(signs_raw);
+    F sum = Vec::zero();
+    for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const F value = load(x + i, n);
+      store(signs + i, Vec::select(Vec::less(value, Vec::zero()), Vec::set(-1.0F), Vec::set(1.0F)), n);
+      sum = Vec::add(sum, Vec::abs(value));
+    });
+    return Vec::sum(sum);
+  }
+
+  template <class T>
+  static void binarize_backward(const void* grad_raw, float mean_step, const void* x_raw, int64_t count,
+                                void* grad_x_raw) {
+    const T* grad = static_cast<const T*>(grad_raw);
+    const T* x = static_cast<const T*>(x_raw);
+    T* grad_x = static_cast<T*>(grad_x_raw);
+    const F up = Vec::set(mean_step);
+    const F down = Vec::set(-mean_step);
+    for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const F value = load(x + i, n);
+      const F dy = grad == nullptr ? Vec::zero() : load(grad + i, n);
+      // Below the float after 1 is at most 1; and false for NaN.
+      const F straight = Vec::select(Vec::less(Vec::abs(value), Vec::set(1.00000012F)), dy, Vec::zero());
+      const F negative = Vec::select(Vec::less(value, Vec::zero()), down, Vec::zero());
+      const F through_mean = Vec::select(Vec::less(Vec::zero(), value), up, negative);
+      store(grad_x + i, Vec::add(straight, through_mean), n);
+    });
+  }
 };
 
 }  // namespace

@@ -41,11 +41,6 @@ def channel_magnitude(weight: Tensor) -> Tensor:
     return weight.float().abs().amax(1) if weight.shape[1] else weight.new_zeros(len(weight)).float()
 
 
-def row_scale(x: Tensor) -> Tensor:
-    """The scale of dynamic quantization, `max|x| / 127` of each row, as the kernels compute it."""
-    return x.float().abs().amax(-1).div(127).clamp_min(SMALLEST_SCALE)
-
-
 def low_bit_weight_scale(weight: Tensor, bits: int) -> Tensor:
     """The scale of each output channel with the least squared rounding error, of 64 candidates below the one that
     clips nothing.

@@ -212,3 +212,38 @@ def test_out_receives_the_result_and_may_be_x() -> None:
     expected = kn.fake_quantize(x, 0.1, quant_min=-4, quant_max=3)
     assert kn.fake_quantize(x, 0.1, quant_min=-4, quant_max=3, out=x) is x
     np.testing.assert_array_equal(x, expected)
+
+
+ROW_SHAPES = [(1, 1), (3, 17), (2, 3, 64), (5, 9001), (4, 0), (0, 5)]
+
+
+@pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_fake_quantize_rows_is_quantize_rows_and_back(isa: str, dtype: str, shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    x[..., : shape[-1] // 3] *= np.float32(1e-3).astype(dtype)  # many values that round to +0 and -0
+    q, scale = kn.quantize_rows(x)
+    want = (q.astype("f4") * scale[..., None]).astype(dtype)
+    got = kn.fake_quantize_rows(x)
+    assert got.dtype == x.dtype
+    np.testing.assert_array_equal(got.view(f"u{x.itemsize}"), want.view(f"u{x.itemsize}"))
+
+
+def test_fake_quantize_rows_special_rows(isa: str) -> None:
+    x = np.ones((5, 40), "f4")
+    x[1, 7], x[2, 39], x[3] = np.nan, -np.inf, 0
+    y = kn.fake_quantize_rows(x)
+    assert np.isnan(y[[1, 2]]).all()
+    np.testing.assert_array_equal(y[[0, 3, 4]], x[[0, 3, 4]])
+
+
+@pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_binarize_rows(isa: str, dtype: str, shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    if x.size:
+        x.flat[0] = -0.0
+    signs, mean = kn.binarize_rows(x)
+    np.testing.assert_array_equal(signs, np.where(x < 0, -1, 1).astype(dtype))
+    want = np.abs(x.astype("f8")).sum(-1) / max(shape[-1], 1)
+    np.testing.assert_allclose(mean, want, rtol=1e-6)

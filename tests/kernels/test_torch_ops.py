@@ -49,6 +49,9 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("quantize int32", ops.quantize.default, (x.t(), one, None, -1000, 1000), {}),
         ("dequantize", ops.dequantize.default, (w, scale, None, 0), {}),
         ("quantize_rows", ops.quantize_rows.default, (x,), {}),
+        ("fake_quantize_rows", ops.fake_quantize_rows.default, (x,), {}),
+        ("binarize_rows", ops.binarize_rows.default, (x,), {}),
+        ("binarize_rows_backward", ops.binarize_rows_backward.default, (x, torch.rand(5), x), {}),
         ("pack_int8_weight", ops.pack_int8_weight.default, (w,), {}),
         ("unpack_int8_weight", ops.unpack_int8_weight.default, (packed,), {}),
         ("int8_matmul", ops.int8_matmul.default, (int8(4, 70), packed), {}),
@@ -87,6 +90,25 @@ def test_opcheck_with_gradients() -> None:
     x, scale = randn(4, 6).requires_grad_(), torch.full((6,), 0.3, requires_grad=True)
     zero_point = torch.full((6,), 2.2, requires_grad=True)
     torch.library.opcheck(ops.fake_quantize.default, (x, scale, zero_point, 0, 15, 1))
+    torch.library.opcheck(ops.fake_quantize_rows.default, (x,))
+    torch.library.opcheck(ops.binarize_rows.default, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_binarize_gradient(isa: str, dtype: torch.dtype) -> None:
+    """Straight through where |x| <= 1, exact through the mean; each also without the other."""
+    x = (randn(4, 37) * 2).to(dtype)
+    x[0, :6] = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.01, -1.01]).to(dtype)
+    x.requires_grad_()
+    upstream, mean_upstream = randn(4, 37, seed=1).to(dtype), randn(4, seed=2)
+    straight = upstream.float() * (x.detach().abs() <= 1)
+    through_mean = mean_upstream[:, None] / 37 * x.detach().float().sign()
+    for signs_used, mean_used in ((True, True), (True, False), (False, True)):
+        signs, mean = kk.binarize_rows(x)
+        terms = [(signs * upstream).float().sum()] * signs_used + [(mean * mean_upstream).sum()] * mean_used
+        (grad,) = torch.autograd.grad(terms, x)
+        want = (straight * signs_used + through_mean * mean_used).to(dtype)
+        torch.testing.assert_close(grad, want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def layer(x: Tensor) -> Tensor:

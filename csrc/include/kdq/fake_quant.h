@@ -68,4 +68,20 @@ KDQ_API Status dequantize(QType qtype, const void* q, float* y, const QuantShape
 KDQ_API Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int8_t* q, float* scale,
                              const ParallelFor& parallel_for);
 
+// The same rounded back: y = q * scale, in one call. A row with a NaN or inf becomes NaN. Nothing is clipped, so the
+// straight-through gradient is the identity.
+KDQ_API Status fake_quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, void* y,
+                                  const ParallelFor& parallel_for);
+
+// Binarization for training: signs = x < 0 ? -1 : 1, and mean[r] = mean of |x| over row r (0 for rows without
+// elements), which is XNOR-Net's scale of a channel (Rastegari et al. 2016).
+KDQ_API Status binarize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, void* signs, float* mean,
+                             const ParallelFor& parallel_for);
+
+// Straight-through for the signs where |x| <= 1 (Courbariaux et al. 2016), exact for the mean:
+//   grad_x = (|x| <= 1 ? grad_signs : 0) + grad_mean[r] / cols * (x > 0 ? 1 : x < 0 ? -1 : 0)
+// Either gradient may be null, which means 0.
+KDQ_API Status binarize_rows_backward(DType dtype, const void* grad_signs, const float* grad_mean, const void* x,
+                                      int64_t rows, int64_t cols, void* grad_x, const ParallelFor& parallel_for);
+
 }  // namespace kdq

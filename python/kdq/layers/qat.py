@@ -19,29 +19,13 @@ from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.grids import (
     SMALLEST_SCALE,
     AffineGrid,
-    int8_weight_scale,
     low_bit_weight_scale,
-    row_scale,
     search_affine_grid,
     weight_range,
 )
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
-
-
-class _Sign(torch.autograd.Function):
-    """±1, with sign(0) = +1; the gradient passes where |x| <= 1 (Courbariaux et al. 2016)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grads[0] * (x.abs() <= 1)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -57,25 +41,38 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-def sign(x: Tensor) -> Tensor:
-    """±1 with the straight-through estimator."""
-    y: Tensor = _Sign.apply(x)
-    return y
+class _LearnedScale(torch.autograd.Function):
+    """`max(|x|, floor)`, with its gradient multiplied by a number: one node, since it runs twice a layer and step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float, floor: float) -> Tensor:
+        ctx.factor = factor
+        ctx.save_for_backward(x)
+        return x.abs().clamp_min(floor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0] * x.sign().mul_(ctx.factor), None, None
+
+
+def gradient_factor(elements: int, quant_max: int) -> float:
+    """`1 / sqrt(elements * quant_max)`: keeps updates of scales in proportion to those of weights (LSQ, Esser et al.
+    2020, section 2.2)."""
+    return 1 / math.sqrt(max(elements, 1) * max(quant_max, 1))
 
 
 def scale_gradient(parameter: Tensor, elements: int, quant_max: int) -> Tensor:
-    """The parameter, with its gradient multiplied by `1 / sqrt(elements * quant_max)`.
-
-    That keeps updates of scales in proportion to those of weights (LSQ, Esser et al. 2020, section 2.2).
-    """
-    factor = 1 / math.sqrt(max(elements, 1) * max(quant_max, 1))
-    y: Tensor = _ScaleGradient.apply(parameter, factor)
+    """The parameter, with its gradient multiplied by `gradient_factor`."""
+    y: Tensor = _ScaleGradient.apply(parameter, gradient_factor(elements, quant_max))
     return y
 
 
 def learned_scale(parameter: Tensor, elements: int, quant_max: int) -> Tensor:
-    """A learned scale as the forward pass uses it: its magnitude, so that a step across zero stays a valid scale."""
-    return scale_gradient(parameter, elements, quant_max).abs().clamp_min(SMALLEST_SCALE * 256)
+    """A learned scale as the forward pass uses it: its magnitude, so that a step across zero stays a valid scale, and
+    its gradient multiplied by `gradient_factor`."""
+    y: Tensor = _LearnedScale.apply(parameter, gradient_factor(elements, quant_max), SMALLEST_SCALE * 256)
+    return y
 
 
 class LearnedActivationGrid(nn.Module):
@@ -165,15 +162,11 @@ class Int8QATLinear(QATLinear):
 
     def fake_quantize_input(self, x: Tensor) -> Tensor:
         if isinstance(self.config, Int8Dynamic):
-            rows = x.reshape(-1, x.shape[-1])
-            scale = row_scale(rows.detach())
-            return kk.fake_quantize(rows, scale, quant_min=-127, quant_max=127, axis=0).reshape(x.shape)
+            return kk.fake_quantize_rows(x)
         return x if self.input_grid is None else self.input_grid(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = int8_weight_scale(self.weight.detach())
-        weight = kk.fake_quantize(self.weight, scale, quant_min=-127, quant_max=127, axis=0)
-        return F.linear(self.fake_quantize_input(x), weight, self.bias)
+        return F.linear(self.fake_quantize_input(x), kk.fake_quantize_rows(self.weight), self.bias)
 
     def to_inference(self) -> Int8Linear:
         grid = None if self.input_grid is None else self.input_grid.grid()
@@ -196,14 +189,15 @@ class LowBitQATLinear(QATLinear):
     def effective_weight_scale(self) -> Tensor:
         """float32 `[N]`, as forward and inference use it."""
         if self.weight_scale is None:
-            return low_bit_weight_scale(self.weight.float(), 1)
+            return kk.binarize_rows(self.weight)[1].clamp_min(SMALLEST_SCALE)
         _, quant_max = weight_range(self.config.weight_bits)
         return learned_scale(self.weight_scale, self.in_features, quant_max)
 
     def fake_quantized_weight(self) -> Tensor:
-        scale = self.effective_weight_scale()
         if self.weight_scale is None:
-            return sign(self.weight) * scale[:, None].to(self.weight.dtype)
+            signs, scale = kk.binarize_rows(self.weight)
+            return signs * scale[:, None].to(signs.dtype)
+        scale = self.effective_weight_scale()
         quant_min, quant_max = weight_range(self.config.weight_bits)
         return kk.fake_quantize(self.weight, scale, quant_min=quant_min, quant_max=quant_max, axis=0)
 
@@ -228,8 +222,8 @@ class BinaryQATLinear(QATLinear):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight.abs().mean(1)
-        y = F.linear(sign(x), sign(self.weight)) * scale
+        signs, scale = kk.binarize_rows(self.weight)
+        y = F.linear(kk.binarize_rows(x)[0], signs) * scale.to(signs.dtype)
         return y if self.bias is None else y + self.bias
 
     def to_inference(self) -> BinaryLinear:
