@@ -60,7 +60,12 @@ struct Vec {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
 
-  static float largest(Float v) { return _mm512_reduce_max_ps(v); }
+  static float largest(Float v) {
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
 
   static Int int_zero() { return _mm512_setzero_si512(); }
   static Int int_set(int32_t value) { return _mm512_set1_epi32(value); }
