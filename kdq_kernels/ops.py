@@ -19,6 +19,8 @@ _ops = torch.ops.kdq
 
 def _tensor(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
     """A number as a 0-d tensor; tensors and None as they are."""
+    if value is None:  # first: the common case of a call that takes a microsecond or two
+        return None
     return torch.tensor(value, dtype=dtype) if isinstance(value, int | float) else value
 
 

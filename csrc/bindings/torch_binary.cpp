@@ -27,7 +27,7 @@ Tensor pack_signs_op(const Tensor& x_in) {
   Sizes sizes = sizes_of(x);
   const int64_t k = sizes.back();
   sizes.back() = binary_words(k);
-  const Tensor bits = empty(x, sizes, ScalarType::Long);
+  const Tensor bits = empty(sizes, ScalarType::Long);
   check(pack_signs(dtype, x.const_data_ptr(), rows, k, mutable_data<uint64_t>(bits), torch_executor()));
   return bits;
 }
@@ -36,7 +36,7 @@ Tensor unpack_signs_op(const Tensor& bits_in, int64_t k) {
   const Tensor bits = expect_bits("bits", bits_in, k);
   Sizes sizes = sizes_of(bits);
   sizes.back() = k;
-  const Tensor x = empty(bits, sizes, ScalarType::Float);
+  const Tensor x = empty(sizes, ScalarType::Float);
   check(unpack_signs(data<uint64_t>(bits), rows_of("bits", bits), k, mutable_data<float>(x), torch_executor()));
   return x;
 }
@@ -44,7 +44,7 @@ Tensor unpack_signs_op(const Tensor& bits_in, int64_t k) {
 Tensor binary_matmul_op(const Tensor& a_in, const Tensor& b_in, int64_t k) {
   const Tensor a = expect_bits("a_bits", a_in, k, 2);
   const Tensor b = expect_bits("b_bits", b_in, k, 2);
-  const Tensor out = empty(a, {a.size(0), b.size(0)}, ScalarType::Int);
+  const Tensor out = empty({a.size(0), b.size(0)}, ScalarType::Int);
   check(binary_matmul(data<uint64_t>(a), data<uint64_t>(b), a.size(0), b.size(0), k, mutable_data<int32_t>(out),
                       torch_executor()));
   return out;
@@ -64,7 +64,7 @@ Tensor binary_linear_op(const Tensor& x_in, const Tensor& weight_bits_in, const 
   OptionalTensor bias;
   if (bias_in) bias = expect_vector("bias", *bias_in, args.n);
   sizes.back() = args.n;
-  const Tensor y = empty(x, sizes, x.scalar_type());
+  const Tensor y = empty(sizes, x.scalar_type());
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
   args.weight_bits = data<uint64_t>(weight_bits);

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -115,9 +116,26 @@ inline int64_t rows_of(const char* name, const Tensor& x) {
   return product(sizes_of(x), 0, static_cast<size_t>(x.dim() - 1));
 }
 
-// An uninitialised contiguous tensor: the kernels write every element.
-inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, type);
+// An uninitialised CPU tensor: the kernels write every element. Through the C shim, which torch::stable::empty does not
+// use: it looks the operator up by name, which costs as much as a small layer's kernel.
+inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type) {
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
+  return Tensor(handle);
+}
+
+// Contiguous.
+inline Tensor empty(const Sizes& sizes, ScalarType type) {
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= std::max<int64_t>(sizes[i], 1);
+  }
+  return empty_strided(sizes, strides, type);
 }
 
 template <class T>

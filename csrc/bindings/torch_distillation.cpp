@@ -49,8 +49,8 @@ Call parse(const Tensor& student, const Tensor& teacher, const OptionalTensor& t
 std::tuple<Tensor, Tensor> distillation_loss_op(const Tensor& student, const Tensor& teacher,
                                                 const OptionalTensor& target, double temperature, double alpha) {
   const Call c = parse(student, teacher, target, temperature, alpha);
-  const Tensor loss = empty(c.student, {}, ScalarType::Float);
-  const Tensor statistics = empty(c.student, {c.args.rows, kDistillationColumns}, ScalarType::Float);
+  const Tensor loss = empty({}, ScalarType::Float);
+  const Tensor statistics = empty({c.args.rows, kDistillationColumns}, ScalarType::Float);
   check(distillation_loss(c.args, static_cast<DistillationRow*>(statistics.mutable_data_ptr()),
                           mutable_data<float>(loss), torch_executor()));
   return {loss, statistics};
@@ -66,7 +66,7 @@ Tensor distillation_loss_backward_op(const Tensor& grad_loss_in, const Tensor& s
     invalid("statistics: expected shape " + to_string({c.args.rows, kDistillationColumns}) + ", got " +
             to_string(sizes_of(statistics)));
   }
-  const Tensor grad = empty(c.student, sizes_of(c.student), c.student.scalar_type());
+  const Tensor grad = empty(sizes_of(c.student), c.student.scalar_type());
   check(distillation_loss_backward(c.args, static_cast<const DistillationRow*>(statistics.const_data_ptr()),
                                    *data<float>(grad_loss), grad.mutable_data_ptr(), torch_executor()));
   return grad;

@@ -81,12 +81,8 @@ Grid parse_grid(const Tensor& scale, const OptionalTensor& zero_point, int64_t q
 
 // Uninitialised, with the strides of a dense tensor.
 Tensor empty_like(const Tensor& t, ScalarType type) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(t),           from(std::optional(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
-      from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  const auto strides = t.strides();
+  return empty_strided(sizes_of(t), {strides.begin(), strides.end()}, type);
 }
 
 ScalarType scalar_type(QType qtype) {
@@ -196,10 +192,10 @@ std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x_in) {
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
   Sizes sizes = sizes_of(x);
-  const Tensor q = empty(x, sizes, ScalarType::Char);
+  const Tensor q = empty(sizes, ScalarType::Char);
   const int64_t cols = sizes.back();
   sizes.pop_back();
-  const Tensor scale = empty(x, sizes, ScalarType::Float);
+  const Tensor scale = empty(sizes, ScalarType::Float);
   check(quantize_rows(dtype, x.const_data_ptr(), rows, cols, mutable_data<int8_t>(q), mutable_data<float>(scale),
                       torch_executor()));
   return {q, scale};
@@ -209,7 +205,7 @@ Tensor fake_quantize_rows_op(const Tensor& x_in) {
   const DType dtype = float_dtype("x", x_in);
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
-  const Tensor y = empty(x, sizes_of(x), x.scalar_type());
+  const Tensor y = empty(sizes_of(x), x.scalar_type());
   check(
       fake_quantize_rows(dtype, x.const_data_ptr(), rows, x.size(x.dim() - 1), y.mutable_data_ptr(), torch_executor()));
   return y;
@@ -220,10 +216,10 @@ std::tuple<Tensor, Tensor> binarize_rows_op(const Tensor& x_in) {
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
   Sizes sizes = sizes_of(x);
-  const Tensor signs = empty(x, sizes, x.scalar_type());
+  const Tensor signs = empty(sizes, x.scalar_type());
   const int64_t cols = sizes.back();
   sizes.pop_back();
-  const Tensor mean = empty(x, sizes, ScalarType::Float);
+  const Tensor mean = empty(sizes, ScalarType::Float);
   check(binarize_rows(dtype, x.const_data_ptr(), rows, cols, signs.mutable_data_ptr(), mutable_data<float>(mean),
                       torch_executor()));
   return {signs, mean};
@@ -244,7 +240,7 @@ Tensor binarize_rows_backward_op(const OptionalTensor& grad_signs_in, const Opti
     grad_mean = expect("grad_mean", *grad_mean_in, ScalarType::Float);
     if (grad_mean->numel() != rows) invalid("grad_mean: expected one element a row of x");
   }
-  const Tensor grad_x = empty(x, sizes_of(x), x.scalar_type());
+  const Tensor grad_x = empty(sizes_of(x), x.scalar_type());
   check(binarize_rows_backward(dtype, grad_signs ? grad_signs->const_data_ptr() : nullptr,
                                grad_mean ? data<float>(*grad_mean) : nullptr, x.const_data_ptr(), rows,
                                x.size(x.dim() - 1), grad_x.mutable_data_ptr(), torch_executor()));

@@ -55,7 +55,7 @@ Tensor run_linear(const Tensor& x_in, const Tensor& packed, const Tensor& weight
   check(activation_from_name(activation, &args.activation));
   fill(&args);
   sizes.back() = p.shape.n;
-  const Tensor y = empty(x, sizes, x.scalar_type());
+  const Tensor y = empty(sizes, x.scalar_type());
   if (p.shape.n == 0) return y;
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
@@ -73,7 +73,7 @@ Tensor pack_int8_weight_op(const Tensor& w_in) {
   const Tensor w = expect("w", w_in, ScalarType::Char, 2);
   Sizes sizes;
   check(packed_tensor_sizes(w.size(0), w.size(1), &sizes));
-  const Tensor packed = empty(w, sizes, ScalarType::Byte);
+  const Tensor packed = empty(sizes, ScalarType::Byte);
   if (w.size(0) > 0) {
     check(pack_int8_weight(data<int8_t>(w), w.size(0), w.size(1), packed.mutable_data_ptr(),
                            static_cast<size_t>(packed.numel()), torch_executor()));
@@ -83,7 +83,7 @@ Tensor pack_int8_weight_op(const Tensor& w_in) {
 
 Tensor unpack_int8_weight_op(const Tensor& packed) {
   const Packed p = parse_packed("packed", packed);
-  const Tensor w = empty(packed, {p.shape.n, p.shape.k}, ScalarType::Char);
+  const Tensor w = empty({p.shape.n, p.shape.k}, ScalarType::Char);
   if (p.shape.n > 0) check(unpack_int8_weight(p.data(), p.bytes(), mutable_data<int8_t>(w), torch_executor()));
   return w;
 }
@@ -92,7 +92,7 @@ Tensor int8_matmul_op(const Tensor& a_in, const Tensor& b) {
   const Tensor a = expect("a", a_in, ScalarType::Char, 2);
   const Packed p = parse_packed("b", b.scalar_type() == ScalarType::Char ? pack_int8_weight_op(b) : b);
   check(check_same_k("a", a.size(1), p.shape));
-  const Tensor out = empty(a, {a.size(0), p.shape.n}, ScalarType::Int);
+  const Tensor out = empty({a.size(0), p.shape.n}, ScalarType::Int);
   if (p.shape.n > 0) {
     check(int8_matmul(data<int8_t>(a), a.size(0), a.size(1), p.data(), p.bytes(), mutable_data<int32_t>(out),
                       torch_executor()));
