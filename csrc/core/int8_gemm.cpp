@@ -1,6 +1,7 @@
 // Public products of the int8 family: the exact matmul, and the linear layers with integer or float activations.
 #include "kdq/int8_gemm.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <string>
@@ -75,12 +76,15 @@ struct Call {
     return status.ok() ? open_packed(kernels->size, packed, packed_bytes, &weight) : status;
   }
 
-  ProductShape shape(int64_t m, int64_t element_bytes) const {
-    return {m, weight.units * kernels->size.ku * element_bytes, kernels->size.mr, kernels->size.nr};
+  // at_once: panels_at_once or float_panels_at_once.
+  ProductShape shape(int64_t m, int64_t element_bytes, int (*at_once)(int, int)) const {
+    const Int8Tile& tile = kernels->size;
+    const int rows = static_cast<int>(std::clamp<int64_t>(m, 1, tile.mr));
+    return {m, weight.units * tile.ku * element_bytes, tile.mr, tile.nr, at_once(tile.mr, rows)};
   }
 
-  void tile(const char* rows, int64_t stride, int count, const int8_t* panel, int32_t* acc) const {
-    kernels->tile(rows, stride, count, panel, weight.units, acc);
+  void tile(const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) const {
+    kernels->tile(rows, stride, count, panels, weight.units, acc);
   }
 };
 
@@ -115,13 +119,13 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
   if (m * call.weight.n > 0 && out == nullptr) return Status::invalid("out: expected a pointer, got null");
   const Int8Kernels& kernels = *call.kernels;
   return run_product<int32_t>(
-      call.shape(m, kernels.size.element_bytes), call.weight, parallel_for,
+      call.shape(m, kernels.size.element_bytes, panels_at_once), call.weight, parallel_for,
       [&](int64_t row, char* buffer) {
         kernels.prepare_int8(a + row * k, k, buffer);
         return 1.0F;
       },
-      [&](const char* rows, int64_t stride, int count, const int8_t* panel, int32_t* acc) {
-        call.tile(rows, stride, count, panel, acc);
+      [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
+        call.tile(rows, stride, count, panels, acc);
       },
       [&](const int32_t* acc, int64_t row, float, int64_t channel, int channels) {
         Int8Epilogue e = {};
@@ -143,14 +147,14 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
                            static_cast<float>(args.input_quant_max)};
   const int32_t offset = args.is_static ? args.input_zero_point : kernels.size.signed_offset;
   return run_product<int32_t>(
-      call.shape(args.m, kernels.size.element_bytes), call.weight, parallel_for,
+      call.shape(args.m, kernels.size.element_bytes, panels_at_once), call.weight, parallel_for,
       [&](int64_t row, char* buffer) {
         const char* x = input_row(args, row);
         return args.is_static ? kernels.prepare_static[dtype](x, args.k, grid, args.input_scale, buffer)
                               : kernels.prepare_dynamic[dtype](x, args.k, buffer);
       },
-      [&](const char* rows, int64_t stride, int count, const int8_t* panel, int32_t* acc) {
-        call.tile(rows, stride, count, panel, acc);
+      [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
+        call.tile(rows, stride, count, panels, acc);
       },
       [&](const int32_t* acc, int64_t row, float row_scale, int64_t channel, int channels) {
         Int8Epilogue e = linear_epilogue(args, call.weight, channel);
@@ -168,14 +172,14 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
   const Int8Kernels& kernels = *call.kernels;
   const int dtype = static_cast<int>(args.dtype);
   return run_product<float>(
-      call.shape(args.m, sizeof(float)), call.weight, parallel_for,
+      call.shape(args.m, sizeof(float), float_panels_at_once), call.weight, parallel_for,
       [&](int64_t row, char* buffer) {
         kernels.widen[dtype](input_row(args, row), args.k, reinterpret_cast<float*>(buffer));
         return 1.0F;
       },
-      [&](const char* rows, int64_t stride, int count, const int8_t* panel, float* acc) {
+      [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, float* acc) {
         const int64_t floats = stride / static_cast<int64_t>(sizeof(float));
-        kernels.float_tile(reinterpret_cast<const float*>(rows), floats, count, panel, call.weight.units, acc);
+        kernels.float_tile(reinterpret_cast<const float*>(rows), floats, count, panels, call.weight.units, acc);
       },
       [&](const float* acc, int64_t row, float row_scale, int64_t channel, int channels) {
         Int8Epilogue e = linear_epilogue(args, call.weight, channel);

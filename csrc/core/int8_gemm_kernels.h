@@ -41,6 +41,23 @@ struct Int8Tile {
   int32_t signed_offset;  // added to int8 activations to make them u8: 128, or 0
 };
 
+// Panels side by side: `count` of them, each `stride` bytes after the one before.
+struct PanelGroup {
+  const int8_t* first;
+  int64_t stride;
+  int count;
+};
+
+// How many panels a tile of so many rows takes at once: few rows of one panel would keep too few sums in flight to hide
+// the latency of the dot products, and the registers are free.
+constexpr int kMostPanels = 4;
+constexpr int panels_at_once(int mr, int rows) {
+  return mr / rows > kMostPanels ? kMostPanels : mr / rows > 1 ? mr / rows : 1;
+}
+
+// In float_tile each vector of weights takes two registers more, on its way from integer to float.
+constexpr int float_panels_at_once(int mr, int rows) { return panels_at_once(mr, 3 * rows); }
+
 struct Int8Kernels {
   Int8Tile size;
 
@@ -52,12 +69,12 @@ struct Int8Kernels {
   float (*prepare_static[3])(const void* x, int64_t k, const StaticGrid& grid, float scale, void* row);
   void (*widen[3])(const void* x, int64_t k, float* row);  // float rows for the weight-only product
 
-  // acc [rows, nr] = prepared rows x panel [units, nr, ku]; rows <= size.mr. Rows lie row_stride apart: bytes in tile,
-  // floats in float_tile.
-  void (*tile)(const void* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, int32_t* acc);
-  void (*float_tile)(const float* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, float* acc);
+  // acc [rows, panels.count * nr] = prepared rows x panels, each [units, nr, ku]. rows <= size.mr; the number of panels
+  // is 1 or what the functions above say. Rows lie row_stride apart: bytes in tile, floats in float_tile.
+  void (*tile)(const void* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, int32_t* acc);
+  void (*float_tile)(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, float* acc);
 
-  // One row of acc, `cols` <= size.nr channels of it, into y.
+  // One row of acc, `cols` channels of it, into y.
   void (*store_int32)(const int32_t* acc, const Int8Epilogue& epilogue, int cols, int32_t* y);
   void (*store[3])(const int32_t* acc, const Int8Epilogue& epilogue, int cols, void* y);
   void (*store_float[3])(const float* acc, const Int8Epilogue& epilogue, int cols, void* y);

@@ -3,7 +3,7 @@
 //
 //   for each chunk of rows that fits the scratch:                  (bounds memory: kScratchBytes)
 //     prepare all its rows                                         parallel over rows
-//     for each block of rows x panel of weights:                   parallel over these, fixed by the shape
+//     for each block of rows x group of panels:                    parallel over these, fixed by the shape
 //       for each tile of the block:  tile, then store its rows     the panel stays in L1 or L2, the block in L2
 #pragma once
 
@@ -31,10 +31,11 @@ struct ProductShape {
   int64_t row_bytes;  // of a prepared row
   int64_t mr;
   int64_t nr;
+  int panels_at_once;  // where all m rows fit one tile
 };
 
 // prepare(row, buffer) -> scale of the row
-// tile(rows' buffer, stride in bytes, number of rows, panel, acc)
+// tile(rows' buffer, stride in bytes, number of rows, panels, acc)
 // store(acc of one row, row, scale of the row, first channel, channels)
 template <class Acc, class Prepare, class Tile, class Store>
 Status run_product(const ProductShape& shape, const PackedWeight& weight, const ParallelFor& parallel_for,
@@ -55,21 +56,32 @@ Status run_product(const ProductShape& shape, const PackedWeight& weight, const 
       for (int64_t r = begin; r < end; ++r) scales[r] = prepare(first + r, rows + r * stride);
     });
     const int64_t blocks = (count + block_rows - 1) / block_rows;
-    const int64_t products = std::min(count, block_rows) * shape.nr * std::max<int64_t>(weight.k, 1);
+    const int at_once = shape.m <= shape.mr ? shape.panels_at_once : 1;
+    const int64_t groups = (weight.panels + at_once - 1) / at_once;
+    const int64_t products = std::min(count, block_rows) * at_once * shape.nr * std::max<int64_t>(weight.k, 1);
     const int64_t grain = kProductsWorthAThread / products + 1;
-    parallel_range(parallel_for, blocks * weight.panels, grain, [&](int64_t begin, int64_t end) {
+    parallel_range(parallel_for, blocks * groups, grain, [&](int64_t begin, int64_t end) {
       alignas(64) Acc acc[kMaxTile];
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = i % weight.panels;
-        const int64_t last_row = std::min(count, (i / weight.panels + 1) * block_rows);
+      const auto run = [&](int64_t block, int64_t panel, int panels) {
+        const PanelGroup group = {weight.panel + panel * weight.panel_bytes, weight.panel_bytes, panels};
+        const int64_t last_row = std::min(count, (block + 1) * block_rows);
         const int64_t channel = panel * shape.nr;
-        const int channels = static_cast<int>(std::min(shape.nr, weight.n - channel));
-        for (int64_t r = i / weight.panels * block_rows; r < last_row; r += shape.mr) {
+        const int64_t width = panels * shape.nr;
+        const int channels = static_cast<int>(std::min(width, weight.n - channel));
+        for (int64_t r = block * block_rows; r < last_row; r += shape.mr) {
           const int tile_rows = static_cast<int>(std::min(shape.mr, last_row - r));
-          tile(rows + r * stride, stride, tile_rows, weight.panel + panel * weight.panel_bytes, acc);
+          tile(rows + r * stride, stride, tile_rows, group, acc);
           for (int t = 0; t < tile_rows; ++t) {
-            store(acc + t * shape.nr, first + r + t, scales[r + t], channel, channels);
+            store(acc + t * width, first + r + t, scales[r + t], channel, channels);
           }
+        }
+      };
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t panel = i % groups * at_once;
+        if (panel + at_once <= weight.panels) {
+          run(i / groups, panel, at_once);
+        } else {
+          for (int64_t last = panel; last < weight.panels; ++last) run(i / groups, last, 1);
         }
       }
     });

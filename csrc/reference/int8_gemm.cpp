@@ -64,13 +64,15 @@ struct Loops {
     for (int64_t i = 0; i < k; ++i) row[i] = load(static_cast<const T*>(x) + i);
   }
 
-  static void tile(const void* a, int64_t, int, const int8_t* panel, int64_t units, int32_t* acc) {
+  static void tile(const void* a, int64_t, int, const PanelGroup& panels, int64_t units, int32_t* acc) {
+    const int8_t* panel = panels.first;
     uint32_t sum = 0;  // wraps like the vector instructions do
     for (int64_t i = 0; i < units; ++i) sum += static_cast<uint32_t>(static_cast<const int16_t*>(a)[i] * panel[i]);
     *acc = static_cast<int32_t>(sum);
   }
 
-  static void float_tile(const float* a, int64_t, int, const int8_t* panel, int64_t units, float* acc) {
+  static void float_tile(const float* a, int64_t, int, const PanelGroup& panels, int64_t units, float* acc) {
+    const int8_t* panel = panels.first;
     *acc = 0.0F;
     for (int64_t i = 0; i < units; ++i) *acc += a[i] * static_cast<float>(panel[i]);
   }

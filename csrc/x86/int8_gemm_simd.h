@@ -1,9 +1,9 @@
 // The int8 family's loops, written once. An ISA file includes its vec_*.h, defines `struct Dot` (its dot-product
 // instruction and register tile), and then includes this.
 //
-// The micro-kernel keeps a tile of kRows x (kCols vectors) of int32 sums in registers. Each step along K loads kCols
-// vectors of weights, one 32-bit unit (2 x s16 or 4 x u8) of each of the kRows activation rows, broadcast to all lanes,
-// and issues kRows * kCols dot products. Lanes are output channels, so no sum ever crosses a lane.
+// The micro-kernel keeps a tile of kRows x (kCols vectors a panel) of int32 sums in registers. Each step along K loads
+// the vectors of weights, one 32-bit unit (2 x s16 or 4 x u8) of each of the kRows activation rows, broadcast to all
+// lanes, and issues kRows * kCols dot products. Lanes are output channels, so no sum ever crosses a lane.
 #pragma once
 
 #include "core/int8_gemm_kernels.h"
@@ -82,33 +82,41 @@ struct Loops {
 
   // ---- tile ----
 
-  template <int kRows>
-  static void tile_rows(const char* a, int64_t row_stride, const int8_t* panel, int64_t units, int32_t* acc) {
-    I sum[kRows][kCols];
+  // kRows rows of kPanels panels. Vectors of channels: kCols of the first panel, then kCols of the second, ...
+  template <int kRows, int kPanels>
+  static void tile_of(const char* a, int64_t row_stride, const PanelGroup& panels, int64_t units, int32_t* acc) {
+    constexpr int kVectors = kPanels * kCols;
+    I sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) sum[r][c] = Vec::int_zero();
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::int_zero();
     }
+    const int8_t* panel = panels.first;
     for (int64_t u = 0; u < units; ++u) {
-      I weights[kCols];
+      I weights[kVectors];
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) weights[c] = Dot::load_weights(panel + c * kLanes * Dot::kUnit);
+      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, panels, v);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         int32_t unit = 0;
         memcpy(&unit, a + r * row_stride + u * 4, sizeof(unit));
         const I activations = Vec::int_set(unit);
 #pragma GCC unroll 16
-        for (int c = 0; c < kCols; ++c) sum[r][c] = Dot::dot(sum[r][c], activations, weights[c]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
       }
       panel += kPanel * Dot::kUnit;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) Vec::store_int(acc + r * kPanel + c * kLanes, sum[r][c]);
+      for (int v = 0; v < kVectors; ++v) Vec::store_int(acc + (r * kVectors + v) * kLanes, sum[r][v]);
     }
+  }
+
+  // Vector v of the weights of one step along k; panel: where the first panel's lie.
+  static inline __attribute__((always_inline)) I weights_at(const int8_t* panel, const PanelGroup& panels, int v) {
+    return Dot::load_weights(panel + v / kCols * panels.stride + v % kCols * kLanes * Dot::kUnit);
   }
 
   // Weights of element j of each unit, widened to float32: the unit's bits shifted up to the sign and back down.
@@ -118,61 +126,73 @@ struct Loops {
     return Vec::to_float(Vec::shift_right_signed<32 - kBits>(Vec::shift_left<32 - kBits*(j + 1)>(weights)));
   }
 
-  template <int kRows, int j>
+  template <int kRows, int kVectors, int j>
   static inline __attribute__((always_inline)) void float_step(const float* a, int64_t row_stride, const I* weights,
-                                                               F (&sum)[kRows][kCols]) {
-    F w[kCols];
+                                                               F (&sum)[kRows][kVectors]) {
+    F w[kVectors];
 #pragma GCC unroll 16
-    for (int c = 0; c < kCols; ++c) w[c] = float_weights<j>(weights[c]);
+    for (int v = 0; v < kVectors; ++v) w[v] = float_weights<j>(weights[v]);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const F x = Vec::set(a[r * row_stride + j]);
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) sum[r][c] = Vec::fma(x, w[c], sum[r][c]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::fma(x, w[v], sum[r][v]);
     }
-    if constexpr (j + 1 < Dot::kUnit) float_step<kRows, j + 1>(a, row_stride, weights, sum);
+    if constexpr (j + 1 < Dot::kUnit) float_step<kRows, kVectors, j + 1>(a, row_stride, weights, sum);
   }
 
-  template <int kRows>
-  static void float_tile_rows(const float* a, int64_t row_stride, const int8_t* panel, int64_t units, float* acc) {
-    F sum[kRows][kCols];
+  template <int kRows, int kPanels>
+  static void float_tile_of(const float* a, int64_t row_stride, const PanelGroup& panels, int64_t units, float* acc) {
+    constexpr int kVectors = kPanels * kCols;
+    F sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) sum[r][c] = Vec::zero();
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::zero();
     }
+    const int8_t* panel = panels.first;
     for (int64_t u = 0; u < units; ++u) {
-      I weights[kCols];
+      I weights[kVectors];
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) weights[c] = Dot::load_weights(panel + c * kLanes * Dot::kUnit);
-      float_step<kRows, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
+      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, panels, v);
+      float_step<kRows, kVectors, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
       panel += kPanel * Dot::kUnit;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-      for (int c = 0; c < kCols; ++c) Vec::store(acc + r * kPanel + c * kLanes, sum[r][c]);
+      for (int v = 0; v < kVectors; ++v) Vec::store(acc + (r * kVectors + v) * kLanes, sum[r][v]);
     }
   }
 
-  // From a run-time number of rows to the instance compiled for it.
+  // From a run-time number of rows and panels to the instance compiled for it.
   template <int kRows>
-  static void tile_of(const char* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, int32_t* acc) {
-    if (rows == kRows) return tile_rows<kRows>(a, row_stride, panel, units, acc);
-    if constexpr (kRows > 1) tile_of<kRows - 1>(a, row_stride, rows, panel, units, acc);
+  static void choose_tile(const char* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units,
+                          int32_t* acc) {
+    constexpr int kAtOnce = panels_at_once(Dot::kRows, kRows);
+    if (rows == kRows) {
+      return panels.count == 1 ? tile_of<kRows, 1>(a, row_stride, panels, units, acc)
+                               : tile_of<kRows, kAtOnce>(a, row_stride, panels, units, acc);
+    }
+    if constexpr (kRows > 1) choose_tile<kRows - 1>(a, row_stride, rows, panels, units, acc);
   }
   template <int kRows>
-  static void float_tile_of(const float* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units,
-                            float* acc) {
-    if (rows == kRows) return float_tile_rows<kRows>(a, row_stride, panel, units, acc);
-    if constexpr (kRows > 1) float_tile_of<kRows - 1>(a, row_stride, rows, panel, units, acc);
+  static void choose_float_tile(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units,
+                                float* acc) {
+    constexpr int kAtOnce = float_panels_at_once(Dot::kRows, kRows);
+    if (rows == kRows) {
+      return panels.count == 1 ? float_tile_of<kRows, 1>(a, row_stride, panels, units, acc)
+                               : float_tile_of<kRows, kAtOnce>(a, row_stride, panels, units, acc);
+    }
+    if constexpr (kRows > 1) choose_float_tile<kRows - 1>(a, row_stride, rows, panels, units, acc);
   }
 
-  static void tile(const void* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, int32_t* acc) {
-    tile_of<Dot::kRows>(static_cast<const char*>(a), row_stride, rows, panel, units, acc);
+  static void tile(const void* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, int32_t* acc) {
+    choose_tile<Dot::kRows>(static_cast<const char*>(a), row_stride, rows, panels, units, acc);
   }
-  static void float_tile(const float* a, int64_t row_stride, int rows, const int8_t* panel, int64_t units, float* acc) {
-    float_tile_of<Dot::kRows>(a, row_stride, rows, panel, units, acc);
+  static void float_tile(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units,
+                         float* acc) {
+    choose_float_tile<Dot::kRows>(a, row_stride, rows, panels, units, acc);
   }
 
   // ---- epilogue ----
