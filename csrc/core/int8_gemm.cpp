@@ -88,7 +88,7 @@ struct Call {
   }
 };
 
-// The epilogue of the linear layers but for what depends on the row.
+// The epilogue of the linear layers but for the offset.
 Int8Epilogue linear_epilogue(const Int8Linear& args, const PackedWeight& weight, int64_t channel) {
   Int8Epilogue e = {};
   e.column_sum = weight.column_sum + channel;
@@ -127,11 +127,12 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
       [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
         call.tile(rows, stride, count, panels, acc);
       },
-      [&](const int32_t* acc, int64_t row, float, int64_t channel, int channels) {
+      [&](const int32_t* acc, int64_t row, int64_t channel, TileOutput tile) {
         Int8Epilogue e = {};
         e.column_sum = call.weight.column_sum + channel;
         e.offset = kernels.size.signed_offset;
-        kernels.store_int32(acc, e, channels, out + row * call.weight.n + channel);
+        tile.y = out + row * call.weight.n + channel;
+        kernels.store_int32(acc, e, tile);
       });
 }
 
@@ -156,11 +157,11 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
       [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
         call.tile(rows, stride, count, panels, acc);
       },
-      [&](const int32_t* acc, int64_t row, float row_scale, int64_t channel, int channels) {
+      [&](const int32_t* acc, int64_t row, int64_t channel, TileOutput tile) {
         Int8Epilogue e = linear_epilogue(args, call.weight, channel);
         e.offset = offset;
-        e.row_scale = row_scale;
-        kernels.store[dtype](acc, e, channels, output_at(args, call.weight, row, channel));
+        tile.y = output_at(args, call.weight, row, channel);
+        kernels.store[dtype](acc, e, tile);
       });
 }
 
@@ -181,10 +182,9 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
         const int64_t floats = stride / static_cast<int64_t>(sizeof(float));
         kernels.float_tile(reinterpret_cast<const float*>(rows), floats, count, panels, call.weight.units, acc);
       },
-      [&](const float* acc, int64_t row, float row_scale, int64_t channel, int channels) {
-        Int8Epilogue e = linear_epilogue(args, call.weight, channel);
-        e.row_scale = row_scale;
-        kernels.store_float[dtype](acc, e, channels, output_at(args, call.weight, row, channel));
+      [&](const float* acc, int64_t row, int64_t channel, TileOutput tile) {
+        tile.y = output_at(args, call.weight, row, channel);
+        kernels.store_float[dtype](acc, linear_epilogue(args, call.weight, channel), tile);
       });
 }
 

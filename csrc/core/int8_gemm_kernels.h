@@ -3,7 +3,7 @@
 //
 // A product runs in three steps. *Prepare* turns rows of activations into the form that the dot-product instruction
 // reads (u8 for VNNI, s16 for pmaddwd), quantizing on the way. *Tile* multiplies up to `mr` prepared rows by one panel
-// of `nr` output channels into exact int32. *Epilogue* turns a row of such int32 into results.
+// of `nr` output channels into exact int32. *Epilogue* turns a tile of such int32 into results.
 #pragma once
 
 #include <cstdint>
@@ -20,17 +20,27 @@ struct StaticGrid {
   float quant_max;
 };
 
-// What turns acc, the raw sums of one row and one panel, into results. Pointers are those of the panel's first channel.
+// What turns acc, the raw sums of one tile, into results. Pointers are those of the tile's first channel.
 //   exact = acc - offset * column_sum
 //   y     = activation(exact * min(row_scale * weight_scale, FLT_MAX) + bias)
 // offset is what preparation added to each signed activation, or the zero point.
 struct Int8Epilogue {
   const int32_t* column_sum;
   int32_t offset;
-  float row_scale;
   const float* weight_scale;
   const float* bias;  // or nullptr
   Activation activation;
+};
+
+// Which part of acc [rows, width] is wanted, and where it goes: the first cols of each row, to rows of y that lie
+// y_stride elements apart.
+struct TileOutput {
+  int rows;
+  int width;
+  int cols;
+  const float* row_scale;  // [rows]; not read by store_int32
+  void* y;
+  int64_t y_stride;
 };
 
 struct Int8Tile {
@@ -74,10 +84,9 @@ struct Int8Kernels {
   void (*tile)(const void* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, int32_t* acc);
   void (*float_tile)(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, float* acc);
 
-  // One row of acc, `cols` channels of it, into y.
-  void (*store_int32)(const int32_t* acc, const Int8Epilogue& epilogue, int cols, int32_t* y);
-  void (*store[3])(const int32_t* acc, const Int8Epilogue& epilogue, int cols, void* y);
-  void (*store_float[3])(const float* acc, const Int8Epilogue& epilogue, int cols, void* y);
+  void (*store_int32)(const int32_t* acc, const Int8Epilogue& epilogue, const TileOutput& out);
+  void (*store[3])(const int32_t* acc, const Int8Epilogue& epilogue, const TileOutput& out);
+  void (*store_float[3])(const float* acc, const Int8Epilogue& epilogue, const TileOutput& out);
 };
 
 // The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has

@@ -4,7 +4,7 @@
 //   for each chunk of rows that fits the scratch:                  (bounds memory: kScratchBytes)
 //     prepare all its rows                                         parallel over rows
 //     for each block of rows x group of panels:                    parallel over these, fixed by the shape
-//       for each tile of the block:  tile, then store its rows     the panel stays in L1 or L2, the block in L2
+//       for each tile of the block:  tile, then store it           the panel stays in L1 or L2, the block in L2
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ struct ProductShape {
 
 // prepare(row, buffer) -> scale of the row
 // tile(rows' buffer, stride in bytes, number of rows, panels, acc)
-// store(acc of one row, row, scale of the row, first channel, channels)
+// store(acc of a tile, its first row, its first channel, all of its TileOutput but y)
 template <class Acc, class Prepare, class Tile, class Store>
 Status run_product(const ProductShape& shape, const PackedWeight& weight, const ParallelFor& parallel_for,
                    Prepare&& prepare, Tile&& tile, Store&& store) {
@@ -66,14 +66,12 @@ Status run_product(const ProductShape& shape, const PackedWeight& weight, const 
         const PanelGroup group = {weight.panel + panel * weight.panel_bytes, weight.panel_bytes, panels};
         const int64_t last_row = std::min(count, (block + 1) * block_rows);
         const int64_t channel = panel * shape.nr;
-        const int64_t width = panels * shape.nr;
-        const int channels = static_cast<int>(std::min(width, weight.n - channel));
+        const int width = panels * static_cast<int>(shape.nr);
+        const int channels = static_cast<int>(std::min<int64_t>(width, weight.n - channel));
         for (int64_t r = block * block_rows; r < last_row; r += shape.mr) {
           const int tile_rows = static_cast<int>(std::min(shape.mr, last_row - r));
           tile(rows + r * stride, stride, tile_rows, group, acc);
-          for (int t = 0; t < tile_rows; ++t) {
-            store(acc + t * width, first + r + t, scales[r + t], channel, channels);
-          }
+          store(acc, first + r, channel, TileOutput{tile_rows, width, channels, scales + r, nullptr, weight.n});
         }
       };
       for (int64_t i = begin; i < end; ++i) {

@@ -82,23 +82,25 @@ struct Loops {
                                 static_cast<uint32_t>(e.offset) * static_cast<uint32_t>(*e.column_sum));
   }
 
-  static float scaled(float acc, const Int8Epilogue& e) {
-    float scale = e.row_scale * *e.weight_scale;
+  static float scaled(float acc, const Int8Epilogue& e, const TileOutput& out) {
+    float scale = *out.row_scale * *e.weight_scale;
     if (scale > FLT_MAX) scale = FLT_MAX;  // inf * 0 would be NaN where the true result is 0
     const float y = acc * scale + (e.bias == nullptr ? 0.0F : *e.bias);
     return activate(y, e.activation);
   }
 
-  static void store_int32(const int32_t* acc, const Int8Epilogue& e, int, int32_t* y) { *y = exact(*acc, e); }
-
-  template <class T>
-  static void store_linear(const int32_t* acc, const Int8Epilogue& e, int, void* y) {
-    store(static_cast<T*>(y), scaled(static_cast<float>(exact(*acc, e)), e));
+  static void store_int32(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
+    *static_cast<int32_t*>(out.y) = exact(*acc, e);
   }
 
   template <class T>
-  static void store_float(const float* acc, const Int8Epilogue& e, int, void* y) {
-    store(static_cast<T*>(y), scaled(*acc, e));
+  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
+    store(static_cast<T*>(out.y), scaled(static_cast<float>(exact(*acc, e)), e, out));
+  }
+
+  template <class T>
+  static void store_float(const float* acc, const Int8Epilogue& e, const TileOutput& out) {
+    store(static_cast<T*>(out.y), scaled(*acc, e, out));
   }
 };
 

@@ -196,36 +196,53 @@ struct Loops {
   }
 
   // ---- epilogue ----
+  // Vectors of channels outside, rows inside: what belongs to a channel is read once a tile.
 
-  static I exact(const int32_t* acc, const Int8Epilogue& e, int64_t i, int n) {
-    const I sum = n == kLanes ? Vec::int_load(acc + i) : Vec::int_load_part(acc + i, n);
-    const I column = n == kLanes ? Vec::int_load(e.column_sum + i) : Vec::int_load_part(e.column_sum + i, n);
-    return Vec::int_sub(sum, Vec::int_mul(column, Vec::int_set(e.offset)));
+  static I load_int(const int32_t* p, int n) { return n == kLanes ? Vec::int_load(p) : Vec::int_load_part(p, n); }
+
+  static I correction(const Int8Epilogue& e, int64_t i, int n) {
+    return Vec::int_mul(load_int(e.column_sum + i, n), Vec::int_set(e.offset));
   }
 
-  static F scaled(F acc, const Int8Epilogue& e, int64_t i, int n) {
-    // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
-    const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(e.row_scale), load(e.weight_scale + i, n)));
-    const F y = Vec::mul(acc, scale);
-    return activate(e.bias == nullptr ? y : Vec::add(y, load(e.bias + i, n)), e.activation);
+  static void store_int32(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
+    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const I off = correction(e, i, n);
+      for (int r = 0; r < out.rows; ++r) {
+        int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
+        store_integers(y + i, Vec::int_sub(load_int(acc + r * out.width + i, n), off), n);
+      }
+    });
   }
 
-  static void store_int32(const int32_t* acc, const Int8Epilogue& e, int cols, int32_t* y) {
-    for_each_vector(
-        cols, [&](int64_t i, int n) __attribute__((always_inline)) { store_integers(y + i, exact(acc, e, i, n), n); });
+  // Channels i ... i + n - 1; value(r): their sums in row r, as floats.
+  template <class T, class Value>
+  static inline __attribute__((always_inline)) void store_scaled(const Int8Epilogue& e, const TileOutput& out,
+                                                                 int64_t i, int n, Value value) {
+    const F weight_scale = load(e.weight_scale + i, n);
+    const F bias = e.bias == nullptr ? Vec::set(-0.0F) : load(e.bias + i, n);  // y + -0 is y, even where y is -0
+    for (int r = 0; r < out.rows; ++r) {
+      // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
+      const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(out.row_scale[r]), weight_scale));
+      const F y = activate(Vec::add(Vec::mul(value(r), scale), bias), e.activation);
+      store(static_cast<T*>(out.y) + r * out.y_stride + i, y, n);
+    }
   }
 
   template <class T>
-  static void store_linear(const int32_t* acc, const Int8Epilogue& e, int cols, void* y) {
-    for_each_vector(cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      store(static_cast<T*>(y) + i, scaled(Vec::to_float(exact(acc, e, i, n)), e, i, n), n);
+  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
+    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const I off = correction(e, i, n);
+      store_scaled<T>(e, out, i, n, [&](int r) __attribute__((always_inline)) {
+        return Vec::to_float(Vec::int_sub(load_int(acc + r * out.width + i, n), off));
+      });
     });
   }
 
   template <class T>
-  static void store_float(const float* acc, const Int8Epilogue& e, int cols, void* y) {
-    for_each_vector(cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      store(static_cast<T*>(y) + i, scaled(load(acc + i, n), e, i, n), n);
+  static void store_float(const float* acc, const Int8Epilogue& e, const TileOutput& out) {
+    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      store_scaled<T>(e, out, i, n,
+                      [&](int r) __attribute__((always_inline)) { return load(acc + r * out.width + i, n); });
     });
   }
 };
