@@ -49,6 +49,8 @@ CpuFeatures detect() {
   features.avx512vl = os_saves_zmm && bit(ebx, 31);
   features.avx512vnni = os_saves_zmm && bit(ecx, 11);
   features.avx512vpopcntdq = os_saves_zmm && bit(ecx, 14);
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return features;
+  features.avxvnni = os_saves_ymm && bit(eax, 4);
   return features;
 }
 
@@ -74,6 +76,7 @@ std::string cpu_features_string() {
       {f.avx2, "avx2"},
       {f.fma, "fma"},
       {f.f16c, "f16c"},
+      {f.avxvnni, "avx_vnni"},
       {f.avx512f, "avx512f"},
       {f.avx512bw, "avx512bw"},
       {f.avx512vl, "avx512vl"},

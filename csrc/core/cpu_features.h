@@ -9,6 +9,7 @@ struct CpuFeatures {
   bool avx2 = false;
   bool fma = false;
   bool f16c = false;
+  bool avxvnni = false;  // vpdpbusd on YMM registers, without AVX-512
   bool avx512f = false;
   bool avx512bw = false;
   bool avx512vl = false;

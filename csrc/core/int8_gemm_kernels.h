@@ -109,6 +109,7 @@ constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
 
 extern const Int8Kernels kInt8Reference;
 extern const Int8Kernels kInt8Avx2;
+extern const Int8Kernels kInt8AvxVnni;
 extern const Int8Kernels kInt8Avx512;
 extern const Int8Kernels kInt8Avx512Vnni;
 

@@ -127,6 +127,8 @@ bool cpu_has(CpuExtra extra) {
       return true;
     case CpuExtra::kVpopcntdq:
       return cpu_features().avx512vpopcntdq;
+    case CpuExtra::kAvxVnni:
+      return cpu_features().avxvnni;
   }
   return false;
 }

@@ -21,9 +21,8 @@ namespace {
 constexpr KernelChoice<PeakKernels> kChoices[] = {
     {Isa::kReference, CpuExtra::kNone, &kPeaksReference},
 #if defined(KDQ_HAVE_X86)
-    {Isa::kAvx2, CpuExtra::kNone, &kPeaksAvx2},
-    {Isa::kAvx512, CpuExtra::kNone, &kPeaksAvx512},
-    {Isa::kAvx512Vnni, CpuExtra::kNone, &kPeaksAvx512Vnni},
+    {Isa::kAvx2, CpuExtra::kNone, &kPeaksAvx2},           {Isa::kAvx2, CpuExtra::kAvxVnni, &kPeaksAvxVnni},
+    {Isa::kAvx512, CpuExtra::kNone, &kPeaksAvx512},       {Isa::kAvx512Vnni, CpuExtra::kNone, &kPeaksAvx512Vnni},
 #endif
 };
 

@@ -15,6 +15,7 @@ struct PeakKernels {
 
 extern const PeakKernels kPeaksReference;
 extern const PeakKernels kPeaksAvx2;
+extern const PeakKernels kPeaksAvxVnni;
 extern const PeakKernels kPeaksAvx512;
 extern const PeakKernels kPeaksAvx512Vnni;
 extern const PeakKernels kPeaksAvx512Vpopcntdq;
