@@ -15,8 +15,10 @@ constexpr uint32_t kVersion = 1;
 constexpr KernelChoice<Int8Kernels> kChoices[] = {
     {Isa::kReference, CpuExtra::kNone, &kInt8Reference},
 #if defined(KDQ_HAVE_X86)
-    {Isa::kAvx2, CpuExtra::kNone, &kInt8Avx2},           {Isa::kAvx2, CpuExtra::kAvxVnni, &kInt8AvxVnni},
-    {Isa::kAvx512, CpuExtra::kNone, &kInt8Avx512},       {Isa::kAvx512Vnni, CpuExtra::kNone, &kInt8Avx512Vnni},
+    {Isa::kAvx2, CpuExtra::kNone, &kInt8Avx2},              // vpmaddwd
+    {Isa::kAvx2, CpuExtra::kAvxVnni, &kInt8AvxVnni},        // vpdpbusd
+    {Isa::kAvx512, CpuExtra::kNone, &kInt8Avx512},          // vpmaddwd
+    {Isa::kAvx512Vnni, CpuExtra::kNone, &kInt8Avx512Vnni},  // vpdpbusd
 #endif
 };
 

@@ -21,8 +21,10 @@ namespace {
 constexpr KernelChoice<PeakKernels> kChoices[] = {
     {Isa::kReference, CpuExtra::kNone, &kPeaksReference},
 #if defined(KDQ_HAVE_X86)
-    {Isa::kAvx2, CpuExtra::kNone, &kPeaksAvx2},           {Isa::kAvx2, CpuExtra::kAvxVnni, &kPeaksAvxVnni},
-    {Isa::kAvx512, CpuExtra::kNone, &kPeaksAvx512},       {Isa::kAvx512Vnni, CpuExtra::kNone, &kPeaksAvx512Vnni},
+    {Isa::kAvx2, CpuExtra::kNone, &kPeaksAvx2},              // vpmaddwd
+    {Isa::kAvx2, CpuExtra::kAvxVnni, &kPeaksAvxVnni},        // vpdpbusd
+    {Isa::kAvx512, CpuExtra::kNone, &kPeaksAvx512},          // vpmaddwd
+    {Isa::kAvx512Vnni, CpuExtra::kNone, &kPeaksAvx512Vnni},  // vpdpbusd
 #endif
 };
 
