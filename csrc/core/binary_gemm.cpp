@@ -68,7 +68,7 @@ struct Product {
   int64_t words;
 };
 
-// store(counts of one row, row, first channel, channels)
+// store(counts of a tile, its first row, its first channel, all of its TileOutput but y)
 template <class Store>
 void run_direct(const Product& p, const ParallelFor& parallel_for, Store&& store) {
   constexpr int64_t kChannels = 64;
@@ -81,7 +81,7 @@ void run_direct(const Product& p, const ParallelFor& parallel_for, Store&& store
       const int64_t channel = i % groups * kChannels;
       const int channels = static_cast<int>(std::min(kChannels, p.n - channel));
       p.kernels->direct(p.a + row * p.words, p.b + channel * p.words, p.words, channels, counts);
-      store(counts, row, channel, channels);
+      store(counts, row, channel, TileOutput{1, channels, channels, nullptr, p.n});
     }
   });
 }
@@ -119,7 +119,7 @@ Status run_tiled(const Product& p, const ParallelFor& parallel_for, Store&& stor
         for (int64_t row = i / count * block_rows; row < last_row; row += mr) {
           const int rows = static_cast<int>(std::min(mr, last_row - row));
           p.kernels->tile(p.a + row * p.words, p.words, rows, interleaved + panel * panel_words, p.words, counts);
-          for (int r = 0; r < rows; ++r) store(counts + r * nr, row + r, channel, channels);
+          store(counts, row, channel, TileOutput{rows, static_cast<int>(nr), channels, nullptr, p.n});
         }
       }
     });
@@ -184,8 +184,9 @@ Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, 
   if (m * n > 0 && out == nullptr) return Status::invalid("out: expected a pointer, got null");
   const BinaryEpilogue epilogue = {static_cast<int32_t>(k), nullptr, nullptr};
   return run_product(Product{kernels, a_bits, b_bits, m, n, binary_words(k)}, parallel_for,
-                     [&](const int32_t* counts, int64_t row, int64_t channel, int channels) {
-                       kernels->store_int32(counts, epilogue, channels, out + row * n + channel);
+                     [&](const int32_t* counts, int64_t row, int64_t channel, TileOutput tile) {
+                       tile.y = out + row * n + channel;
+                       kernels->store_int32(counts, epilogue, tile);
                      });
 }
 
@@ -208,14 +209,14 @@ Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) 
   if (scratch.data() == nullptr) return Status::internal("out of memory for the signs of x");
   uint64_t* bits = reinterpret_cast<uint64_t*>(scratch.data());
   pack_rows(*kernels, args.dtype, args.x, args.m, args.k, bits, parallel_for);
-  const auto store_row = kernels->store[static_cast<int>(args.dtype)];
+  const auto store_tile = kernels->store[static_cast<int>(args.dtype)];
   return run_product(Product{kernels, bits, args.weight_bits, args.m, args.n, words}, parallel_for,
-                     [&](const int32_t* counts, int64_t row, int64_t channel, int channels) {
+                     [&](const int32_t* counts, int64_t row, int64_t channel, TileOutput tile) {
                        const BinaryEpilogue epilogue = {static_cast<int32_t>(args.k), args.weight_scale + channel,
                                                         args.bias == nullptr ? nullptr : args.bias + channel};
-                       char* y = static_cast<char*>(args.y) +
-                                 static_cast<size_t>(row * args.n + channel) * dtype_size(args.dtype);
-                       store_row(counts, epilogue, channels, y);
+                       tile.y = static_cast<char*>(args.y) +
+                                static_cast<size_t>(row * args.n + channel) * dtype_size(args.dtype);
+                       store_tile(counts, epilogue, tile);
                      });
 }
 

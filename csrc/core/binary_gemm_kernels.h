@@ -8,11 +8,12 @@
 #include <cstdint>
 
 #include "core/elements.h"
+#include "core/tile_output.h"
 #include "kdq/types.h"
 
 namespace kdq {
 
-// What turns the counts of differing bits into results. Pointers are those of the panel's first channel.
+// What turns the counts of differing bits into results. Pointers are those of the tile's first channel.
 //   dot = k - 2 * count;  y = dot * weight_scale + bias
 struct BinaryEpilogue {
   int32_t k;
@@ -38,9 +39,9 @@ struct BinaryKernels {
   // counts [channels] of differing bits: one row against `channels` rows of `words` words.
   void (*direct)(const uint64_t* a, const uint64_t* b, int64_t words, int channels, int32_t* counts);
 
-  // One row of counts, `cols` channels of it, into y.
-  void (*store_int32)(const int32_t* counts, const BinaryEpilogue& epilogue, int cols, int32_t* y);
-  void (*store[3])(const int32_t* counts, const BinaryEpilogue& epilogue, int cols, void* y);
+  // A tile of counts into y.
+  void (*store_int32)(const int32_t* counts, const BinaryEpilogue& epilogue, const TileOutput& out);
+  void (*store[3])(const int32_t* counts, const BinaryEpilogue& epilogue, const TileOutput& out);
 };
 
 // The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has

@@ -127,7 +127,7 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
       [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
         call.tile(rows, stride, count, panels, acc);
       },
-      [&](const int32_t* acc, int64_t row, int64_t channel, TileOutput tile) {
+      [&](const int32_t* acc, int64_t row, int64_t channel, const float*, TileOutput tile) {
         Int8Epilogue e = {};
         e.column_sum = call.weight.column_sum + channel;
         e.offset = kernels.size.signed_offset;
@@ -157,11 +157,11 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
       [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
         call.tile(rows, stride, count, panels, acc);
       },
-      [&](const int32_t* acc, int64_t row, int64_t channel, TileOutput tile) {
+      [&](const int32_t* acc, int64_t row, int64_t channel, const float* row_scale, TileOutput tile) {
         Int8Epilogue e = linear_epilogue(args, call.weight, channel);
         e.offset = offset;
         tile.y = output_at(args, call.weight, row, channel);
-        kernels.store[dtype](acc, e, tile);
+        kernels.store[dtype](acc, e, row_scale, tile);
       });
 }
 
@@ -182,9 +182,9 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
         const int64_t floats = stride / static_cast<int64_t>(sizeof(float));
         kernels.float_tile(reinterpret_cast<const float*>(rows), floats, count, panels, call.weight.units, acc);
       },
-      [&](const float* acc, int64_t row, int64_t channel, TileOutput tile) {
+      [&](const float* acc, int64_t row, int64_t channel, const float* row_scale, TileOutput tile) {
         tile.y = output_at(args, call.weight, row, channel);
-        kernels.store_float[dtype](acc, linear_epilogue(args, call.weight, channel), tile);
+        kernels.store_float[dtype](acc, linear_epilogue(args, call.weight, channel), row_scale, tile);
       });
 }
 

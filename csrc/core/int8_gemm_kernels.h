@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "core/elements.h"
+#include "core/tile_output.h"
 #include "kdq/types.h"
 
 namespace kdq {
@@ -30,17 +31,6 @@ struct Int8Epilogue {
   const float* weight_scale;
   const float* bias;  // or nullptr
   Activation activation;
-};
-
-// Which part of acc [rows, width] is wanted, and where it goes: the first cols of each row, to rows of y that lie
-// y_stride elements apart.
-struct TileOutput {
-  int rows;
-  int width;
-  int cols;
-  const float* row_scale;  // [rows]; not read by store_int32
-  void* y;
-  int64_t y_stride;
 };
 
 struct Int8Tile {
@@ -84,9 +74,10 @@ struct Int8Kernels {
   void (*tile)(const void* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, int32_t* acc);
   void (*float_tile)(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, float* acc);
 
+  // A tile into y. row_scale [out.rows].
   void (*store_int32)(const int32_t* acc, const Int8Epilogue& epilogue, const TileOutput& out);
-  void (*store[3])(const int32_t* acc, const Int8Epilogue& epilogue, const TileOutput& out);
-  void (*store_float[3])(const float* acc, const Int8Epilogue& epilogue, const TileOutput& out);
+  void (*store[3])(const int32_t* acc, const Int8Epilogue& epilogue, const float* row_scale, const TileOutput& out);
+  void (*store_float[3])(const float* acc, const Int8Epilogue& epilogue, const float* row_scale, const TileOutput& out);
 };
 
 // The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has

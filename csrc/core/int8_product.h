@@ -36,7 +36,7 @@ struct ProductShape {
 
 // prepare(row, buffer) -> scale of the row
 // tile(rows' buffer, stride in bytes, number of rows, panels, acc)
-// store(acc of a tile, its first row, its first channel, all of its TileOutput but y)
+// store(acc of a tile, its first row, its first channel, the scales of its rows, all of its TileOutput but y)
 template <class Acc, class Prepare, class Tile, class Store>
 Status run_product(const ProductShape& shape, const PackedWeight& weight, const ParallelFor& parallel_for,
                    Prepare&& prepare, Tile&& tile, Store&& store) {
@@ -71,7 +71,7 @@ Status run_product(const ProductShape& shape, const PackedWeight& weight, const 
         for (int64_t r = block * block_rows; r < last_row; r += shape.mr) {
           const int tile_rows = static_cast<int>(std::min(shape.mr, last_row - r));
           tile(rows + r * stride, stride, tile_rows, group, acc);
-          store(acc, first + r, channel, TileOutput{tile_rows, width, channels, scales + r, nullptr, weight.n});
+          store(acc, first + r, channel, scales + r, TileOutput{tile_rows, width, channels, nullptr, weight.n});
         }
       };
       for (int64_t i = begin; i < end; ++i) {

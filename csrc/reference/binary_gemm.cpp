@@ -31,16 +31,24 @@ struct Loops {
     for (int c = 0; c < channels; ++c) counts[c] = differing_bits(a, b + c * words, words);
   }
 
-  static void store_int32(const int32_t* counts, const BinaryEpilogue& e, int cols, int32_t* y) {
-    for (int c = 0; c < cols; ++c) y[c] = e.k - 2 * counts[c];
+  // body(index in y, c, k - 2 * count) for all that is wanted of a tile.
+  template <class Body>
+  static void for_each_dot(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out, Body body) {
+    for (int r = 0; r < out.rows; ++r) {
+      for (int c = 0; c < out.cols; ++c) body(r * out.y_stride + c, c, e.k - 2 * counts[r * out.width + c]);
+    }
+  }
+
+  static void store_int32(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out) {
+    for_each_dot(counts, e, out, [&](int64_t i, int, int32_t dot) { static_cast<int32_t*>(out.y)[i] = dot; });
   }
 
   template <class T>
-  static void store_linear(const int32_t* counts, const BinaryEpilogue& e, int cols, void* y) {
-    for (int c = 0; c < cols; ++c) {
-      const float scaled = static_cast<float>(e.k - 2 * counts[c]) * e.weight_scale[c];
-      reference::store(static_cast<T*>(y) + c, scaled + (e.bias == nullptr ? 0.0F : e.bias[c]));
-    }
+  static void store_linear(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out) {
+    for_each_dot(counts, e, out, [&](int64_t i, int c, int32_t dot) {
+      const float scaled = static_cast<float>(dot) * e.weight_scale[c];
+      reference::store(static_cast<T*>(out.y) + i, scaled + (e.bias == nullptr ? 0.0F : e.bias[c]));
+    });
   }
 };
 

@@ -82,8 +82,8 @@ struct Loops {
                                 static_cast<uint32_t>(e.offset) * static_cast<uint32_t>(*e.column_sum));
   }
 
-  static float scaled(float acc, const Int8Epilogue& e, const TileOutput& out) {
-    float scale = *out.row_scale * *e.weight_scale;
+  static float scaled(float acc, const Int8Epilogue& e, float row_scale) {
+    float scale = row_scale * *e.weight_scale;
     if (scale > FLT_MAX) scale = FLT_MAX;  // inf * 0 would be NaN where the true result is 0
     const float y = acc * scale + (e.bias == nullptr ? 0.0F : *e.bias);
     return activate(y, e.activation);
@@ -94,13 +94,13 @@ struct Loops {
   }
 
   template <class T>
-  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
-    store(static_cast<T*>(out.y), scaled(static_cast<float>(exact(*acc, e)), e, out));
+  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
+    store(static_cast<T*>(out.y), scaled(static_cast<float>(exact(*acc, e)), e, *row_scale));
   }
 
   template <class T>
-  static void store_float(const float* acc, const Int8Epilogue& e, const TileOutput& out) {
-    store(static_cast<T*>(out.y), scaled(*acc, e, out));
+  static void store_float(const float* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
+    store(static_cast<T*>(out.y), scaled(*acc, e, *row_scale));
   }
 };
 

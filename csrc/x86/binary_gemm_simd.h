@@ -106,16 +106,25 @@ struct Loops {
     return Vec::int_sub(Vec::int_set(k), Vec::int_add(count, count));
   }
 
-  static void store_int32(const int32_t* counts, const BinaryEpilogue& e, int cols, int32_t* y) {
-    for_each_vector(cols, [&](int64_t i, int n)
-                              __attribute__((always_inline)) { store_integers(y + i, dots(counts, e.k, i, n), n); });
+  // Vectors of channels outside, rows inside: what belongs to a channel is read once a tile.
+  static void store_int32(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out) {
+    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      for (int r = 0; r < out.rows; ++r) {
+        int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
+        store_integers(y + i, dots(counts + r * out.width, e.k, i, n), n);
+      }
+    });
   }
 
   template <class T>
-  static void store_linear(const int32_t* counts, const BinaryEpilogue& e, int cols, void* y) {
-    for_each_vector(cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const Vec::Float scaled = Vec::mul(Vec::to_float(dots(counts, e.k, i, n)), load(e.weight_scale + i, n));
-      store(static_cast<T*>(y) + i, e.bias == nullptr ? scaled : Vec::add(scaled, load(e.bias + i, n)), n);
+  static void store_linear(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out) {
+    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const Vec::Float scale = load(e.weight_scale + i, n);
+      const Vec::Float bias = e.bias == nullptr ? Vec::zero() : load(e.bias + i, n);
+      for (int r = 0; r < out.rows; ++r) {
+        const Vec::Float scaled = Vec::mul(Vec::to_float(dots(counts + r * out.width, e.k, i, n)), scale);
+        store(static_cast<T*>(out.y) + r * out.y_stride + i, Vec::add(scaled, bias), n);
+      }
     });
   }
 };

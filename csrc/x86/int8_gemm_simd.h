@@ -216,32 +216,32 @@ struct Loops {
 
   // Channels i ... i + n - 1; value(r): their sums in row r, as floats.
   template <class T, class Value>
-  static inline __attribute__((always_inline)) void store_scaled(const Int8Epilogue& e, const TileOutput& out,
-                                                                 int64_t i, int n, Value value) {
+  static inline __attribute__((always_inline)) void store_scaled(const Int8Epilogue& e, const float* row_scale,
+                                                                 const TileOutput& out, int64_t i, int n, Value value) {
     const F weight_scale = load(e.weight_scale + i, n);
     const F bias = e.bias == nullptr ? Vec::set(-0.0F) : load(e.bias + i, n);  // y + -0 is y, even where y is -0
     for (int r = 0; r < out.rows; ++r) {
       // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
-      const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(out.row_scale[r]), weight_scale));
+      const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(row_scale[r]), weight_scale));
       const F y = activate(Vec::add(Vec::mul(value(r), scale), bias), e.activation);
       store(static_cast<T*>(out.y) + r * out.y_stride + i, y, n);
     }
   }
 
   template <class T>
-  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
+  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
       const I off = correction(e, i, n);
-      store_scaled<T>(e, out, i, n, [&](int r) __attribute__((always_inline)) {
+      store_scaled<T>(e, row_scale, out, i, n, [&](int r) __attribute__((always_inline)) {
         return Vec::to_float(Vec::int_sub(load_int(acc + r * out.width + i, n), off));
       });
     });
   }
 
   template <class T>
-  static void store_float(const float* acc, const Int8Epilogue& e, const TileOutput& out) {
+  static void store_float(const float* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      store_scaled<T>(e, out, i, n,
+      store_scaled<T>(e, row_scale, out, i, n,
                       [&](int r) __attribute__((always_inline)) { return load(acc + r * out.width + i, n); });
     });
   }
