@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/binary_gemm_kernels.h"
+#include "core/blocking.h"
 #include "core/format.h"
 #include "core/kernel_choice.h"
 #include "core/parallel_range.h"
@@ -94,7 +95,7 @@ Status run_tiled(const Product& p, const ParallelFor& parallel_for, Store&& stor
   const int64_t panel_words = std::max<int64_t>(1, p.words * nr);
   const int64_t panels = (p.n + nr - 1) / nr;
   const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelWords / panel_words));
-  const int64_t block_rows = std::max(mr, kBlockWords / std::max<int64_t>(1, p.words) / mr * mr);
+  const int64_t block_rows = even_block(p.m, std::max(mr, kBlockWords / std::max<int64_t>(1, p.words)), mr);
   const int64_t blocks = (p.m + block_rows - 1) / block_rows;
   Scratch scratch(static_cast<size_t>(chunk * panel_words) * sizeof(uint64_t));
   if (scratch.data() == nullptr) return Status::internal("out of memory for the interleaved weights");

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "core/blocking.h"
 #include "core/packed_weight.h"
 #include "core/parallel_range.h"
 #include "core/scratch.h"
@@ -43,7 +44,7 @@ Status run_product(const ProductShape& shape, const PackedWeight& weight, const 
   const int64_t stride = padded_stride(shape.row_bytes);
   const int64_t rows_in_scratch = kScratchBytes / stride / shape.mr * shape.mr;
   const int64_t chunk_rows = std::min(shape.m, std::max(shape.mr, rows_in_scratch));
-  const int64_t block_rows = std::max(shape.mr, kBlockBytes / stride / shape.mr * shape.mr);
+  const int64_t block_rows = even_block(chunk_rows, std::max(shape.mr, kBlockBytes / stride), shape.mr);
   const int64_t scales_bytes = padded_stride(chunk_rows * 4);
   Scratch scratch(static_cast<size_t>(scales_bytes + chunk_rows * stride));
   if (scratch.data() == nullptr) return Status::internal("out of memory for the rows of x");

@@ -9,6 +9,7 @@ from kdq.bench.case import Case
 from kdq.bench.distillation import distillation_loss_cases
 from kdq.bench.fake_quant import fake_quantize_backward_cases, fake_quantize_cases
 from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
+from kdq.bench.models import model_cases
 
 FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "int8_matmul": int8_matmul_cases,
@@ -18,4 +19,5 @@ FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "fake_quantize": fake_quantize_cases,
     "fake_quantize_backward": fake_quantize_backward_cases,
     "distillation_loss": distillation_loss_cases,
+    "model": model_cases,
 }
