@@ -26,7 +26,7 @@ test: build
 
 bench: build
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
-	$(BIN)/kdq bench --json benchmarks/results.json --markdown benchmarks/RESULTS.md \
+	$(BIN)/kdq bench --threads 1 --threads 2 --json benchmarks/results.json --markdown benchmarks/RESULTS.md \
 		--plot benchmarks/results.png
 
 lint: build $(VENV)/.lint

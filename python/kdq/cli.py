@@ -40,7 +40,7 @@ def demo(
 @app.command()
 def bench(
     family: Annotated[list[str] | None, typer.Option(help="A kernel family (repeatable); all by default.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads for torch and our kernels alike.")] = 1,
+    threads: Annotated[list[int] | None, typer.Option(help="Threads, for torch too (repeatable); 1.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the share of the limit reached, as PNG.")] = None,
@@ -50,9 +50,9 @@ def bench(
     from kdq.bench import run_bench, table
 
     shown: list[Any] = []
-    measurements, machine = run_bench(family, threads=threads, quick=quick, on_result=shown.extend)
-    for name in dict.fromkeys(m.family for m in measurements):
-        console.print(table.rich_table([m for m in measurements if m.family == name]))
+    measurements, machine = run_bench(family, threads=threads or [1], quick=quick, on_result=shown.extend)
+    for key in dict.fromkeys((m.family, m.threads) for m in measurements):
+        console.print(table.rich_table([m for m in measurements if (m.family, m.threads) == key]))
     if json_path is not None:
         content = {"machine": machine, "measurements": [m.to_dict() for m in measurements]}
         json_path.write_text(json.dumps(content, indent=1) + "\n")

@@ -118,6 +118,7 @@ def test_bench_measures_every_family(tmp_path: Path) -> None:
         "int8_linear",
         "binary_matmul",
         "distillation_loss",
+        "model",
         "binary_linear",
         "fake_quantize",
         "fake_quantize_backward",

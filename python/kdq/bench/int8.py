@@ -20,10 +20,16 @@ from kdq.bench.case import Case, Contender
 from kdq.bench.torch_quantized import torch_quantized_linears
 
 Shape = tuple[int, int, int]
-SHAPES: list[Shape] = [
+SHAPES: list[Shape] = [  # M, N, K
+    (1, 64, 64),
+    (1, 1000, 2048),
     (1, 4096, 4096),
+    (8, 4096, 4096),
     (16, 768, 768),
+    (37, 129, 257),
+    (100, 300, 500),
     (128, 768, 768),
+    (128, 3072, 768),
     (128, 768, 3072),
     (512, 512, 512),
     (1024, 1024, 1024),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import io
+import itertools
 import logging
 import tempfile
 import warnings
@@ -53,7 +53,7 @@ def encoder(layers: int, width: int, heads: int) -> nn.Module:
 
 def mlp(*widths: int) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -130,15 +130,14 @@ def onnxruntime_dynamic(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    exported = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), exported, dynamo=True, verbose=False, external_data=False)
-    proto = onnx.load_model_from_string(exported.getvalue())
-    proto.graph.ClearField("value_info")
-    logging.getLogger().setLevel(logging.ERROR)  # it advises preprocessing, which the exporter has done
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, external_data=False)
+        proto = onnx.load_model(path)
+        proto.graph.ClearField("value_info")
+        logging.getLogger().setLevel(logging.ERROR)  # it advises preprocessing, which the exporter has done
         reduce_range = not torch.cpu._is_vnni_supported()
         quantize_dynamic(proto, path, per_channel=True, reduce_range=reduce_range, weight_type=QuantType.QInt8)
         options = onnxruntime.SessionOptions()

@@ -1,14 +1,17 @@
 """Checks, then times, the contenders of each case, interleaved so that noise hits all alike.
 
-Each round runs every contender for about the same short time, in an order that rotates from round to round; a
-contender's time is the median over the rounds, with the smallest and the largest beside it. The machine's peaks are
-measured in the same process, once before each family.
+Each round runs every contender for about the same short time, in an order that is shuffled from round to round, after
+a pause in which the thread pool of the one before goes to sleep and after one call that is not timed. A contender's
+time is the median over the rounds, with the smallest and the largest beside it. The machine's peaks are measured in the
+same process, before each case.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +24,8 @@ import kdq_kernels
 from kdq.bench.case import Case, Contender, Role, check
 
 ROUND_SECONDS = 0.02
+PAUSE_SECONDS = 0.003
+SLOW_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,24 @@ def time_round(contender: Contender, calls: int) -> float:
 
 
 def time_interleaved(contenders: Sequence[Contender], rounds: int) -> list[list[float]]:
-    """A list of `rounds` times for each contender."""
-    calls = []
+    """A list of times for each contender: `rounds` of them, fewer (at least 3) for one so slow that it would hold up
+    the rest."""
+    calls, limits = [], []
     for contender in contenders:
-        warm = min(time_round(contender, 1) for _ in range(2))
+        warm = time_round(contender, 1)
+        if warm < SLOW_SECONDS:
+            warm = min(warm, time_round(contender, 1))
         calls.append(max(1, round(ROUND_SECONDS / max(warm, 1e-7))))
+        limits.append(min(rounds, max(3, round(SLOW_SECONDS / warm * rounds))))
     times: list[list[float]] = [[] for _ in contenders]
+    shuffle = random.Random(0)
     for r in range(rounds):
-        for i in range(len(contenders)):
-            which = (i + r) % len(contenders)
-            times[which].append(time_round(contenders[which], calls[which]))
+        for which in shuffle.sample(range(len(contenders)), len(contenders)):
+            if r < limits[which]:
+                time.sleep(PAUSE_SECONDS)
+                if calls[which] > 1:
+                    time_round(contenders[which], 1)
+                times[which].append(time_round(contenders[which], calls[which]))
     return times
 
 
@@ -102,7 +115,7 @@ def measure(case: Case, peaks: kdq_kernels.cpu.MachinePeaks, rounds: int) -> lis
 def run_bench(
     families: Iterable[str] | None = None,
     *,
-    threads: int = 1,
+    threads: Sequence[int] = (1,),
     rounds: int = 9,
     quick: bool = False,
     on_result: Callable[[list[Measurement]], None] | None = None,
@@ -110,12 +123,12 @@ def run_bench(
     """Runs the benchmark families by name (None: all).
 
     Args:
-        threads: for torch and for our kernels alike.
+        threads: one run of every family for each of these, for torch and for our kernels alike.
         quick: small shapes and few rounds, to see that everything works; not for figures.
         on_result: called after each case.
 
     Returns:
-        All measurements, and the machine: build info, torch version, the peaks of each family's run.
+        All measurements, and the machine: build info, torch version, the peaks measured before each case.
     """
     from kdq.bench.families import FAMILIES
 
@@ -123,24 +136,22 @@ def run_bench(
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
         raise ValueError(f"family: expected some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
-    if quick:
-        rounds = min(rounds, 3)
+    if not threads or min(threads) < 1:
+        raise ValueError(f"threads: expected numbers of at least 1, got {list(threads)}")
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     measurements: list[Measurement] = []
-    peaks_by_family: dict[str, object] = {}
+    all_peaks: list[dict[str, object]] = []
     try:
         with torch.inference_mode(), Progress(transient=True) as progress:
-            task = progress.add_task("benchmarks", total=len(names))
-            for name in names:
-                progress.update(task, description=name)
-                family = FAMILIES[name]
-                for case in family(quick):
-                    peaks = kdq_kernels.machine_peaks(
-                        threads, copy_bytes=copy_bytes(case), seconds=0.02 if quick else 0.1
-                    )
-                    peaks_by_family[f"{name} {case.shape}"] = peaks
-                    results = measure(case, peaks, rounds)
+            task = progress.add_task("benchmarks", total=len(names) * len(threads))
+            for name, count in itertools.product(names, threads):
+                progress.update(task, description=f"{name}, threads: {count}")
+                torch.set_num_threads(count)
+                for case in FAMILIES[name](quick):
+                    seconds = 0.02 if quick else 0.1
+                    peaks = kdq_kernels.machine_peaks(count, copy_bytes=copy_bytes(case), seconds=seconds)
+                    all_peaks.append({"family": name, "shape": case.shape, **peaks})
+                    results = measure(case, peaks, min(rounds, 3) if quick else rounds)
                     measurements += results
                     if on_result is not None:
                         on_result(results)
@@ -151,9 +162,8 @@ def run_bench(
         **kdq_kernels.build_info(),
         "isa": kdq_kernels.cpu_isa(),
         "torch": torch.__version__,
-        "threads": threads,
         "peers": peer_versions(),
-        "peaks": peaks_by_family,
+        "peaks": all_peaks,
     }
     return measurements, machine
 
@@ -161,7 +171,7 @@ def run_bench(
 def peer_versions() -> dict[str, str]:
     """The optional peers that are installed."""
     versions = {}
-    for name in ("onnxruntime",):
+    for name in ("onnxruntime", "torchao"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

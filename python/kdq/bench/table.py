@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +22,11 @@ their results were checked against a reference. Times are medians over the round
 *of peak* is the share of the limit measured in the same run: exact int8 multiply-accumulate, xor + popcount (both with
 operands in registers, two operations each), or copy bandwidth at the case's size. *ratio* is the best peer's time over
 ours; names in parentheses do a different job and do not count. *error* is relative to a float64 or integer
-reference."""
+reference.
+
+With one row (M = 1) each weight is used once: what limits those shapes is reading the weights, not arithmetic. Fresh
+outputs of many megabytes are limited by page faults. On CPUs without VNNI the int8 peers keep their saturating products
+in range with 7-bit weights or activations; the peak is that of exact 8-bit products, so a peer may exceed 100%."""
 
 
 def format_time(seconds: float) -> str:
@@ -48,12 +53,15 @@ def row(m: Measurement) -> tuple[str, ...]:
     )
 
 
+def heading(family: str, threads: int) -> str:
+    """`int8_linear, 2 threads`."""
+    return f"{family}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
 def rich_table(measurements: Sequence[Measurement]) -> Table:
-    """One table for the measurements of one family, narrow enough for 80 columns: each shape heads its contenders."""
-    first = measurements[0]
-    plural = "thread" if first.threads == 1 else "threads"
+    """One family and number of threads, narrow enough for 80 columns: each shape heads its contenders."""
     table = Table(
-        title=f"{first.family}, {first.threads} {plural}",
+        title=heading(measurements[0].family, measurements[0].threads),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -79,17 +87,28 @@ def markdown(measurements: Sequence[Measurement], machine: dict[str, Any]) -> st
         f"- CPU: {machine['cpu']} ({machine['cpu_features']}); kernels in force: {machine['isa']}",
         f"- kdq-kernels {machine['version']} ({machine['compiler']}), torch {machine['torch']}"
         + "".join(f", {name} {version}" for name, version in machine.get("peers", {}).items()),
-        f"- threads: {machine['threads']}",
     ]
-    for family, group in groupby(measurements, key=lambda m: m.family):
-        lines += ["", f"## {family}", "", "| " + " | ".join(COLUMNS) + " |"]
+    for (family, threads), group in groupby(measurements, key=lambda m: (m.family, m.threads)):
+        lines += ["", f"## {heading(family, threads)}", "", "| " + " | ".join(COLUMNS) + " |"]
         lines.append("|---|---|" + "---:|" * (len(COLUMNS) - 2))
-        for m in group:
+        rows = list(group)
+        for m in rows:
             cells = row(m)
             lines.append("| " + " | ".join(f"**{c}**" if c and m.role == "ours" else c for c in cells) + " |")
-        peaks = [p for name, p in machine["peaks"].items() if name.startswith(f"{family} ")]
+        peaks = [p for p in machine["peaks"] if (p["family"], p["threads"]) == (family, threads)]
+        lines += summary(rows)
         lines += ["", f"Peaks measured beside these cases: {describe_peaks(peaks)}."]
     return "\n".join(lines) + "\n"
+
+
+def summary(measurements: Sequence[Measurement]) -> list[str]:
+    """The geometric mean over the shapes of each of our contenders' ratios."""
+    ratios: dict[str, list[float]] = {}
+    for m in measurements:
+        if m.ratio_to_best_peer is not None:
+            ratios.setdefault(m.contender, []).append(m.ratio_to_best_peer)
+    means = [f"{name} {statistics.geometric_mean(r):.2f}x" for name, r in ratios.items()]
+    return ["", f"Geometric mean of the ratios: {', '.join(means)}."] if means else []
 
 
 def describe_peaks(peaks: Sequence[dict[str, Any]]) -> str:
@@ -112,7 +131,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    families = {name: list(group) for name, group in groupby(measurements, key=lambda m: m.family)}
+    families = {heading(*key): list(group) for key, group in groupby(measurements, key=lambda m: (m.family, m.threads))}
     figure, axes = plt.subplots(
         len(families), 1, figsize=(11, 3.4 * len(families)), squeeze=False, layout="constrained"
     )
@@ -126,7 +145,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
             axis.bar(positions, [values.get(s, 0.0) for s in shapes], width, label=name)
         axis.set_xticks(range(len(shapes)), shapes, fontsize=8)
         axis.set_ylabel("% of the machine's limit")
-        axis.set_title(f"{family}, {rows[0].threads} thread(s)", loc="left")
+        axis.set_title(family, loc="left")
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
