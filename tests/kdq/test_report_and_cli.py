@@ -119,6 +119,7 @@ def test_bench_measures_every_family(tmp_path: Path) -> None:
         "binary_matmul",
         "distillation_loss",
         "model",
+        "training_step",
         "binary_linear",
         "fake_quantize",
         "fake_quantize_backward",

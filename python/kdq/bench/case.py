@@ -43,7 +43,7 @@ class Case:
     family: str
     shape: str
     work: float
-    peak: Literal["int8_gops", "binary_gops", "copy_gbps"]
+    peak: Literal["int8_gops", "binary_gops", "float32_gflops", "copy_gbps"]
     reference: Tensor
     contenders: list[Contender] = field(default_factory=list)
 

@@ -10,6 +10,7 @@ from kdq.bench.distillation import distillation_loss_cases
 from kdq.bench.fake_quant import fake_quantize_backward_cases, fake_quantize_cases
 from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
 from kdq.bench.models import model_cases
+from kdq.bench.training import training_step_cases
 
 FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "int8_matmul": int8_matmul_cases,
@@ -19,5 +20,6 @@ FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "fake_quantize": fake_quantize_cases,
     "fake_quantize_backward": fake_quantize_backward_cases,
     "distillation_loss": distillation_loss_cases,
+    "training_step": training_step_cases,
     "model": model_cases,
 }
