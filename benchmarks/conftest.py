@@ -6,7 +6,7 @@ interleaves the contenders and measures the machine's limits in the same run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -31,10 +31,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def run_family(
     request: pytest.FixtureRequest, benchmark: Any
-) -> Callable[[Callable[[bool], Iterator[Case]], str], None]:
+) -> Callable[[Callable[[bool], Iterable[Case]], str], None]:
     """Benchmarks the contender of that name on every case of a family that has it."""
 
-    def run(family: Callable[[bool], Iterator[Case]], name: str) -> None:
+    def run(family: Callable[[bool], Iterable[Case]], name: str) -> None:
         quick = not request.config.getoption("--full")
         found: list[tuple[Case, Contender]] = [
             (case, contender) for case in family(quick) for contender in case.contenders if contender.name == name

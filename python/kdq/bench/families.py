@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
 from kdq.bench.case import Case
@@ -12,7 +12,7 @@ from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
 from kdq.bench.models import model_cases
 from kdq.bench.training import training_step_cases
 
-FAMILIES: dict[str, Callable[[bool], Iterator[Case]]] = {
+FAMILIES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "int8_matmul": int8_matmul_cases,
     "int8_linear": int8_linear_cases,
     "binary_matmul": binary_matmul_cases,

@@ -24,7 +24,7 @@ import kdq_kernels
 from kdq.bench.case import Case, Contender, Role, check
 
 ROUND_SECONDS = 0.02
-PAUSE_SECONDS = 0.003
+PAUSE_SECONDS = 0.01
 SLOW_SECONDS = 0.5
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,18 @@ SCHEMES: dict[str, Config] = {
 TOLERANCE = 0.5  # of the first step's loss: it says only that the same thing is trained
 
 
-def training_step_cases(quick: bool) -> Iterator[Case]:
+@torch.inference_mode(False)
+def training_step_cases(quick: bool) -> list[Case]:
     torch.manual_seed(8)
     if quick:
-        yield training_case("mlp 32-64-8, batch 4", mlp(32, 64, 8), torch.randn(4, 32))
-        return
-    yield training_case("mlp 784-1024-1024-10, batch 128", mlp(784, 1024, 1024, 10), torch.randn(128, 784))
-    yield training_case("encoder of 2 layers, 256 wide, batch 16 x 64", encoder(2, 256, 4), torch.randn(16, 64, 256))
+        return [training_case("mlp 32-64-8, batch 4", mlp(32, 64, 8), torch.randn(4, 32))]
+    return [
+        training_case("mlp 784-1024-1024-10, batch 128", mlp(784, 1024, 1024, 10), torch.randn(128, 784)),
+        training_case("encoder of 2 layers, 256 wide, batch 16 x 64", encoder(2, 256, 4), torch.randn(16, 64, 256)),
+    ]
 
 
-@torch.inference_mode(False)
 def training_case(shape: str, model: nn.Module, x: Tensor) -> Case:
-    x = x.clone()
     target = torch.randint(model(x).shape[-1], x.shape[:-1])
     contenders = [Contender("torch float32", training_step(copy.deepcopy(model), x, target), "peer", 1e-5)]
     for name, config in SCHEMES.items():
