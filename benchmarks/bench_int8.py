@@ -19,6 +19,8 @@ def test_int8_matmul(run_family: Callable[..., Any], name: str) -> None:
     "name",
     [
         "kdq int8_linear",
+        "kdq int8_linear, static",
+        "kdq int8_weight_only_linear",
         "torch float32",
         "torch bfloat16",
         "torch quantized fbgemm",

@@ -1,4 +1,5 @@
-"""Contenders for the int8 kernels: exact matmul, and the float-in, float-out linear layer.
+"""Contenders for the int8 kernels: exact matmul, and the float-in, float-out linear layer, its activations quantized
+dynamically, statically, or not at all.
 
 Peers quantize activations per tensor (torch's quantized linear, ONNX Runtime), ours per row: the `error` column shows
 what that costs in accuracy against the float32 product.
@@ -18,6 +19,7 @@ from torch import Tensor
 import kdq_kernels as kk
 from kdq.bench.case import Case, Contender
 from kdq.bench.torch_quantized import torch_quantized_linears
+from kdq.grids import affine_grid
 
 Shape = tuple[int, int, int]
 SHAPES: list[Shape] = [  # M, N, K
@@ -78,11 +80,25 @@ def int8_linear_cases(quick: bool) -> Iterator[Case]:
         weight_scale = w.abs().amax(1) / 127
         q = torch.round(w / weight_scale[:, None]).to(torch.int8)
         packed = kk.pack_int8_weight(q)
+        grid = affine_grid(float(x.min()), float(x.max()), 8)
+        static = partial(kk.int8_linear, input_scale=grid.scale, input_zero_point=grid.zero_point)
         bf16 = x.bfloat16(), w.bfloat16(), bias.bfloat16()
         contenders = [
             Contender(
                 "kdq int8_linear",
                 partial(kk.int8_linear, x, packed, weight_scale, bias),
+                "ours",
+                0.02,
+            ),
+            Contender(
+                "kdq int8_linear, static",
+                partial(static, x, packed, weight_scale, bias),
+                "ours",
+                0.03,
+            ),
+            Contender(
+                "kdq int8_weight_only_linear",
+                partial(kk.int8_weight_only_linear, x, packed, weight_scale, bias),
                 "ours",
                 0.02,
             ),
