@@ -125,17 +125,19 @@ def describe_peaks(peaks: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
-    """One panel a family: the share of the machine's limit that each contender reaches, shape by shape."""
+    """A row of panels a family, a column a number of threads: the share of the machine's limit, shape by shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    families = {heading(*key): list(group) for key, group in groupby(measurements, key=lambda m: (m.family, m.threads))}
-    figure, axes = plt.subplots(
-        len(families), 1, figsize=(11, 3.4 * len(families)), squeeze=False, layout="constrained"
-    )
-    for axis, (family, rows) in zip(axes[:, 0], families.items(), strict=True):
+    panels = {key: list(group) for key, group in groupby(measurements, key=lambda m: (m.family, m.threads))}
+    families = list(dict.fromkeys(family for family, _ in panels))
+    threads = list(dict.fromkeys(count for _, count in panels))
+    size = (10 * len(threads), 3.6 * len(families))
+    figure, axes = plt.subplots(len(families), len(threads), figsize=size, squeeze=False, layout="constrained")
+    for (family, count), rows in panels.items():
+        axis = axes[families.index(family), threads.index(count)]
         shapes = list(dict.fromkeys(m.shape for m in rows))
         names = list(dict.fromkeys(m.contender for m in rows))
         width = 0.8 / len(names)
@@ -143,10 +145,10 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
             values = {m.shape: m.percent_of_peak for m in rows if m.contender == name}
             positions = [s + (i - (len(names) - 1) / 2) * width for s in range(len(shapes))]
             axis.bar(positions, [values.get(s, 0.0) for s in shapes], width, label=name)
-        axis.set_xticks(range(len(shapes)), shapes, fontsize=8)
+        axis.set_xticks(range(len(shapes)), shapes, fontsize=7, rotation=20, ha="right")
         axis.set_ylabel("% of the machine's limit")
-        axis.set_title(family, loc="left")
+        axis.set_title(heading(family, count), loc="left")
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axis.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
