@@ -144,7 +144,7 @@ inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
-  Tensor result(handle);
+  const Tensor result(handle);
   advise_huge_pages(result.mutable_data_ptr(), static_cast<size_t>(result.numel()) * result.element_size());
   return result;
 }

@@ -11,12 +11,13 @@ namespace {
 // Elements that a thread gets at least.
 constexpr int64_t kPiece = 16384;
 
-Status check_rows(int64_t rows, int64_t cols, const void* x, const void* y) {
+// The start of everything here: chooses kernels, checks the sizes and the two buffers.
+Status begin(int64_t rows, int64_t cols, const void* x, const void* y, const FakeQuantKernels** kernels) {
   if (rows < 0 || cols < 0) return Status::invalid("x: expected sizes of at least 0");
   if (rows * cols > 0 && (x == nullptr || y == nullptr)) {
     return Status::invalid("x and its result: expected pointers, got null");
   }
-  return {};
+  return fake_quant_kernels(kernels);
 }
 
 // body(r, first element of the row) for every row.
@@ -33,8 +34,7 @@ void for_each_row(int64_t rows, int64_t cols, const ParallelFor& parallel_for, B
 Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int8_t* q, float* scale,
                      const ParallelFor& parallel_for) {
   const FakeQuantKernels* kernels = nullptr;
-  Status status = fake_quant_kernels(&kernels);
-  if (status.ok()) status = check_rows(rows, cols, x, q);
+  const Status status = begin(rows, cols, x, q, &kernels);
   if (!status.ok()) return status;
   if (rows > 0 && scale == nullptr) return Status::invalid("scale: expected a pointer, got null");
   const auto quantize_row = kernels->quantize_row[static_cast<int>(dtype)];
@@ -47,8 +47,7 @@ Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int
 Status fake_quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, void* y,
                           const ParallelFor& parallel_for) {
   const FakeQuantKernels* kernels = nullptr;
-  Status status = fake_quant_kernels(&kernels);
-  if (status.ok()) status = check_rows(rows, cols, x, y);
+  const Status status = begin(rows, cols, x, y, &kernels);
   if (!status.ok()) return status;
   const auto row = kernels->fake_quantize_row[static_cast<int>(dtype)];
   for_each_row(rows, cols, parallel_for, [&](int64_t, int64_t first) {
@@ -60,8 +59,7 @@ Status fake_quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols
 Status binarize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, void* signs, float* mean,
                      const ParallelFor& parallel_for) {
   const FakeQuantKernels* kernels = nullptr;
-  Status status = fake_quant_kernels(&kernels);
-  if (status.ok()) status = check_rows(rows, cols, x, signs);
+  const Status status = begin(rows, cols, x, signs, &kernels);
   if (!status.ok()) return status;
   if (rows > 0 && mean == nullptr) return Status::invalid("mean: expected a pointer, got null");
   const auto binarize = kernels->binarize[static_cast<int>(dtype)];
@@ -80,8 +78,7 @@ Status binarize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, voi
 Status binarize_rows_backward(DType dtype, const void* grad_signs, const float* grad_mean, const void* x, int64_t rows,
                               int64_t cols, void* grad_x, const ParallelFor& parallel_for) {
   const FakeQuantKernels* kernels = nullptr;
-  Status status = fake_quant_kernels(&kernels);
-  if (status.ok()) status = check_rows(rows, cols, x, grad_x);
+  const Status status = begin(rows, cols, x, grad_x, &kernels);
   if (!status.ok()) return status;
   const auto backward = kernels->binarize_backward[static_cast<int>(dtype)];
   const size_t element = dtype_size(dtype);

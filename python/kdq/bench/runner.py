@@ -25,7 +25,7 @@ from kdq.bench.case import Case, Contender, Role, check
 
 ROUND_SECONDS = 0.02
 PAUSE_SECONDS = 0.01
-SLOW_SECONDS = 0.5
+SLOW_SECONDS = 0.5  # a call that takes longer is made in fewer rounds
 
 
 @dataclass(frozen=True)
