@@ -3,13 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 
 #include "core/binary_gemm_kernels.h"
-#include "core/blocking.h"
 #include "core/format.h"
 #include "core/kernel_choice.h"
 #include "core/parallel_range.h"
+#include "core/product.h"
 #include "core/scratch.h"
 
 namespace kdq {
@@ -24,13 +25,10 @@ constexpr KernelChoice<BinaryKernels> kChoices[] = {
 #endif
 };
 
-// Words of one operand that a block of rows may take in the L2 cache while panels stream past it.
-constexpr int64_t kBlockWords = 128 * 1024 / 8;
 // Interleaved weights held at once: bounds the scratch, and leaves them in the L2 or L3 cache.
-constexpr int64_t kPanelWords = 2 * 1024 * 1024 / 8;
-// Word pairs (xor, count, add) below which waking another thread costs more than it saves.
-constexpr int64_t kWordsWorthAThread = 1 << 15;
-constexpr int kMaxTile = 8 * 64;
+constexpr int64_t kPanelBytes = 8 * 1024 * 1024;
+// Word pairs (xor, count, add) below which waking another thread costs more than it saves: some 5 us of work.
+constexpr int64_t kWordsWorthAThread = 1 << 17;
 
 Status check_sizes(int64_t m, int64_t n, int64_t k) {
   if (m < 0 || n < 0 || k < 0 || k > INT32_MAX) {
@@ -53,85 +51,77 @@ Status check_bits(const char* name, const uint64_t* bits, int64_t rows, int64_t 
   return {};
 }
 
-// Row-major channels [first, first + count) -> [words][nr], missing channels zero.
-void interleave(const uint64_t* b, int64_t words, int64_t count, int64_t nr, uint64_t* panel) {
-  for (int64_t w = 0; w < words; ++w) {
-    for (int64_t c = 0; c < nr; ++c) panel[w * nr + c] = c < count ? b[c * words + w] : 0;
-  }
-}
-
-struct Product {
+// What is the same in every tile of a call.
+struct Call {
   const BinaryKernels* kernels;
-  const uint64_t* a;
-  const uint64_t* b;
+  const uint64_t* weight_bits;
   int64_t m;
   int64_t n;
-  int64_t words;
+  int64_t words;            // of 64 bits, of a row
+  BinaryEpilogue epilogue;  // of channel 0
+  Result result;
+  void* y;
+
+  BinaryEpilogue epilogue_at(int64_t channel) const {
+    BinaryEpilogue e = epilogue;
+    if (e.weight_scale != nullptr) e.weight_scale += channel;
+    if (e.bias != nullptr) e.bias += channel;
+    return e;
+  }
+
+  TileOutput output_at(int64_t row, int rows, int64_t channel, int64_t most_channels) const {
+    const size_t element = result == Result::kInt32 ? 4 : dtype_size(static_cast<DType>(result));
+    char* at = static_cast<char*>(y) + static_cast<size_t>(row * n + channel) * element;
+    return {result, rows, static_cast<int>(std::min(most_channels, n - channel)), at, n, false};
+  }
 };
 
-// store(counts of a tile, its first row, its first channel, all of its TileOutput but y)
-template <class Store>
-void run_direct(const Product& p, const ParallelFor& parallel_for, Store&& store) {
-  constexpr int64_t kChannels = 64;
-  const int64_t groups = (p.n + kChannels - 1) / kChannels;
-  const int64_t grain = kWordsWorthAThread / (kChannels * (p.words + 1)) + 1;
-  parallel_range(parallel_for, p.m * groups, grain, [&](int64_t begin, int64_t end) {
-    int32_t counts[kChannels];
+// a: bits, row-major.
+void run_direct(const Call& call, const uint64_t* a, const ParallelFor& parallel_for) {
+  constexpr int64_t kChannels = kDirectChannels;
+  const int64_t groups = (call.n + kChannels - 1) / kChannels;
+  const int64_t grain = kWordsWorthAThread / (kChannels * (call.words + 1)) + 1;
+  parallel_range(parallel_for, call.m * groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / groups;
       const int64_t channel = i % groups * kChannels;
-      const int channels = static_cast<int>(std::min(kChannels, p.n - channel));
-      p.kernels->direct(p.a + row * p.words, p.b + channel * p.words, p.words, channels, counts);
-      store(counts, row, channel, TileOutput{1, channels, channels, nullptr, p.n});
+      call.kernels->direct(a + row * call.words, call.weight_bits + channel * call.words, call.words,
+                           call.epilogue_at(channel), call.output_at(row, 1, channel, kChannels));
     }
   });
 }
 
-// As run_product() of the int8 family: panels of weights stream past blocks of rows.
-template <class Store>
-Status run_tiled(const Product& p, const ParallelFor& parallel_for, Store&& store) {
-  const int64_t mr = p.kernels->size.mr;
-  const int64_t nr = p.kernels->size.nr;
-  const int64_t panel_words = std::max<int64_t>(1, p.words * nr);
-  const int64_t panels = (p.n + nr - 1) / nr;
-  const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelWords / panel_words));
-  const int64_t block_rows = even_block(p.m, std::max(mr, kBlockWords / std::max<int64_t>(1, p.words)), mr);
-  const int64_t blocks = (p.m + block_rows - 1) / block_rows;
-  Scratch scratch(static_cast<size_t>(chunk * panel_words) * sizeof(uint64_t));
+// prepare(row, buffer): the row's bits.
+template <class Prepare>
+Status run_tiled(const Call& call, const ParallelFor& parallel_for, Prepare&& prepare) {
+  const BinaryTile& size = call.kernels->size;
+  const int64_t row_bytes = call.words * static_cast<int64_t>(sizeof(uint64_t));
+  const int64_t panel_bytes = std::max<int64_t>(1, row_bytes * size.nr);
+  const int64_t panels = (call.n + size.nr - 1) / size.nr;
+  const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelBytes / panel_bytes));
+  Scratch scratch(static_cast<size_t>(chunk * panel_bytes));
   if (scratch.data() == nullptr) return Status::internal("out of memory for the interleaved weights");
-  uint64_t* interleaved = reinterpret_cast<uint64_t*>(scratch.data());
+  char* interleaved = scratch.data();
 
   for (int64_t first = 0; first < panels; first += chunk) {
     const int64_t count = std::min(chunk, panels - first);
+    const int64_t panel_words = size.nr * (call.words + 1);
     parallel_range(parallel_for, count, kWordsWorthAThread / panel_words + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t channel = (first + i) * nr;
-        interleave(p.b + channel * p.words, p.words, std::min(nr, p.n - channel), nr, interleaved + i * panel_words);
+        const int64_t channel = (first + i) * size.nr;
+        const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
+        call.kernels->interleave(call.weight_bits + channel * call.words, call.words, channels,
+                                 interleaved + i * panel_bytes);
       }
     });
-    const int64_t grain = kWordsWorthAThread / (std::min(p.m, block_rows) * panel_words) + 1;
-    parallel_range(parallel_for, blocks * count, grain, [&](int64_t begin, int64_t end) {
-      alignas(64) int32_t counts[kMaxTile];
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = i % count;
-        const int64_t channel = (first + panel) * nr;
-        const int channels = static_cast<int>(std::min(nr, p.n - channel));
-        const int64_t last_row = std::min(p.m, (i / count + 1) * block_rows);
-        for (int64_t row = i / count * block_rows; row < last_row; row += mr) {
-          const int rows = static_cast<int>(std::min(mr, last_row - row));
-          p.kernels->tile(p.a + row * p.words, p.words, rows, interleaved + panel * panel_words, p.words, counts);
-          store(counts, row, channel, TileOutput{rows, static_cast<int>(nr), channels, nullptr, p.n});
-        }
-      }
+    const ProductShape shape = {call.m, row_bytes, size.mr, count, panel_words, kWordsWorthAThread};
+    Status status = run_product(shape, parallel_for, prepare, [&](const RowTile& rows, int64_t group) {
+      const int64_t channel = (first + group) * size.nr;
+      call.kernels->tile({rows.rows, rows.stride, interleaved + group * panel_bytes, row_bytes / size.word_bytes,
+                          call.epilogue_at(channel), call.output_at(rows.first, rows.count, channel, size.nr)});
     });
+    if (!status.ok()) return status;
   }
-  return {};
-}
-
-template <class Store>
-Status run_product(const Product& p, const ParallelFor& parallel_for, Store&& store) {
-  if (p.m > p.kernels->size.direct_rows) return run_tiled(p, parallel_for, store);
-  run_direct(p, parallel_for, store);
   return {};
 }
 
@@ -183,12 +173,16 @@ Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, 
   if (status.ok()) status = check_bits("b_bits", b_bits, n, k);
   if (!status.ok()) return status;
   if (m * n > 0 && out == nullptr) return Status::invalid("out: expected a pointer, got null");
-  const BinaryEpilogue epilogue = {static_cast<int32_t>(k), nullptr, nullptr};
-  return run_product(Product{kernels, a_bits, b_bits, m, n, binary_words(k)}, parallel_for,
-                     [&](const int32_t* counts, int64_t row, int64_t channel, TileOutput tile) {
-                       tile.y = out + row * n + channel;
-                       kernels->store_int32(counts, epilogue, tile);
-                     });
+  const Call call = {kernels,        b_bits, m, n, binary_words(k), {static_cast<int32_t>(k), nullptr, nullptr},
+                     Result::kInt32, out};
+  if (m <= kernels->size.direct_rows) {
+    run_direct(call, a_bits, parallel_for);
+    return {};
+  }
+  return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
+    std::memcpy(buffer, a_bits + row * call.words, static_cast<size_t>(call.words) * sizeof(uint64_t));
+    return 1.0F;
+  });
 }
 
 Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) {
@@ -205,20 +199,29 @@ Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) 
     return Status::invalid("weight_scale: expected finite numbers, got " + format(args.weight_scale[c]) + " at index " +
                            std::to_string(c));
   }
-  const int64_t words = binary_words(args.k);
-  Scratch scratch(static_cast<size_t>(args.m * words) * sizeof(uint64_t));  // 1/32 of x
-  if (scratch.data() == nullptr) return Status::internal("out of memory for the signs of x");
-  uint64_t* bits = reinterpret_cast<uint64_t*>(scratch.data());
-  pack_rows(*kernels, args.dtype, args.x, args.m, args.k, bits, parallel_for);
-  const auto store_tile = kernels->store[static_cast<int>(args.dtype)];
-  return run_product(Product{kernels, bits, args.weight_bits, args.m, args.n, words}, parallel_for,
-                     [&](const int32_t* counts, int64_t row, int64_t channel, TileOutput tile) {
-                       const BinaryEpilogue epilogue = {static_cast<int32_t>(args.k), args.weight_scale + channel,
-                                                        args.bias == nullptr ? nullptr : args.bias + channel};
-                       tile.y = static_cast<char*>(args.y) +
-                                static_cast<size_t>(row * args.n + channel) * dtype_size(args.dtype);
-                       store_tile(counts, epilogue, tile);
-                     });
+  const Call call = {kernels,
+                     args.weight_bits,
+                     args.m,
+                     args.n,
+                     binary_words(args.k),
+                     {static_cast<int32_t>(args.k), args.weight_scale, args.bias},
+                     static_cast<Result>(args.dtype),
+                     args.y};
+  if (args.m <= kernels->size.direct_rows) {
+    Scratch scratch(static_cast<size_t>(args.m * call.words) * sizeof(uint64_t));
+    if (scratch.data() == nullptr) return Status::internal("out of memory for the signs of x");
+    uint64_t* bits = reinterpret_cast<uint64_t*>(scratch.data());
+    pack_rows(*kernels, args.dtype, args.x, args.m, args.k, bits, parallel_for);
+    run_direct(call, bits, parallel_for);
+    return {};
+  }
+  const auto pack_row = kernels->pack_row[static_cast<int>(args.dtype)];
+  const size_t row_bytes = static_cast<size_t>(args.k) * dtype_size(args.dtype);
+  return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
+    const char* x = static_cast<const char*>(args.x) + static_cast<size_t>(row) * row_bytes;
+    pack_row(x, args.k, reinterpret_cast<uint64_t*>(buffer));
+    return 1.0F;
+  });
 }
 
 }  // namespace kdq

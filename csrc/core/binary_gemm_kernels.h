@@ -24,8 +24,21 @@ struct BinaryEpilogue {
 struct BinaryTile {
   int mr;           // rows of a full tile
   int nr;           // channels of a panel
+  int word_bytes;   // of the words in a panel: 4 or 8
   int direct_rows;  // up to this many rows, `direct` is faster
 };
+
+// A tile: out.rows rows (at most size.mr) times one panel.
+struct BinaryTileCall {
+  const char* rows;    // bits
+  int64_t row_stride;  // bytes
+  const char* panel;   // [words, nr]
+  int64_t words;       // of word_bytes
+  BinaryEpilogue epilogue;
+  TileOutput out;
+};
+
+constexpr int kDirectChannels = 64;
 
 struct BinaryKernels {
   BinaryTile size;
@@ -33,15 +46,14 @@ struct BinaryKernels {
   // One row of k values -> ceil(k / 64) words, tail bits zero. Indexed by DType.
   void (*pack_row[3])(const void* x, int64_t k, uint64_t* bits);
 
-  // counts [rows, nr] of differing bits: rows of `words` words each (row_words apart) against panel [words, nr].
-  void (*tile)(const uint64_t* a, int64_t row_words, int rows, const uint64_t* panel, int64_t words, int32_t* counts);
+  // Row-major channels, at most nr of `words` 64-bit words each, -> a panel; missing channels are zero.
+  void (*interleave)(const uint64_t* b, int64_t words, int channels, char* panel);
 
-  // counts [channels] of differing bits: one row against `channels` rows of `words` words.
-  void (*direct)(const uint64_t* a, const uint64_t* b, int64_t words, int channels, int32_t* counts);
+  void (*tile)(const BinaryTileCall& call);
 
-  // A tile of counts into y.
-  void (*store_int32)(const int32_t* counts, const BinaryEpilogue& epilogue, const TileOutput& out);
-  void (*store[3])(const int32_t* counts, const BinaryEpilogue& epilogue, const TileOutput& out);
+  // One row of `words` 64-bit words against out.cols row-major channels, at most kDirectChannels.
+  void (*direct)(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& epilogue,
+                 const TileOutput& out);
 };
 
 // The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has
@@ -49,12 +61,9 @@ struct BinaryKernels {
 template <class L>
 constexpr BinaryKernels make_binary_kernels(const BinaryTile& size) {
   return {
-      size,
-      {L::template pack_row<float>, L::template pack_row<BFloat16>, L::template pack_row<Float16>},
-      L::tile,
+      size,          {L::template pack_row<float>, L::template pack_row<BFloat16>, L::template pack_row<Float16>},
+      L::interleave, L::tile,
       L::direct,
-      L::store_int32,
-      {L::template store_linear<float>, L::template store_linear<BFloat16>, L::template store_linear<Float16>},
   };
 }
 

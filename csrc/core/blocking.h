@@ -1,4 +1,4 @@
-// How rows are cut into blocks.
+// How rows are cut into blocks and tiles.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,13 @@ inline int64_t even_block(int64_t rows, int64_t most, int64_t tile) {
   const int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
   const int64_t tiles = (rows + tile - 1) / tile;
   return std::max<int64_t>(1, (tiles + blocks - 1) / blocks) * tile;
+}
+
+// Rows of the next tile when `left` are to be cut into as few tiles as possible, none much smaller than the others: a
+// tile of one row keeps too few sums in flight to hide the latency of a multiplication.
+inline int64_t next_tile(int64_t left, int64_t most) {
+  const int64_t tiles = (left + most - 1) / most;
+  return (left + tiles - 1) / tiles;
 }
 
 }  // namespace kdq

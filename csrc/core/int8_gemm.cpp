@@ -7,7 +7,8 @@
 #include <string>
 
 #include "core/format.h"
-#include "core/int8_product.h"
+#include "core/packed_weight.h"
+#include "core/product.h"
 
 namespace kdq {
 namespace {
@@ -67,43 +68,80 @@ Status check_linear(const Int8Linear& args, const PackedWeight& weight, int64_t 
   return check_weight_scale(args.weight_scale, weight.n);
 }
 
+// Multiply-accumulates below which waking another thread costs more than it saves (some 5 to 10 us of work).
+constexpr int64_t kProductsWorthAThread = 1 << 20;
+
+// What is the same in every tile of a call.
 struct Call {
   const Int8Kernels* kernels = nullptr;
   PackedWeight weight;
+  Int8Epilogue epilogue = {};  // of channel 0
+  Result result = Result::kInt32;
+  void* y = nullptr;
+  bool far = false;
 
   Status open(const void* packed, size_t packed_bytes) {
     Status status = int8_kernels(&kernels);
     return status.ok() ? open_packed(kernels->size, packed, packed_bytes, &weight) : status;
   }
 
-  // at_once: panels_at_once or float_panels_at_once.
-  ProductShape shape(int64_t m, int64_t element_bytes, int (*at_once)(int, int)) const {
-    const Int8Tile& tile = kernels->size;
-    const int rows = static_cast<int>(std::clamp<int64_t>(m, 1, tile.mr));
-    return {m, weight.units * tile.ku * element_bytes, tile.mr, tile.nr, at_once(tile.mr, rows)};
+  void set_linear(const Int8Linear& args) {
+    epilogue.weight_scale = args.weight_scale;
+    epilogue.bias = args.bias;
+    epilogue.activation = args.activation;
+    result = static_cast<Result>(args.dtype);
+    y = args.y;
   }
 
-  void tile(const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) const {
-    kernels->tile(rows, stride, count, panels, weight.units, acc);
+  size_t result_bytes() const { return result == Result::kInt32 ? 4 : dtype_size(static_cast<DType>(result)); }
+
+  // Rows x `count` panels from the given one on.
+  Int8TileCall tile(const RowTile& rows, int64_t panel, int count) const {
+    const int64_t channel = panel * kernels->size.nr;
+    Int8TileCall call;
+    call.rows = rows.rows;
+    call.row_stride = rows.stride;
+    call.row_scale = rows.scales;
+    call.panels = {weight.panel + panel * weight.panel_bytes, weight.panel_bytes, count};
+    call.units = weight.units;
+    call.epilogue = epilogue;
+    call.epilogue.column_sum = weight.column_sum + channel;
+    if (epilogue.weight_scale != nullptr) call.epilogue.weight_scale += channel;
+    if (epilogue.bias != nullptr) call.epilogue.bias += channel;
+    call.out.type = result;
+    call.out.rows = rows.count;
+    call.out.cols = static_cast<int>(std::min<int64_t>(count * kernels->size.nr, weight.n - channel));
+    call.out.y = static_cast<char*>(y) + static_cast<size_t>(rows.first * weight.n + channel) * result_bytes();
+    call.out.y_stride = weight.n;
+    call.out.far = far;
+    return call;
   }
 };
 
-// The epilogue of the linear layers but for the offset.
-Int8Epilogue linear_epilogue(const Int8Linear& args, const PackedWeight& weight, int64_t channel) {
-  Int8Epilogue e = {};
-  e.column_sum = weight.column_sum + channel;
-  e.weight_scale = args.weight_scale + channel;
-  e.bias = args.bias == nullptr ? nullptr : args.bias + channel;
-  e.activation = args.activation;
-  return e;
+// element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
+template <class Prepare>
+Status run(Call& call, int64_t m, int64_t element_bytes, int (*at_once)(int, int), void (*tile)(const Int8TileCall&),
+           const ParallelFor& parallel_for, Prepare&& prepare) {
+  const Int8Tile& size = call.kernels->size;
+  const PackedWeight& weight = call.weight;
+  const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
+  call.far = m * weight.n * static_cast<int64_t>(call.result_bytes()) > kFarBytes;
+  ProductShape shape;
+  shape.m = m;
+  shape.row_bytes = weight.units * size.ku * element_bytes;
+  shape.mr = size.mr;
+  shape.groups = (weight.panels + panels - 1) / panels;
+  shape.row_work = panels * size.nr * weight.k;
+  shape.grain = kProductsWorthAThread;
+  return run_product(shape, parallel_for, prepare, [&](const RowTile& rows, int64_t group) {
+    int64_t panel = group * panels;
+    if (panel + panels <= weight.panels) return tile(call.tile(rows, panel, panels));
+    for (; panel < weight.panels; ++panel) tile(call.tile(rows, panel, 1));
+  });
 }
 
 const char* input_row(const Int8Linear& args, int64_t row) {
   return static_cast<const char*>(args.x) + static_cast<size_t>(row * args.k) * dtype_size(args.dtype);
-}
-
-char* output_at(const Int8Linear& args, const PackedWeight& weight, int64_t row, int64_t channel) {
-  return static_cast<char*>(args.y) + static_cast<size_t>(row * weight.n + channel) * dtype_size(args.dtype);
 }
 
 }  // namespace
@@ -118,22 +156,13 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
   if (m * k > 0 && a == nullptr) return Status::invalid("a: expected a pointer, got null");
   if (m * call.weight.n > 0 && out == nullptr) return Status::invalid("out: expected a pointer, got null");
   const Int8Kernels& kernels = *call.kernels;
-  return run_product<int32_t>(
-      call.shape(m, kernels.size.element_bytes, panels_at_once), call.weight, parallel_for,
-      [&](int64_t row, char* buffer) {
-        kernels.prepare_int8(a + row * k, k, buffer);
-        return 1.0F;
-      },
-      [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
-        call.tile(rows, stride, count, panels, acc);
-      },
-      [&](const int32_t* acc, int64_t row, int64_t channel, const float*, TileOutput tile) {
-        Int8Epilogue e = {};
-        e.column_sum = call.weight.column_sum + channel;
-        e.offset = kernels.size.signed_offset;
-        tile.y = out + row * call.weight.n + channel;
-        kernels.store_int32(acc, e, tile);
-      });
+  call.epilogue.offset = kernels.size.signed_offset;
+  call.y = out;
+  return run(call, m, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
+             [&](int64_t row, char* buffer) {
+               kernels.prepare_int8(a + row * k, k, buffer);
+               return 1.0F;
+             });
 }
 
 Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
@@ -146,23 +175,14 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
   const int dtype = static_cast<int>(args.dtype);
   const StaticGrid grid = {1.0F / args.input_scale, static_cast<float>(args.input_zero_point),
                            static_cast<float>(args.input_quant_max)};
-  const int32_t offset = args.is_static ? args.input_zero_point : kernels.size.signed_offset;
-  return run_product<int32_t>(
-      call.shape(args.m, kernels.size.element_bytes, panels_at_once), call.weight, parallel_for,
-      [&](int64_t row, char* buffer) {
-        const char* x = input_row(args, row);
-        return args.is_static ? kernels.prepare_static[dtype](x, args.k, grid, args.input_scale, buffer)
-                              : kernels.prepare_dynamic[dtype](x, args.k, buffer);
-      },
-      [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, int32_t* acc) {
-        call.tile(rows, stride, count, panels, acc);
-      },
-      [&](const int32_t* acc, int64_t row, int64_t channel, const float* row_scale, TileOutput tile) {
-        Int8Epilogue e = linear_epilogue(args, call.weight, channel);
-        e.offset = offset;
-        tile.y = output_at(args, call.weight, row, channel);
-        kernels.store[dtype](acc, e, row_scale, tile);
-      });
+  call.set_linear(args);
+  call.epilogue.offset = args.is_static ? args.input_zero_point : kernels.size.signed_offset;
+  return run(call, args.m, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
+             [&](int64_t row, char* buffer) {
+               const char* x = input_row(args, row);
+               return args.is_static ? kernels.prepare_static[dtype](x, args.k, grid, args.input_scale, buffer)
+                                     : kernels.prepare_dynamic[dtype](x, args.k, buffer);
+             });
 }
 
 Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
@@ -171,21 +191,13 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
   if (status.ok()) status = check_linear(args, call.weight, kInt8MaxK);
   if (!status.ok()) return status;
   const Int8Kernels& kernels = *call.kernels;
-  const int dtype = static_cast<int>(args.dtype);
-  return run_product<float>(
-      call.shape(args.m, sizeof(float), float_panels_at_once), call.weight, parallel_for,
-      [&](int64_t row, char* buffer) {
-        kernels.widen[dtype](input_row(args, row), args.k, reinterpret_cast<float*>(buffer));
-        return 1.0F;
-      },
-      [&](const char* rows, int64_t stride, int count, const PanelGroup& panels, float* acc) {
-        const int64_t floats = stride / static_cast<int64_t>(sizeof(float));
-        kernels.float_tile(reinterpret_cast<const float*>(rows), floats, count, panels, call.weight.units, acc);
-      },
-      [&](const float* acc, int64_t row, int64_t channel, const float* row_scale, TileOutput tile) {
-        tile.y = output_at(args, call.weight, row, channel);
-        kernels.store_float[dtype](acc, linear_epilogue(args, call.weight, channel), row_scale, tile);
-      });
+  const auto widen = kernels.widen[static_cast<int>(args.dtype)];
+  call.set_linear(args);
+  return run(call, args.m, sizeof(float), float_panels_at_once, kernels.weight_only_tile, parallel_for,
+             [&](int64_t row, char* buffer) {
+               widen(input_row(args, row), args.k, reinterpret_cast<float*>(buffer));
+               return 1.0F;
+             });
 }
 
 }  // namespace kdq

@@ -1,9 +1,9 @@
 // What an ISA provides for the int8 family: the register tile, and plain functions on raw pointers. The core does
 // validation, blocking and threads, and knows nothing else of the ISA.
 //
-// A product runs in three steps. *Prepare* turns rows of activations into the form that the dot-product instruction
-// reads (u8 for VNNI, s16 for pmaddwd), quantizing on the way. *Tile* multiplies up to `mr` prepared rows by one panel
-// of `nr` output channels into exact int32. *Epilogue* turns a tile of such int32 into results.
+// A product runs in two steps. *Prepare* turns rows of activations into the form that the dot-product instruction
+// reads (u8 for VNNI, s16 for pmaddwd), quantizing on the way. *Tile* multiplies up to `mr` prepared rows by panels of
+// `nr` output channels into exact int32, and turns these into results before they leave the registers.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +55,20 @@ constexpr int panels_at_once(int mr, int rows) {
   return mr / rows > kMostPanels ? kMostPanels : mr / rows > 1 ? mr / rows : 1;
 }
 
-// In float_tile each vector of weights takes two registers more, on its way from integer to float.
+// In a weight-only tile each vector of weights takes two registers more, on its way from integer to float.
 constexpr int float_panels_at_once(int mr, int rows) { return panels_at_once(mr, 3 * rows); }
+
+// A tile: out.rows prepared rows (at most size.mr) times the panels. panels.count is 1 or what the functions above say,
+// and no panel lies wholly beyond out.cols.
+struct Int8TileCall {
+  const void* rows;
+  int64_t row_stride;  // bytes
+  const float* row_scale;
+  PanelGroup panels;
+  int64_t units;  // steps along k
+  Int8Epilogue epilogue;
+  TileOutput out;
+};
 
 struct Int8Kernels {
   Int8Tile size;
@@ -69,15 +81,8 @@ struct Int8Kernels {
   float (*prepare_static[3])(const void* x, int64_t k, const StaticGrid& grid, float scale, void* row);
   void (*widen[3])(const void* x, int64_t k, float* row);  // float rows for the weight-only product
 
-  // acc [rows, panels.count * nr] = prepared rows x panels, each [units, nr, ku]. rows <= size.mr; the number of panels
-  // is 1 or what the functions above say. Rows lie row_stride apart: bytes in tile, floats in float_tile.
-  void (*tile)(const void* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, int32_t* acc);
-  void (*float_tile)(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, float* acc);
-
-  // A tile into y. row_scale [out.rows].
-  void (*store_int32)(const int32_t* acc, const Int8Epilogue& epilogue, const TileOutput& out);
-  void (*store[3])(const int32_t* acc, const Int8Epilogue& epilogue, const float* row_scale, const TileOutput& out);
-  void (*store_float[3])(const float* acc, const Int8Epilogue& epilogue, const float* row_scale, const TileOutput& out);
+  void (*tile)(const Int8TileCall& call);
+  void (*weight_only_tile)(const Int8TileCall& call);  // rows of float32; no int32 result
 };
 
 // The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has
@@ -91,10 +96,7 @@ constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
       {L::template prepare_static<float>, L::template prepare_static<BFloat16>, L::template prepare_static<Float16>},
       {L::template widen<float>, L::template widen<BFloat16>, L::template widen<Float16>},
       L::tile,
-      L::float_tile,
-      L::store_int32,
-      {L::template store_linear<float>, L::template store_linear<BFloat16>, L::template store_linear<Float16>},
-      {L::template store_float<float>, L::template store_float<BFloat16>, L::template store_float<Float16>},
+      L::weight_only_tile,
   };
 }
 

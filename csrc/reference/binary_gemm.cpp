@@ -1,4 +1,6 @@
 // The specification of the binary family: bits one at a time. Its tile is one row and one channel.
+#include <cstring>
+
 #include "core/binary_gemm_kernels.h"
 #include "reference/scalar.h"
 
@@ -23,37 +25,31 @@ struct Loops {
     }
   }
 
-  static void tile(const uint64_t* a, int64_t, int, const uint64_t* panel, int64_t words, int32_t* counts) {
-    *counts = differing_bits(a, panel, words);
+  static void interleave(const uint64_t* b, int64_t words, int, char* panel) {
+    std::memcpy(panel, b, static_cast<size_t>(words) * sizeof(uint64_t));
   }
 
-  static void direct(const uint64_t* a, const uint64_t* b, int64_t words, int channels, int32_t* counts) {
-    for (int c = 0; c < channels; ++c) counts[c] = differing_bits(a, b + c * words, words);
+  static void tile(const BinaryTileCall& call) {
+    direct(reinterpret_cast<const uint64_t*>(call.rows), reinterpret_cast<const uint64_t*>(call.panel), call.words,
+           call.epilogue, call.out);
   }
 
-  // body(index in y, c, k - 2 * count) for all that is wanted of a tile.
-  template <class Body>
-  static void for_each_dot(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out, Body body) {
-    for (int r = 0; r < out.rows; ++r) {
-      for (int c = 0; c < out.cols; ++c) body(r * out.y_stride + c, c, e.k - 2 * counts[r * out.width + c]);
+  static void direct(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
+                     const TileOutput& out) {
+    for (int c = 0; c < out.cols; ++c) {
+      const int32_t dot = e.k - 2 * differing_bits(a, b + c * words, words);
+      if (out.type == Result::kInt32) {
+        static_cast<int32_t*>(out.y)[c] = dot;
+      } else {
+        const float scaled = static_cast<float>(dot) * e.weight_scale[c];
+        reference::store_as(out.type, out.y, c, scaled + (e.bias == nullptr ? 0.0F : e.bias[c]));
+      }
     }
-  }
-
-  static void store_int32(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out) {
-    for_each_dot(counts, e, out, [&](int64_t i, int, int32_t dot) { static_cast<int32_t*>(out.y)[i] = dot; });
-  }
-
-  template <class T>
-  static void store_linear(const int32_t* counts, const BinaryEpilogue& e, const TileOutput& out) {
-    for_each_dot(counts, e, out, [&](int64_t i, int c, int32_t dot) {
-      const float scaled = static_cast<float>(dot) * e.weight_scale[c];
-      reference::store(static_cast<T*>(out.y) + i, scaled + (e.bias == nullptr ? 0.0F : e.bias[c]));
-    });
   }
 };
 
 }  // namespace
 
-const BinaryKernels kBinaryReference = make_binary_kernels<Loops>({1, 1, 0});
+const BinaryKernels kBinaryReference = make_binary_kernels<Loops>({1, 1, 8, 0});
 
 }  // namespace kdq

@@ -11,7 +11,6 @@ namespace kdq {
 namespace {
 
 using reference::load;
-using reference::store;
 
 float activate(float y, Activation activation) {
   switch (activation) {
@@ -64,43 +63,33 @@ struct Loops {
     for (int64_t i = 0; i < k; ++i) row[i] = load(static_cast<const T*>(x) + i);
   }
 
-  static void tile(const void* a, int64_t, int, const PanelGroup& panels, int64_t units, int32_t* acc) {
-    const int8_t* panel = panels.first;
+  static void tile(const Int8TileCall& call) {
+    const int16_t* a = static_cast<const int16_t*>(call.rows);
     uint32_t sum = 0;  // wraps like the vector instructions do
-    for (int64_t i = 0; i < units; ++i) sum += static_cast<uint32_t>(static_cast<const int16_t*>(a)[i] * panel[i]);
-    *acc = static_cast<int32_t>(sum);
+    for (int64_t i = 0; i < call.units; ++i) sum += static_cast<uint32_t>(a[i] * call.panels.first[i]);
+    const Int8Epilogue& e = call.epilogue;
+    const auto exact =
+        static_cast<int32_t>(sum - static_cast<uint32_t>(e.offset) * static_cast<uint32_t>(*e.column_sum));
+    if (call.out.type == Result::kInt32) {
+      *static_cast<int32_t*>(call.out.y) = exact;
+    } else {
+      store_scaled(static_cast<float>(exact), call);
+    }
   }
 
-  static void float_tile(const float* a, int64_t, int, const PanelGroup& panels, int64_t units, float* acc) {
-    const int8_t* panel = panels.first;
-    *acc = 0.0F;
-    for (int64_t i = 0; i < units; ++i) *acc += a[i] * static_cast<float>(panel[i]);
+  static void weight_only_tile(const Int8TileCall& call) {
+    const float* a = static_cast<const float*>(call.rows);
+    float sum = 0.0F;
+    for (int64_t i = 0; i < call.units; ++i) sum += a[i] * static_cast<float>(call.panels.first[i]);
+    store_scaled(sum, call);
   }
 
-  static int32_t exact(int32_t acc, const Int8Epilogue& e) {
-    return static_cast<int32_t>(static_cast<uint32_t>(acc) -
-                                static_cast<uint32_t>(e.offset) * static_cast<uint32_t>(*e.column_sum));
-  }
-
-  static float scaled(float acc, const Int8Epilogue& e, float row_scale) {
-    float scale = row_scale * *e.weight_scale;
+  static void store_scaled(float sum, const Int8TileCall& call) {
+    const Int8Epilogue& e = call.epilogue;
+    float scale = *call.row_scale * *e.weight_scale;
     if (scale > FLT_MAX) scale = FLT_MAX;  // inf * 0 would be NaN where the true result is 0
-    const float y = acc * scale + (e.bias == nullptr ? 0.0F : *e.bias);
-    return activate(y, e.activation);
-  }
-
-  static void store_int32(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
-    *static_cast<int32_t*>(out.y) = exact(*acc, e);
-  }
-
-  template <class T>
-  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
-    store(static_cast<T*>(out.y), scaled(static_cast<float>(exact(*acc, e)), e, *row_scale));
-  }
-
-  template <class T>
-  static void store_float(const float* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
-    store(static_cast<T*>(out.y), scaled(*acc, e, *row_scale));
+    const float y = activate(sum * scale + (e.bias == nullptr ? 0.0F : *e.bias), e.activation);
+    reference::store_as(call.out.type, call.out.y, 0, y);
   }
 };
 

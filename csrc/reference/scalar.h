@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/elements.h"
+#include "core/tile_output.h"
 
 namespace kdq::reference {
 
@@ -53,6 +54,13 @@ inline void store(Float16* p, float value) {
     bits = 0x7C00U;  // inf
   }
   p->bits = static_cast<uint16_t>(sign | bits);
+}
+
+// Element i of y, in the type of a tile's results.
+inline void store_as(Result type, void* y, int64_t i, float value) {
+  if (type == Result::kFloat32) store(static_cast<float*>(y) + i, value);
+  if (type == Result::kBFloat16) store(static_cast<BFloat16*>(y) + i, value);
+  if (type == Result::kFloat16) store(static_cast<Float16*>(y) + i, value);
 }
 
 }  // namespace kdq::reference

@@ -1,7 +1,7 @@
 // The int8 family's loops, written once. An ISA file includes its vec_*.h, defines `struct Dot` (its dot-product
 // instruction and register tile), and then includes this.
 //
-// The micro-kernel keeps a tile of kRows x (kCols vectors a panel) of int32 sums in registers. Each step along K loads
+// The micro-kernel keeps a tile of kRows x kVectors int32 sums in registers. Each step along K loads
 // the vectors of weights, one 32-bit unit (2 x s16 or 4 x u8) of each of the kRows activation rows, broadcast to all
 // lanes, and issues kRows * kCols dot products. Lanes are output channels, so no sum ever crosses a lane.
 #pragma once
@@ -29,47 +29,53 @@ struct Loops {
 
   static void prepare_int8(const int8_t* a, int64_t k, void* row_raw) {
     Prepared* row = static_cast<Prepared*>(row_raw);
-    const I offset = Vec::int_set(Dot::kOffset);
-    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const I value = n == kLanes ? Vec::int_load(a + i) : Vec::int_load_part(a + i, n);
-      store_integers(row + i, Vec::int_add(value, offset), n);
-    });
+    for (int64_t i = 0; i < k; ++i) row[i] = static_cast<Prepared>(a[i] + Dot::kOffset);
     pad(row, k);
   }
 
+  // row[i] = quantize(i, n), integers that fit: a full vector of Prepared at a time, then the rest.
+  template <class Quantize>
+  static inline __attribute__((always_inline)) void quantize_row(Prepared* row, int64_t k, Quantize quantize) {
+    constexpr int kStep = 4 / sizeof(Prepared);  // vectors of int32 that narrow to one
+    int64_t i = 0;
+    for (; i + kStep * kLanes <= k; i += kStep * kLanes) {
+      I q[kStep];
+#pragma GCC unroll 4
+      for (int j = 0; j < kStep; ++j) q[j] = quantize(i + j * kLanes, kLanes);
+      Vec::store_narrowed(row + i, q);
+    }
+    for_each_vector(k - i, [&](int64_t j, int n)
+                               __attribute__((always_inline)) { store_integers(row + i + j, quantize(i + j, n), n); });
+    pad(row, k);
+  }
+
+  // No clamping: |x| / scale <= 127 but for rounding errors far below a half.
   template <class T>
-  static float prepare_dynamic(const void* x_raw, int64_t k, void* row_raw) {
+  static float prepare_dynamic(const void* x_raw, int64_t k, void* row) {
     const T* x = static_cast<const T*>(x_raw);
-    Prepared* row = static_cast<Prepared*>(row_raw);
     const float scale = symmetric_scale(x, k);
     const bool finite = scale <= kFloatMax;
     const F inverse = Vec::set(finite ? 1.0F / scale : 0.0F);
     const I offset = Vec::int_set(Dot::kOffset);
-    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const F q = finite ? symmetric127(load(x + i, n), inverse) : Vec::zero();
-      store_integers(row + i, Vec::int_add(Vec::to_int(q), offset), n);
+    quantize_row(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
+      return Vec::int_add(Vec::to_int(Vec::mul(load(x + i, n), inverse)), offset);
     });
-    pad(row, k);
     return finite ? scale : __builtin_nanf("");
   }
 
   template <class T>
-  static float prepare_static(const void* x_raw, int64_t k, const StaticGrid& grid, float scale, void* row_raw) {
+  static float prepare_static(const void* x_raw, int64_t k, const StaticGrid& grid, float scale, void* row) {
     const T* x = static_cast<const T*>(x_raw);
-    Prepared* row = static_cast<Prepared*>(row_raw);
     const F inverse = Vec::set(grid.inverse);
     const F zero_point = Vec::set(grid.zero_point);
     const F quant_max = Vec::set(grid.quant_max);
     uint32_t nan_lanes = 0;
-    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) {
+    quantize_row(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
       const F value = load(x + i, n);
-      const Vec::Mask is_nan = Vec::is_nan(value);
-      nan_lanes |= Vec::bits(is_nan);
+      nan_lanes |= Vec::bits(Vec::is_nan(value));
       const F q = Vec::add(Vec::round(Vec::mul(value, inverse)), zero_point);
-      const F clamped = Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q));
-      store_integers(row + i, Vec::to_int(Vec::select(is_nan, Vec::zero(), clamped)), n);
+      return Vec::to_int(Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q)));
     });
-    pad(row, k);
     return nan_lanes != 0 ? __builtin_nanf("") : scale;
   }
 
@@ -82,36 +88,33 @@ struct Loops {
 
   // ---- tile ----
 
-  // kRows rows of kPanels panels. Vectors of channels: kCols of the first panel, then kCols of the second, ...
-  template <int kRows, int kPanels>
-  static void tile_of(const char* a, int64_t row_stride, const PanelGroup& panels, int64_t units, int32_t* acc) {
-    constexpr int kVectors = kPanels * kCols;
+  // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.
+  template <int kRows, int kVectors>
+  static void tile_of(const Int8TileCall& call) {
+    if (call.out.far) prefetch_output(call.out);
     I sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::int_zero();
     }
-    const int8_t* panel = panels.first;
-    for (int64_t u = 0; u < units; ++u) {
+    const char* a = static_cast<const char*>(call.rows);
+    const int8_t* panel = call.panels.first;
+    for (int64_t u = 0; u < call.units; ++u) {
       I weights[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, panels, v);
+      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         int32_t unit = 0;
-        memcpy(&unit, a + r * row_stride + u * 4, sizeof(unit));
+        memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
         const I activations = Vec::int_set(unit);
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
       }
       panel += kPanel * Dot::kUnit;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) Vec::store_int(acc + (r * kVectors + v) * kLanes, sum[r][v]);
-    }
+    finish(sum, call);
   }
 
   // Vector v of the weights of one step along k; panel: where the first panel's lie.
@@ -141,62 +144,109 @@ struct Loops {
     if constexpr (j + 1 < Dot::kUnit) float_step<kRows, kVectors, j + 1>(a, row_stride, weights, sum);
   }
 
-  template <int kRows, int kPanels>
-  static void float_tile_of(const float* a, int64_t row_stride, const PanelGroup& panels, int64_t units, float* acc) {
-    constexpr int kVectors = kPanels * kCols;
+  template <int kRows, int kVectors>
+  static void float_tile_of(const Int8TileCall& call) {
     F sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::zero();
     }
-    const int8_t* panel = panels.first;
-    for (int64_t u = 0; u < units; ++u) {
+    const float* a = static_cast<const float*>(call.rows);
+    const int64_t row_stride = call.row_stride / static_cast<int64_t>(sizeof(float));
+    const int8_t* panel = call.panels.first;
+    for (int64_t u = 0; u < call.units; ++u) {
       I weights[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, panels, v);
+      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
       float_step<kRows, kVectors, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
       panel += kPanel * Dot::kUnit;
     }
+    alignas(64) float spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) Vec::store(acc + (r * kVectors + v) * kLanes, sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) Vec::store(spilled + (r * kVectors + v) * kLanes, sum[r][v]);
     }
+    store_spilled(spilled, kVectors * kLanes, call);
   }
 
-  // From a run-time number of rows and panels to the instance compiled for it.
-  template <int kRows>
-  static void choose_tile(const char* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units,
-                          int32_t* acc) {
-    constexpr int kAtOnce = panels_at_once(Dot::kRows, kRows);
-    if (rows == kRows) {
-      return panels.count == 1 ? tile_of<kRows, 1>(a, row_stride, panels, units, acc)
-                               : tile_of<kRows, kAtOnce>(a, row_stride, panels, units, acc);
+  // From run-time numbers of rows and vectors to the instance compiled for them.
+  struct Int8Instances {
+    static constexpr int at_once(int rows) { return panels_at_once(Dot::kRows, rows); }
+    template <int kRows, int kVectors>
+    static void run(const Int8TileCall& call) {
+      tile_of<kRows, kVectors>(call);
     }
-    if constexpr (kRows > 1) choose_tile<kRows - 1>(a, row_stride, rows, panels, units, acc);
+  };
+  struct FloatInstances {
+    static constexpr int at_once(int rows) { return float_panels_at_once(Dot::kRows, rows); }
+    template <int kRows, int kVectors>
+    static void run(const Int8TileCall& call) {
+      float_tile_of<kRows, kVectors>(call);
+    }
+  };
+
+  template <class Instances, int kRows = Dot::kRows>
+  static void choose_rows(const Int8TileCall& call) {
+    if (call.out.rows == kRows) {
+      if (call.panels.count > 1) return Instances::template run<kRows, Instances::at_once(kRows) * kCols>(call);
+      return choose_vectors<Instances, kRows, kCols>(call);
+    }
+    if constexpr (kRows > 1) choose_rows<Instances, kRows - 1>(call);
   }
-  template <int kRows>
-  static void choose_float_tile(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units,
-                                float* acc) {
-    constexpr int kAtOnce = float_panels_at_once(Dot::kRows, kRows);
-    if (rows == kRows) {
-      return panels.count == 1 ? float_tile_of<kRows, 1>(a, row_stride, panels, units, acc)
-                               : float_tile_of<kRows, kAtOnce>(a, row_stride, panels, units, acc);
+  template <class Instances, int kRows, int kVectors>
+  static void choose_vectors(const Int8TileCall& call) {
+    if constexpr (kVectors > 1) {
+      if (call.out.cols <= (kVectors - 1) * kLanes) return choose_vectors<Instances, kRows, kVectors - 1>(call);
     }
-    if constexpr (kRows > 1) choose_float_tile<kRows - 1>(a, row_stride, rows, panels, units, acc);
+    Instances::template run<kRows, kVectors>(call);
   }
 
-  static void tile(const void* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units, int32_t* acc) {
-    choose_tile<Dot::kRows>(static_cast<const char*>(a), row_stride, rows, panels, units, acc);
-  }
-  static void float_tile(const float* a, int64_t row_stride, int rows, const PanelGroup& panels, int64_t units,
-                         float* acc) {
-    choose_float_tile<Dot::kRows>(a, row_stride, rows, panels, units, acc);
-  }
+  static void tile(const Int8TileCall& call) { choose_rows<Int8Instances>(call); }
+  static void weight_only_tile(const Int8TileCall& call) { choose_rows<FloatInstances>(call); }
 
   // ---- epilogue ----
   // Vectors of channels outside, rows inside: what belongs to a channel is read once a tile.
+
+  // The usual cases are done in registers. What is left (a last vector of channels that is not full, 16-bit results,
+  // activation functions of many instructions) goes through a buffer, so that its code is not unrolled for every tile.
+  template <int kRows, int kVectors>
+  static inline __attribute__((always_inline)) void finish(const I (&sum)[kRows][kVectors], const Int8TileCall& call) {
+    const TileOutput& out = call.out;
+    const Int8Epilogue& e = call.epilogue;
+    const bool whole = out.cols == kVectors * kLanes;
+    if (whole && out.type == Result::kInt32) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const I off = correction(e, v * kLanes, kLanes);
+        int32_t* y = static_cast<int32_t*>(out.y) + v * kLanes;
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) Vec::store_int(y + r * out.y_stride, Vec::int_sub(sum[r][v], off));
+      }
+    } else if (whole && out.type == Result::kFloat32 && e.activation <= Activation::kRelu) {
+      const F floor = Vec::set(e.activation == Activation::kRelu ? 0.0F : -__builtin_inff());
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const I off = correction(e, v * kLanes, kLanes);
+        const Channels c = channels_at(e, v * kLanes, kLanes);
+        float* y = static_cast<float*>(out.y) + v * kLanes;
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const F exact = Vec::to_float(Vec::int_sub(sum[r][v], off));
+          Vec::store(y + r * out.y_stride, Vec::at_least(floor, scaled(exact, call.row_scale[r], c)));
+        }
+      }
+    } else {
+      alignas(64) int32_t spilled[kRows * kVectors * kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) Vec::store_int(spilled + (r * kVectors + v) * kLanes, sum[r][v]);
+      }
+      store_spilled(spilled, kVectors * kLanes, call);
+    }
+  }
 
   static I load_int(const int32_t* p, int n) { return n == kLanes ? Vec::int_load(p) : Vec::int_load_part(p, n); }
 
@@ -204,45 +254,67 @@ struct Loops {
     return Vec::int_mul(load_int(e.column_sum + i, n), Vec::int_set(e.offset));
   }
 
-  static void store_int32(const int32_t* acc, const Int8Epilogue& e, const TileOutput& out) {
+  struct Channels {
+    F weight_scale;
+    F bias;
+  };
+  static Channels channels_at(const Int8Epilogue& e, int64_t i, int n) {
+    return {load(e.weight_scale + i, n),
+            e.bias == nullptr ? Vec::set(-0.0F) : load(e.bias + i, n)};  // y + -0 is y, even where y is -0
+  }
+
+  static F scaled(F sum, float row_scale, const Channels& c) {
+    // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
+    const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(row_scale), c.weight_scale));
+    return Vec::add(Vec::mul(sum, scale), c.bias);
+  }
+
+  // The sums of channels i ... of one row, as floats: exact ones are corrected first.
+  static F sums_at(const int32_t* sums, I off, int64_t i, int n) {
+    return Vec::to_float(Vec::int_sub(load_int(sums + i, n), off));
+  }
+  static F sums_at(const float* sums, I, int64_t i, int n) { return load(sums + i, n); }
+
+  // spilled: rows of `width` sums.
+  template <class Sum>
+  static void store_spilled(const Sum* spilled, int width, const Int8TileCall& call) {
+    switch (call.out.type) {
+      case Result::kFloat32:
+        return store_linear<float>(spilled, width, call);
+      case Result::kBFloat16:
+        return store_linear<BFloat16>(spilled, width, call);
+      case Result::kFloat16:
+        return store_linear<Float16>(spilled, width, call);
+      case Result::kInt32:
+        return store_int32(spilled, width, call);
+    }
+  }
+
+  static void store_int32(const int32_t* spilled, int width, const Int8TileCall& call) {
+    const TileOutput& out = call.out;
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const I off = correction(e, i, n);
+      const I off = correction(call.epilogue, i, n);
       for (int r = 0; r < out.rows; ++r) {
         int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
-        store_integers(y + i, Vec::int_sub(load_int(acc + r * out.width + i, n), off), n);
+        store_integers(y + i, Vec::int_sub(load_int(spilled + r * width + i, n), off), n);
       }
     });
   }
 
-  // Channels i ... i + n - 1; value(r): their sums in row r, as floats.
-  template <class T, class Value>
-  static inline __attribute__((always_inline)) void store_scaled(const Int8Epilogue& e, const float* row_scale,
-                                                                 const TileOutput& out, int64_t i, int n, Value value) {
-    const F weight_scale = load(e.weight_scale + i, n);
-    const F bias = e.bias == nullptr ? Vec::set(-0.0F) : load(e.bias + i, n);  // y + -0 is y, even where y is -0
-    for (int r = 0; r < out.rows; ++r) {
-      // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
-      const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(row_scale[r]), weight_scale));
-      const F y = activate(Vec::add(Vec::mul(value(r), scale), bias), e.activation);
-      store(static_cast<T*>(out.y) + r * out.y_stride + i, y, n);
-    }
-  }
+  static void store_int32(const float*, int, const Int8TileCall&) {}  // a weight-only product has no such result
 
-  template <class T>
-  static void store_linear(const int32_t* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
+  template <class T, class Sum>
+  static void store_linear(const Sum* spilled, int width, const Int8TileCall& call) {
+    const TileOutput& out = call.out;
+    const Int8Epilogue& e = call.epilogue;
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
       const I off = correction(e, i, n);
-      store_scaled<T>(e, row_scale, out, i, n, [&](int r) __attribute__((always_inline)) {
-        return Vec::to_float(Vec::int_sub(load_int(acc + r * out.width + i, n), off));
-      });
-    });
-  }
-
-  template <class T>
-  static void store_float(const float* acc, const Int8Epilogue& e, const float* row_scale, const TileOutput& out) {
-    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      store_scaled<T>(e, row_scale, out, i, n,
-                      [&](int r) __attribute__((always_inline)) { return load(acc + r * out.width + i, n); });
+      const Channels c = channels_at(e, i, n);
+      for (int r = 0; r < out.rows; ++r) {
+        const F sum = sums_at(spilled + r * width, off, i, n);
+        store(static_cast<T*>(out.y) + r * out.y_stride + i, activate(scaled(sum, call.row_scale[r], c), e.activation),
+              n);
+      }
     });
   }
 };

