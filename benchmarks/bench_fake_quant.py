@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kdq.bench.fake_quant import fake_quantize_backward_cases, fake_quantize_cases
+from kdq.bench.fake_quant import fake_quantize_cases
+from kdq.bench.fake_quant_gradients import fake_quantize_backward_cases, fake_quantize_training_cases
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,8 @@ def test_fake_quantize(run_family: Callable[..., Any], name: str) -> None:
 @pytest.mark.parametrize("name", ["kdq backward", "torch learnable backward"])
 def test_fake_quantize_backward(run_family: Callable[..., Any], name: str) -> None:
     run_family(fake_quantize_backward_cases, name)
+
+
+@pytest.mark.parametrize("name", ["kdq forward and backward", "torch learnable"])
+def test_fake_quantize_training(run_family: Callable[..., Any], name: str) -> None:
+    run_family(fake_quantize_training_cases, name)

@@ -6,7 +6,6 @@ from typing import Literal, TypedDict
 
 from kdq_kernels import _C
 
-
 PeakName = Literal["int8_gops", "binary_gops", "float32_gflops", "copy_gbps", "read_gbps"]
 
 

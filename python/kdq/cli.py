@@ -47,6 +47,7 @@ def bench(
     quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: no figures to quote.")] = False,
 ) -> None:
     """Time every kernel against its best peer and the machine's limit, interleaved, results checked first."""
+    from kdq.bench import plot as drawing
     from kdq.bench import run_bench, table
 
     shown: list[Any] = []
@@ -59,7 +60,7 @@ def bench(
     if markdown is not None:
         markdown.write_text(table.markdown(measurements, machine))
     if plot is not None:
-        table.plot(measurements, plot)
+        drawing.plot(measurements, plot)
 
 
 @app.command()

@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import nn
 
 import kdq
-from kdq.bench import Case, Contender, run_bench, table
+from kdq.bench import Case, Contender, plot, run_bench, table
 from kdq.bench.case import check
+from kdq.bench.limits import int8_products
 from kdq.demo import PRECISIONS, Settings, run_digits
 
 
@@ -116,6 +117,7 @@ def test_bench_measures_every_family(tmp_path: Path) -> None:
     assert families == {
         "int8_matmul",
         "int8_linear",
+        "int8_weight_only_linear",
         "binary_matmul",
         "distillation_loss",
         "model",
@@ -123,20 +125,21 @@ def test_bench_measures_every_family(tmp_path: Path) -> None:
         "binary_linear",
         "fake_quantize",
         "fake_quantize_backward",
+        "fake_quantize_training",
     }
     for m in measurements:
         assert 0 < m.fastest <= m.median <= m.slowest
         assert (m.ratio_to_best_peer is not None) <= (m.role == "ours")
     text = table.markdown(measurements, machine)
     assert all(f"## {family}" in text for family in families)
-    table.plot(measurements, tmp_path / "bench.png")
+    plot.plot(measurements, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
 def test_bench_refuses_to_time_a_wrong_result() -> None:
     reference = torch.ones(3)
     wrong = Contender("wrong", lambda: torch.tensor([1.0, 1.0, 1.1]), tolerance=0.01)
-    case = Case("family", "3", 1.0, "int8_gops", reference, [wrong])
+    case = Case("family", "3", [int8_products(1.0)], reference, [wrong])
     with pytest.raises(RuntimeError, match="wrong is wrong.*not timed"):
         check(case, wrong)
     with pytest.raises(RuntimeError, match="not timed"):
