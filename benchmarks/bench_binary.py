@@ -9,7 +9,6 @@ import pytest
 
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
 
-
 FLOAT_PEERS = ["torch float32", "torch bfloat16", "ONNX Runtime float32", "OpenVINO float32"]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import kdq_kernels as kk
 from kdq.bench import shapes
 from kdq.bench.case import Case, Contender
+from kdq.bench.int8 import int_mm
 from kdq.bench.limits import binary_products, reading
 from kdq.bench.peers import float_linears, int8_linears
 
@@ -37,9 +38,8 @@ def binary_matmul_cases(quick: bool) -> Iterator[Case]:
             Contender("kdq binary_matmul", partial(kk.binary_matmul, a_bits, b_bits, k), "ours"),
             Contender("kdq int8_matmul", partial(kk.int8_matmul, int8_a, kk.pack_int8_weight(int8_b)), "context"),
             *float_linears(a, b, zero),
+            Contender("torch _int_mm", int_mm(int8_a, int8_b)),
         ]
-        if m > 16:  # torch._int_mm wants more than 16 rows
-            contenders.append(Contender("torch _int_mm", partial(torch._int_mm, int8_a, int8_b.t()), "peer"))
         limits = [binary_products(2.0 * m * n * k), reading((n + m) * k / 8)]
         reference = a.double() @ b.double().t()
         yield Case("binary_matmul", shapes.name((m, n, k)), limits, reference, contenders)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's linear layers, float32 and int8, and its integer product: peers where it is installed."""
+"""ONNX Runtime's linear layers, float32 and int8: peers where it is installed."""
 
 from __future__ import annotations
 
@@ -51,29 +51,17 @@ def dynamic_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
     return [Contender("ONNX Runtime int8", session_run(nodes, x, constants), "peer", 0.05)]
 
 
-def int8_matmul(a: Tensor, b: Tensor) -> list[Contender]:
-    """MatMulInteger alone; exact with VNNI only: without it the products saturate."""
-    if not installed() or not torch.cpu._is_vnni_supported():
-        return []
-    from onnx import helper
-
-    run = session_run([helper.make_node("MatMulInteger", ["x", "b"], ["y"])], a, {"b": b.t().contiguous()})
-    return [Contender("ONNX Runtime MatMulInteger", run)]
-
-
 def session_run(nodes: list[Any], x: Tensor, constants: dict[str, Tensor]) -> Callable[[], Tensor]:
     """A graph from input x to output y on torch's number of threads."""
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    of_float = x.dtype == torch.float32
-    types = (TensorProto.FLOAT, TensorProto.FLOAT) if of_float else (TensorProto.INT8, TensorProto.INT32)
     graph = helper.make_graph(
         nodes,
         "linear",
-        [helper.make_tensor_value_info("x", types[0], list(x.shape))],
-        [helper.make_tensor_value_info("y", types[1], [len(x), "n"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [len(x), "n"])],
         [numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
