@@ -33,7 +33,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
         axis.axhline(100, color="black", linewidth=0.8)
         axis.set_ylabel("% of the binding limit")
         axis.set_title(heading(family, count), loc="left")
-        axis.legend(fontsize=7, loc="upper left", framealpha=0.7)
+        axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), frameon=False)
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=80)
     plt.close(figure)
