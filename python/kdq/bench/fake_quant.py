@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kdq_kernels as kk
 from kdq.bench.case import Case, Contender
+from kdq.bench.compiled import compiled
 from kdq.bench.limits import copying
 
 QMIN, QMAX, SCALE = -128, 127, 0.02
@@ -71,7 +72,7 @@ def fake_quantize_cases(quick: bool) -> Iterator[Case]:
                 *torch_operators(x, grid),
             ]
             if not quick and x.numel() <= LARGEST_COMPILED:
-                run = partial(torch.compile(composed, dynamic=False), x, grid.against(x))
+                run = partial(compiled(composed), x, grid.against(x))
                 contenders.append(Contender("torch.compile", run, "peer", tolerance(x)))
             shape = f"{size[0]}x{size[1]} {str(dtype).removeprefix('torch.')} {kind}"
             limits = [copying(2.0 * x.element_size() * x.numel())]

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.bench.case import Case, Contender
+from kdq.bench.compiled import compiled
 from kdq.bench.limits import int8_products, reading
 from kdq.configs import Int8Dynamic
 from kdq.quantize import quantize_
@@ -121,8 +122,7 @@ def torchao_dynamic(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     quantized = copy.deepcopy(model)
     torchao_quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
-    compiled: Callable[[Tensor], Tensor] = torch.compile(quantized, dynamic=False)
-    return compiled
+    return compiled(quantized)
 
 
 def onnxruntime_dynamic(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -194,7 +194,7 @@ def draw_efficiency(panel: Any, points: Sequence[Point], kernel: str) -> None:
             panel.legend(fontsize=8, loc="lower right")
     panel.axhline(100, color="black", linewidth=0.8)
     panel.set_xscale("log", base=2)
-    panel.set_ylim(0, 110)
+    panel.set_ylim(0, 125)
     panel.set_title(f"{kernel}, cubes: efficiency of threads", loc="left", fontsize=10)
     panel.set_xlabel("M = N = K")
     panel.set_ylabel("%")

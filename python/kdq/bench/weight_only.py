@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kdq_kernels as kk
 from kdq.bench import shapes
 from kdq.bench.case import Case, Contender
+from kdq.bench.compiled import compiled
 from kdq.bench.limits import float32_products, reading
 from kdq.bench.peers import float_linears
 
@@ -65,4 +66,4 @@ def torchao(x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Tensor]:
     layer.weight, layer.bias = nn.Parameter(w.clone(), False), nn.Parameter(bias.clone(), False)
     model = nn.Sequential(layer)
     quantize_(model, Int8WeightOnlyConfig())
-    return partial(torch.compile(model, dynamic=False), x.clone())
+    return partial(compiled(model), x.clone())
