@@ -9,6 +9,6 @@ import torch
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For the shapes of one case. Forgets those before: with more than eight torch would run the function uncompiled."""
+    """For the shapes of one case. Forgets those before: past eight, torch would run the function uncompiled."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
