@@ -27,7 +27,7 @@ test: build
 bench: build
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
 	$(BIN)/kdq bench --threads 1 --threads 2 --json benchmarks/results.json --markdown benchmarks/RESULTS.md \
-		--plot benchmarks/results.png
+		--plot benchmarks/results.png --scaling benchmarks/scaling.png
 
 lint: build $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from kdq_kernels import _C
+
+PeakName = Literal["int8_gops", "binary_gops", "float32_gflops", "copy_gbps", "read_gbps"]
 
 
 class BuildInfo(TypedDict):
@@ -26,6 +28,8 @@ class MachinePeaks(TypedDict):
     float32_gflops: float
     copy_gbps: float
     copy_bytes: int
+    read_gbps: float
+    read_bytes: int
 
 
 def cpu_isa() -> str:
@@ -60,15 +64,37 @@ def build_info() -> BuildInfo:
     return _C.build_info()
 
 
-def machine_peaks(threads: int = 1, *, copy_bytes: int = 64 << 20, seconds: float = 0.2) -> MachinePeaks:
-    """Measures, now, the limits that kernels on this machine run against.
+def machine_peak(name: PeakName, threads: int = 1, *, buffer_bytes: int = 64 << 20, seconds: float = 0.2) -> float:
+    """Measures, now, one limit that kernels on this machine run against, in units of 1e9 a second.
 
-    The arithmetic peaks come from loops that keep their operands in registers, on the instruction set in force; the
-    copy bandwidth counts bytes read plus bytes written.
+    The arithmetic peaks come from loops that keep their operands in registers, on the instruction set in force or one
+    below it; the copy bandwidth counts bytes read plus bytes written; the read bandwidth is that of one buffer read
+    again and again. For each, several instruction sequences compete, and the best round of the best counts.
 
     Args:
+        name: one of the names in `MachinePeaks`.
         threads: how many threads run at once.
-        copy_bytes: size of each of the two buffers of the copy; below the cache size it measures the cache.
-        seconds: how long each of the four loops runs.
+        buffer_bytes: size of the buffer that is read, or of each of the two of the copy, for all threads together;
+            below the cache size it measures the cache.
+        seconds: how long it takes, about.
+
+    Raises:
+        ValueError: an unknown name, or a number out of range.
     """
-    return _C.machine_peaks(threads, copy_bytes, seconds)
+    return _C.machine_peak(name, threads, buffer_bytes, seconds)
+
+
+def machine_peaks(
+    threads: int = 1, *, copy_bytes: int = 64 << 20, read_bytes: int = 64 << 20, seconds: float = 0.2
+) -> MachinePeaks:
+    """Measures all the limits, each for `seconds`; see `machine_peak`."""
+    return {
+        "threads": threads,
+        "int8_gops": machine_peak("int8_gops", threads, seconds=seconds),
+        "binary_gops": machine_peak("binary_gops", threads, seconds=seconds),
+        "float32_gflops": machine_peak("float32_gflops", threads, seconds=seconds),
+        "copy_gbps": machine_peak("copy_gbps", threads, buffer_bytes=copy_bytes, seconds=seconds),
+        "copy_bytes": copy_bytes,
+        "read_gbps": machine_peak("read_gbps", threads, buffer_bytes=read_bytes, seconds=seconds),
+        "read_bytes": read_bytes,
+    }

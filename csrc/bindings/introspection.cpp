@@ -3,6 +3,9 @@
 
 #include <pybind11/stl.h>
 
+#include <string>
+#include <utility>
+
 #include "kdq/kdq.h"
 #include "numpy_common.h"
 
@@ -21,22 +24,30 @@ py::dict build_info() {
   return info;
 }
 
-py::dict machine_peaks(int threads, int64_t copy_bytes, double seconds) {
-  MachinePeaks peaks;
+// The peaks by the names that `kdq_kernels.machine_peaks()` gives them.
+Peak peak_of(const std::string& name) {
+  const std::pair<const char*, Peak> peaks[] = {
+      {"int8_gops", Peak::kInt8}, {"binary_gops", Peak::kBinary}, {"float32_gflops", Peak::kFloat32},
+      {"copy_gbps", Peak::kCopy}, {"read_gbps", Peak::kRead},
+  };
+  std::string expected;
+  for (const auto& [known, peak] : peaks) {
+    if (name == known) return peak;
+    expected += expected.empty() ? known : std::string(", ") + known;
+  }
+  throw py::value_error("name: expected one of " + expected + ", got '" + name + "'");
+}
+
+double machine_peak(const std::string& name, int threads, int64_t bytes, double seconds) {
+  const Peak peak = peak_of(name);
+  double rate = 0;
   Status status;
   {
     py::gil_scoped_release release;
-    status = measure_peaks(threads, copy_bytes, seconds, &peaks);
+    status = measure_peak(peak, threads, bytes, seconds, &rate);
   }
   check(status);
-  py::dict result;
-  result["threads"] = peaks.threads;
-  result["int8_gops"] = peaks.int8_gops;
-  result["binary_gops"] = peaks.binary_gops;
-  result["float32_gflops"] = peaks.float32_gflops;
-  result["copy_gbps"] = peaks.copy_gbps;
-  result["copy_bytes"] = peaks.copy_bytes;
-  return result;
+  return rate / 1e9;
 }
 
 }  // namespace
@@ -56,7 +67,7 @@ void bind_introspection(py::module_& m) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int n) { check(set_num_threads(n)); }, py::arg("n"));
   m.def("build_info", &build_info);
-  m.def("machine_peaks", &machine_peaks, py::arg("threads"), py::arg("copy_bytes"), py::arg("seconds"));
+  m.def("machine_peak", &machine_peak, py::arg("name"), py::arg("threads"), py::arg("bytes"), py::arg("seconds"));
 }
 
 }  // namespace kdq::bindings

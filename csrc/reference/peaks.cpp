@@ -1,5 +1,7 @@
 // Peak loops in plain C++: what the compiler makes of scalar code. A barrier after each step keeps it from being
 // removed.
+#include <cstring>
+
 #include "core/peaks_kernels.h"
 
 namespace kdq {
@@ -39,8 +41,18 @@ double float32(int64_t steps) {
   return 2.0 * kSums * static_cast<double>(steps);
 }
 
+void read(const char* source, int64_t bytes) {
+  uint64_t sum[kSums] = {};
+  for (int64_t i = 0; i < bytes; i += 8 * kSums) {
+    uint64_t words[kSums];
+    std::memcpy(words, source + i, sizeof(words));
+    for (int s = 0; s < kSums; ++s) sum[s] += words[s];
+  }
+  __asm__ volatile("" ::"m"(sum));
+}
+
 }  // namespace
 
-const PeakKernels kPeaksReference = {int8, binary, float32};
+const PeakKernels kPeaksReference = {int8, binary, float32, {}, {read}};
 
 }  // namespace kdq

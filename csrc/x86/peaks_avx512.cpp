@@ -1,8 +1,67 @@
-// Peak loops on AVX-512 without VNNI.
-#include "x86/peaks_avx512.h"
+// Peak loops on AVX-512 without VNNI: those of peaks_avx2.cpp on wider registers.
+#include <immintrin.h>
+
+#include "core/peaks_kernels.h"
+#include "x86/peaks_simd.h"
 
 namespace kdq {
+namespace {
 
-extern const PeakKernels kPeaksAvx512 = {run_peak<Int8Maddwd>, run_peak<BinaryTable>, run_peak<Float32>};
+struct Int8 {
+  using Vector = __m512i;
+  static constexpr int kSums = 24;
+  static constexpr double kOperations = 64;
+  static Vector initial(int value) { return _mm512_set1_epi16(static_cast<short>(value)); }
+  static void step(Vector& sum, Vector a, Vector b) {
+    Vector product;
+    __asm__ volatile("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+v"(sum), "=&v"(product) : "v"(a), "v"(b));
+  }
+};
+
+struct Binary {
+  using Vector = __m512i;
+  static constexpr int kSums = 16;
+  static constexpr double kOperations = 1024;
+  static Vector initial(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+  static void step(Vector& sum, Vector a, Vector b) {
+    Vector low;
+    Vector high;
+    const Vector mask = _mm512_set1_epi8(15);
+    const Vector table = _mm512_set1_epi8(1);
+    __asm__ volatile(
+        "vpxorq %3, %4, %1\n\t"
+        "vpsrld $4, %1, %2\n\t"
+        "vpandq %5, %1, %1\n\t"
+        "vpandq %5, %2, %2\n\t"
+        "vpshufb %1, %6, %1\n\t"
+        "vpshufb %2, %6, %2\n\t"
+        "vpaddb %1, %2, %1\n\t"
+        "vpaddb %1, %0, %0"
+        : "+v"(sum), "=&v"(low), "=&v"(high)
+        : "v"(a), "v"(b), "v"(mask), "v"(table));
+  }
+};
+
+struct Float32 {
+  using Vector = __m512;
+  static constexpr int kSums = 24;
+  static constexpr double kOperations = 32;
+  static Vector initial(int value) { return _mm512_set1_ps(static_cast<float>(value)); }
+  static void step(Vector& sum, Vector a, Vector b) {
+    __asm__ volatile("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+};
+
+struct Read {
+  using Vector = __m512i;
+  static Vector zero() { return _mm512_setzero_si512(); }
+  static Vector add(Vector sum, const char* source) { return _mm512_add_epi64(sum, _mm512_load_si512(source)); }
+};
+
+}  // namespace
+
+extern const PeakKernels kPeaksAvx512 = {
+    run_peak<Int8>, run_peak<Binary>, run_peak<Float32>, {}, {run_read<Read, 1>, run_read<Read, 4>},
+};
 
 }  // namespace kdq

@@ -1,5 +1,8 @@
-// Peak loops on AVX-512 VNNI: vpdpbusd, 64 products an instruction.
-#include "x86/peaks_avx512.h"
+// Peak loop of AVX-512 VNNI: vpdpbusd, 64 products an instruction.
+#include <immintrin.h>
+
+#include "core/peaks_kernels.h"
+#include "x86/peaks_simd.h"
 
 namespace kdq {
 namespace {
@@ -16,6 +19,6 @@ struct Int8 {
 
 }  // namespace
 
-extern const PeakKernels kPeaksAvx512Vnni = {run_peak<Int8>, run_peak<BinaryTable>, run_peak<Float32>};
+extern const PeakKernels kPeaksAvx512Vnni = {run_peak<Int8>};
 
 }  // namespace kdq

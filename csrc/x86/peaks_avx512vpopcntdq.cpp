@@ -1,5 +1,8 @@
 // Peak loop of xor + vpopcntq + add.
-#include "x86/peaks_avx512.h"
+#include <immintrin.h>
+
+#include "core/peaks_kernels.h"
+#include "x86/peaks_simd.h"
 
 namespace kdq {
 namespace {
@@ -19,7 +22,6 @@ struct Binary {
 
 }  // namespace
 
-// Only `binary` is taken from this table: the level's other loops are in peaks_avx512vnni.cpp.
-extern const PeakKernels kPeaksAvx512Vpopcntdq = {nullptr, run_peak<Binary>, nullptr};
+extern const PeakKernels kPeaksAvx512Vpopcntdq = {nullptr, run_peak<Binary>};
 
 }  // namespace kdq

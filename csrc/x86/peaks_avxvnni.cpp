@@ -1,5 +1,8 @@
-// Peak loops on AVX2 with AVX-VNNI: vpdpbusd, 32 products an instruction.
-#include "x86/peaks_avx2.h"
+// Peak loop of AVX-VNNI: vpdpbusd, 32 products an instruction.
+#include <immintrin.h>
+
+#include "core/peaks_kernels.h"
+#include "x86/peaks_simd.h"
 
 namespace kdq {
 namespace {
@@ -16,6 +19,6 @@ struct Int8 {
 
 }  // namespace
 
-extern const PeakKernels kPeaksAvxVnni = {run_peak<Int8>, run_peak<Binary>, run_peak<Float32>};
+extern const PeakKernels kPeaksAvxVnni = {run_peak<Int8>};
 
 }  // namespace kdq

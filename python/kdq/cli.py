@@ -44,22 +44,33 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the share of the limit reached, as PNG.")] = None,
+    scaling: Annotated[Path | None, typer.Option(help="Time products along M, N and K too; draw that, as PNG.")] = None,
+    families: Annotated[bool, typer.Option(help="Run the families; --no-families leaves --scaling alone.")] = True,
     quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: no figures to quote.")] = False,
 ) -> None:
     """Time every kernel against its best peer and the machine's limit, interleaved, results checked first."""
+    from kdq.bench import plot as drawing
     from kdq.bench import run_bench, table
+    from kdq.bench import scaling as scales
 
-    shown: list[Any] = []
-    measurements, machine = run_bench(family, threads=threads or [1], quick=quick, on_result=shown.extend)
-    for key in dict.fromkeys((m.family, m.threads) for m in measurements):
-        console.print(table.rich_table([m for m in measurements if (m.family, m.threads) == key]))
+    if not families and (family or plot is not None):
+        raise ValueError("families: --no-families leaves nothing for --family and --plot")
+    counts = threads or [1]
+    measurements, machine = run_bench(family if families else [], threads=counts, quick=quick)
+    for _, _, rows in table.sections(measurements):
+        console.print(table.rich_table(rows))
+    points = scales.run_scaling(counts, quick) if scaling is not None else []
+    if points and scaling is not None:
+        console.print(scales.markdown(points), highlight=False)
+        scales.plot(points, scaling)
     if json_path is not None:
         content = {"machine": machine, "measurements": [m.to_dict() for m in measurements]}
+        content["scaling"] = [p.to_dict() for p in points]
         json_path.write_text(json.dumps(content, indent=1) + "\n")
     if markdown is not None:
-        markdown.write_text(table.markdown(measurements, machine))
+        markdown.write_text(table.markdown(measurements, machine) + (scales.markdown(points) if points else ""))
     if plot is not None:
-        table.plot(measurements, plot)
+        drawing.plot(measurements, plot)
 
 
 @app.command()

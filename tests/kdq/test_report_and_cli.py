@@ -1,4 +1,4 @@
-"""report, the demo on a tiny setting, the benchmarks on small shapes, and the command line as a user calls it."""
+"""report, the demo on a tiny setting, and the command line as a user calls it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from rich.console import Console
 from torch import nn
 
 import kdq
-from kdq.bench import Case, Contender, run_bench, table
-from kdq.bench.case import check
 from kdq.demo import PRECISIONS, Settings, run_digits
 
 
@@ -108,41 +106,6 @@ def test_demo_is_reproducible(demo_output: Path, tmp_path: Path) -> None:
     first = json.loads((demo_output / "report.json").read_text())["results"]
     again = json.loads((tmp_path / "report.json").read_text())["results"]
     assert again == [result for result in first if result["seed"] == 0]
-
-
-def test_bench_measures_every_family(tmp_path: Path) -> None:
-    measurements, machine = run_bench(quick=True, rounds=1)
-    families = {m.family for m in measurements}
-    assert families == {
-        "int8_matmul",
-        "int8_linear",
-        "binary_matmul",
-        "distillation_loss",
-        "model",
-        "training_step",
-        "binary_linear",
-        "fake_quantize",
-        "fake_quantize_backward",
-    }
-    for m in measurements:
-        assert 0 < m.fastest <= m.median <= m.slowest
-        assert (m.ratio_to_best_peer is not None) <= (m.role == "ours")
-    text = table.markdown(measurements, machine)
-    assert all(f"## {family}" in text for family in families)
-    table.plot(measurements, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").stat().st_size > 1000
-
-
-def test_bench_refuses_to_time_a_wrong_result() -> None:
-    reference = torch.ones(3)
-    wrong = Contender("wrong", lambda: torch.tensor([1.0, 1.0, 1.1]), tolerance=0.01)
-    case = Case("family", "3", 1.0, "int8_gops", reference, [wrong])
-    with pytest.raises(RuntimeError, match="wrong is wrong.*not timed"):
-        check(case, wrong)
-    with pytest.raises(RuntimeError, match="not timed"):
-        check(case, Contender("nan", lambda: reference * torch.nan, tolerance=1.0))
-    with pytest.raises(ValueError, match="family"):
-        run_bench(["int3"])
 
 
 def test_cli_info_and_errors(tmp_path: Path) -> None:

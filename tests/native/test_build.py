@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import kdq_kernels
+from kdq_kernels.cpu import PeakName
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,12 +118,27 @@ def test_environment_forces_the_isa() -> None:
 
 
 def test_peaks_are_positive_and_add_up() -> None:
-    peaks = kdq_kernels.machine_peaks(1, copy_bytes=1 << 20, seconds=0.02)
+    peaks = kdq_kernels.machine_peaks(1, copy_bytes=1 << 20, read_bytes=1 << 20, seconds=0.02)
     assert peaks["int8_gops"] > peaks["float32_gflops"] > 0
     assert peaks["binary_gops"] > peaks["int8_gops"]
     assert peaks["copy_gbps"] > 0
+    assert peaks["read_gbps"] > 0
+
+
+@pytest.mark.parametrize("name", ["int8_gops", "binary_gops", "float32_gflops", "copy_gbps", "read_gbps"])
+def test_every_peak_is_measured_on_every_isa(isa: str, name: PeakName) -> None:
+    assert kdq_kernels.machine_peak(name, 2, buffer_bytes=5000, seconds=0.002) > 0
+
+
+def test_peaks_refuse_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="threads"):
         kdq_kernels.machine_peaks(0)
+    with pytest.raises(ValueError, match="seconds"):
+        kdq_kernels.machine_peak("int8_gops", seconds=0)
+    with pytest.raises(ValueError, match="bytes.*512 a thread"):
+        kdq_kernels.machine_peak("read_gbps", 2, buffer_bytes=1000)
+    with pytest.raises(ValueError, match="name: expected one of int8_gops, .*got 'int4_gops'"):
+        kdq_kernels.machine_peak("int4_gops")  # type: ignore[arg-type]
 
 
 def test_fork_keeps_working() -> None:

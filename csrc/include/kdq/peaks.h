@@ -1,23 +1,27 @@
 // peaks: what this machine can do at most, measured now, so that a benchmark can say how much of it a kernel reaches.
 #pragma once
 
-#include "kdq/parallel.h"
+#include <cstdint>
+
 #include "kdq/status.h"
 
 namespace kdq {
 
-// All rates are for `threads` threads running at once. An "operation" is one multiply or one add: a multiply-accumulate
-// counts two, and so does each bit of xor + popcount (the multiply and add of a +-1 product).
-struct MachinePeaks {
-  int threads = 1;
-  double int8_gops = 0;       // best exact int8 multiply-accumulate sequence of the ISA in force, operands in registers
-  double binary_gops = 0;     // best xor + popcount + add sequence of the ISA in force, operands in registers
-  double float32_gflops = 0;  // fused multiply-add on float32, operands in registers
-  double copy_gbps = 0;       // bytes read plus bytes written a second, buffers of copy_bytes each
-  int64_t copy_bytes = 0;
+// What can limit a kernel. An "operation" is one multiply or one add: a multiply-accumulate counts two, and so does
+// each bit of xor + popcount (the multiply and add of a +-1 product). For each the best of several instruction
+// sequences counts, among all that the ISA in force and those below it allow.
+enum class Peak {
+  kInt8,     // exact int8 multiply-accumulate, operands in registers
+  kBinary,   // the product of +-1 values given as bits, operands in registers
+  kFloat32,  // fused multiply-add on float32, operands in registers
+  kCopy,     // copying a buffer: bytes read plus bytes written
+  kRead,     // reading a buffer again and again: from whichever cache it fits in, or from memory
 };
 
-// seconds: how long each of the four loops may take; the best of several rounds is kept.
-KDQ_API Status measure_peaks(int threads, int64_t copy_bytes, double seconds, MachinePeaks* peaks);
+// Operations, or bytes, a second on `threads` threads at once.
+//
+// bytes: the size of the buffer, for kCopy and kRead only; it is shared out among the threads.
+// seconds: how long the measurement takes, about; the best of its rounds is kept.
+KDQ_API Status measure_peak(Peak peak, int threads, int64_t bytes, double seconds, double* rate);
 
 }  // namespace kdq

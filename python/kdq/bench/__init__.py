@@ -1,12 +1,13 @@
 """Every kernel against the PyTorch op it replaces, its best peer, and the machine's own limit.
 
-A *case* is one shape of one family with all its contenders; `cases.py` files build them, `runner.py` checks and times
-them interleaved, `table.py` shows the result. `kdq bench` is the command line; `benchmarks/` runs the same contenders
-under pytest-benchmark.
+A *case* is one shape of one family with all its contenders and what limits it; `families.py` lists who builds them,
+`runner.py` checks and times them interleaved, `table.py` and `plot.py` show the result; `scaling.py` follows the time
+along each side of a product. `kdq bench` is the command line; `benchmarks/` runs the same contenders under
+pytest-benchmark.
 """
 
-from kdq.bench import table
+from kdq.bench import plot, table
 from kdq.bench.case import Case, Contender
 from kdq.bench.runner import Measurement, run_bench
 
-__all__ = ["Case", "Contender", "Measurement", "run_bench", "table"]
+__all__ = ["Case", "Contender", "Measurement", "plot", "run_bench", "table"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from kdq.bench.limits import Limit
 
 Role = Literal["ours", "peer", "context"]
 
@@ -35,17 +37,16 @@ class Case:
     """One shape of one family.
 
     Attributes:
-        work: operations (peak in Gop/s) or bytes (copy bandwidth in GB/s) of one call, the least that the job takes.
-        peak: which entry of `machine_peaks()` limits it.
+        limits: the operations and the bytes of one call, each the least that the job takes; the one that takes this
+            machine the longest is what the case is held against.
         reference: the right result, computed another way.
     """
 
     family: str
     shape: str
-    work: float
-    peak: Literal["int8_gops", "binary_gops", "float32_gflops", "copy_gbps"]
+    limits: Sequence[Limit]
     reference: Tensor
-    contenders: list[Contender] = field(default_factory=list)
+    contenders: Sequence[Contender]
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:

@@ -7,18 +7,23 @@ from collections.abc import Callable, Iterable
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
 from kdq.bench.case import Case
 from kdq.bench.distillation import distillation_loss_cases
-from kdq.bench.fake_quant import fake_quantize_backward_cases, fake_quantize_cases
+from kdq.bench.fake_quant import fake_quantize_cases, fake_quantize_out_cases
+from kdq.bench.fake_quant_gradients import fake_quantize_backward_cases, fake_quantize_training_cases
 from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
 from kdq.bench.models import model_cases
 from kdq.bench.training import training_step_cases
+from kdq.bench.weight_only import weight_only_cases
 
 FAMILIES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "int8_matmul": int8_matmul_cases,
     "int8_linear": int8_linear_cases,
+    "int8_weight_only_linear": weight_only_cases,
     "binary_matmul": binary_matmul_cases,
     "binary_linear": binary_linear_cases,
     "fake_quantize": fake_quantize_cases,
+    "fake_quantize_out": fake_quantize_out_cases,
     "fake_quantize_backward": fake_quantize_backward_cases,
+    "fake_quantize_training": fake_quantize_training_cases,
     "distillation_loss": distillation_loss_cases,
     "training_step": training_step_cases,
     "model": model_cases,

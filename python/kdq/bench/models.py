@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.bench.case import Case, Contender
+from kdq.bench.compiled import compiled
+from kdq.bench.limits import int8_products, reading
 from kdq.configs import Int8Dynamic
 from kdq.quantize import quantize_
 
@@ -90,8 +92,9 @@ def model_case(shape: str, model: nn.Module, x: Tensor, *, peers: bool) -> Case:
     ]
     if peers:
         contenders += list(peer_models(model, x))
-    work = linear_operations(model, x.numel() // x.shape[-1])
-    return Case("model", shape, work, "int8_gops", reference, contenders)
+    weights = linear_operations(model, 1) / 2
+    limits = [int8_products(linear_operations(model, x.numel() // x.shape[-1])), reading(weights)]
+    return Case("model", shape, limits, reference, contenders)
 
 
 def peer_models(model: nn.Module, x: Tensor) -> Iterator[Contender]:
@@ -119,8 +122,7 @@ def torchao_dynamic(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     quantized = copy.deepcopy(model)
     torchao_quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
-    compiled: Callable[[Tensor], Tensor] = torch.compile(quantized, dynamic=False)
-    return compiled
+    return compiled(quantized)
 
 
 def onnxruntime_dynamic(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.bench.case import Case, Contender
+from kdq.bench.limits import float32_products
 from kdq.bench.models import encoder, linear_operations, mlp
 from kdq.configs import Binary, Config, Int8Dynamic, LowBit
 from kdq.quantize import prepare_qat_
@@ -41,8 +42,8 @@ def training_case(shape: str, model: nn.Module, x: Tensor) -> Case:
         prepare_qat_(student, config)
         contenders.append(Contender(name, training_step(student, x, target), "ours", TOLERANCE))
     reference = loss_of(model, x, target).detach()
-    work = 3 * linear_operations(model, x.numel() // x.shape[-1])
-    return Case("training_step", shape, work, "float32_gflops", reference, contenders)
+    limits = [float32_products(3 * linear_operations(model, x.numel() // x.shape[-1]))]
+    return Case("training_step", shape, limits, reference, contenders)
 
 
 def loss_of(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,72 @@
+"""ONNX Runtime's linear layers, float32 and int8: peers where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdq.bench.case import Contender
+
+
+def installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+
+
+def float32_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
+    """A plain Gemm."""
+    if not installed():
+        return []
+    from onnx import helper
+
+    run = session_run([helper.make_node("Gemm", ["x", "w", "bias"], ["y"], transB=1)], x, {"w": w, "bias": bias})
+    return [Contender("ONNX Runtime float32", run, "peer", 1e-5)]
+
+
+def dynamic_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
+    """Dynamic int8: DynamicQuantizeLinear, MatMulInteger, scaling (which it fuses).
+
+    On CPUs without VNNI its 8-bit products saturate, so the weights get 7 bits there, as its documentation advises.
+    """
+    if not installed():
+        return []
+    from onnx import TensorProto, helper
+
+    node = helper.make_node
+    weight_scale = w.abs().amax(1) / (127 if torch.cpu._is_vnni_supported() else 63)
+    q = torch.round(w / weight_scale[:, None]).to(torch.int8)
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["xq", "x_scale", "x_zero"]),
+        node("MatMulInteger", ["xq", "w", "x_zero", "w_zero"], ["acc"]),
+        node("Cast", ["acc"], ["acc_float"], to=TensorProto.FLOAT),
+        node("Mul", ["x_scale", "w_scale"], ["scale"]),
+        node("Mul", ["acc_float", "scale"], ["scaled"]),
+        node("Add", ["scaled", "bias"], ["y"]),
+    ]
+    zero = torch.zeros(len(w), dtype=torch.int8)
+    constants = {"w": q.t().contiguous(), "w_zero": zero, "w_scale": weight_scale, "bias": bias}
+    return [Contender("ONNX Runtime int8", session_run(nodes, x, constants), "peer", 0.05)]
+
+
+def session_run(nodes: list[Any], x: Tensor, constants: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A graph from input x to output y on torch's number of threads."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [len(x), "n"])],
+        [numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])

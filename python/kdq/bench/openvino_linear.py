@@ -1,0 +1,68 @@
+"""OpenVINO's linear layers, float32 and int8: peers where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdq.bench.case import Contender
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def float32_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
+    if not installed():
+        return []
+    from openvino import opset13 as ops
+
+    return [Contender("OpenVINO float32", compiled(x, ops.constant(w.numpy()), bias, group=0), "peer", 1e-5)]
+
+
+def dynamic_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
+    """int8 weights with a scale a channel; activations quantized inside, with a scale for each group of a row.
+
+    Without whole groups in a row it computes in float32, so the group is the largest that is fast and divides K, or a
+    small one.
+    """
+    if not installed():
+        return []
+    import numpy
+    from openvino import opset13 as ops
+
+    scale = w.abs().amax(1, keepdim=True) / 127
+    q = torch.round(w / scale).to(torch.int8)
+    weights = ops.multiply(ops.convert(ops.constant(q.numpy()), numpy.float32), ops.constant(scale.numpy()))
+    group = 256 if w.shape[1] % 256 == 0 else 64
+    return [Contender("OpenVINO int8", compiled(x, weights, bias, group), "peer", 0.02)]
+
+
+def compiled(x: Tensor, weights: Any, bias: Tensor, group: int) -> Callable[[], Tensor]:
+    """`x @ weights.T + bias` on torch's number of threads; group 0: activations stay float32."""
+    import numpy
+    import openvino
+    from openvino import opset13 as ops
+
+    parameter = ops.parameter(list(x.shape), numpy.float32)
+    y = ops.add(ops.matmul(parameter, weights, False, True), ops.constant(bias.numpy()))
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",  # not bfloat16 in secret
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
+    }
+    model = openvino.Core().compile_model(openvino.Model([y], [parameter], "linear"), "CPU", settings)
+    request = model.create_infer_request()
+    request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
+    output = torch.from_numpy(request.get_output_tensor().data)  # the memory that infer() writes
+
+    def run() -> Tensor:
+        request.infer()
+        return output
+
+    return run
