@@ -87,7 +87,10 @@ struct Loops {
         memcpy(&word, a + r * call.row_stride, sizeof(Word));
         const W broadcast = Bits::set(word);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = Bits::add(sum[r][v], Bits::differ(broadcast, weights[v]));
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = Bits::add(sum[r][v], Bits::differ(broadcast, weights[v]));
+          pin(sum[r][v]);
+        }
       }
     }
   }

@@ -110,7 +110,10 @@ struct Loops {
         memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
         const I activations = Vec::int_set(unit);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
+          pin(sum[r][v]);
+        }
       }
       panel += kPanel * Dot::kUnit;
     }
@@ -139,7 +142,10 @@ struct Loops {
     for (int r = 0; r < kRows; ++r) {
       const F x = Vec::set(a[r * row_stride + j]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::fma(x, w[v], sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = Vec::fma(x, w[v], sum[r][v]);
+        pin(sum[r][v]);
+      }
     }
     if constexpr (j + 1 < Dot::kUnit) float_step<kRows, kVectors, j + 1>(a, row_stride, weights, sum);
   }
