@@ -42,6 +42,11 @@ def format_time(seconds: float) -> str:
     return f"{seconds * 1e9:.0f} ns"
 
 
+def format_rate(rate: float, unit: str) -> str:
+    """Three significant digits, whole ones above that."""
+    return f"{rate:,.0f} {unit}" if rate >= 100 else f"{rate:.3g} {unit}"
+
+
 def row(m: Measurement) -> tuple[str, ...]:
     """The cells of one measurement, in the order of COLUMNS."""
     ratio = "" if m.ratio_to_best_peer is None else f"{m.ratio_to_best_peer:.2f}x"
@@ -51,7 +56,7 @@ def row(m: Measurement) -> tuple[str, ...]:
         name,
         format_time(m.median),
         f"{format_time(m.fastest)} - {format_time(m.slowest)}",
-        f"{m.rate:.3g} {m.unit}",
+        format_rate(m.rate, m.unit),
         m.limited_by,
         f"{m.percent_of_limit:.1f}%",
         ratio,
