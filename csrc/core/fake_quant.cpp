@@ -8,9 +8,6 @@
 namespace kdq {
 namespace {
 
-// Elements that one call of a loop gets: enough to make the call free, few enough to share a run among threads.
-constexpr int64_t kPiece = 16384;
-
 Status check_pointer(const char* name, const void* pointer, const RunLayout& layout) {
   if (pointer != nullptr || layout.rows * layout.row_length == 0) return {};
   return Status::invalid(std::string(name) + ": expected a pointer, got null");
@@ -45,9 +42,9 @@ Status fake_quantize(DType dtype, const void* x, void* y, const QuantShape& shap
   Status status = begin(shape, grid, "x", x, "y", y, &kernels, &prepared);
   if (!status.ok()) return status;
   const RunLayout& layout = prepared.layout;
-  const auto loop = kernels->forward[static_cast<int>(dtype)][layout.form];
   const size_t size = dtype_size(dtype);
-  for_each_piece(layout, kPiece, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t) {
+  const auto loop = kernels->forward[static_cast<int>(dtype)][layout.form][worth_streaming(layout, x, y, size)];
+  for_each_run(layout, parallel_for, [&](int64_t row, int64_t offset, int64_t n) {
     const int64_t first = row * layout.row_length + offset;
     loop(at(x, first, size), at(y, first, size), n, prepared.at(row, offset));
   });
@@ -63,7 +60,7 @@ Status quantize(DType dtype, const void* x, QType qtype, void* q, const QuantSha
   if (!status.ok()) return status;
   const RunLayout& layout = prepared.layout;
   const auto loop = kernels->quantize[static_cast<int>(dtype)][static_cast<int>(qtype)][layout.form];
-  for_each_piece(layout, kPiece, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t) {
+  for_each_run(layout, parallel_for, [&](int64_t row, int64_t offset, int64_t n) {
     const int64_t first = row * layout.row_length + offset;
     loop(at(x, first, dtype_size(dtype)), at(q, first, qtype_size(qtype)), n, prepared.at(row, offset));
   });
@@ -78,7 +75,7 @@ Status dequantize(QType qtype, const void* q, float* y, const QuantShape& shape,
   if (!status.ok()) return status;
   const RunLayout& layout = prepared.layout;
   const auto loop = kernels->dequantize[static_cast<int>(qtype)][layout.form];
-  for_each_piece(layout, kPiece, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t) {
+  for_each_run(layout, parallel_for, [&](int64_t row, int64_t offset, int64_t n) {
     const int64_t first = row * layout.row_length + offset;
     loop(at(q, first, qtype_size(qtype)), y + first, n, prepared.at(row, offset));
   });

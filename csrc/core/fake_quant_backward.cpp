@@ -16,10 +16,11 @@ struct Call {
   const char* grad_y;
   const char* x;
   char* grad_x;  // or nullptr
+  bool streamed;
 
   void run(int64_t row, int64_t offset, int64_t n, float* scale_sum, float* zero_point_sum) const {
     const size_t first = static_cast<size_t>(row * prepared.layout.row_length + offset) * dtype_size(dtype);
-    const auto loop = kernels->backward[static_cast<int>(dtype)][prepared.layout.form];
+    const auto loop = kernels->backward[static_cast<int>(dtype)][prepared.layout.form][streamed];
     loop(grad_y + first, x + first, grad_x == nullptr ? nullptr : grad_x + first, n, prepared.at(row, offset),
          scale_sum, zero_point_sum);
   }
@@ -32,7 +33,7 @@ void backward_uniform(const Call& call, const ParallelFor& parallel_for, std::ve
   const int64_t pieces = (layout.row_length + kBackwardBlock - 1) / kBackwardBlock;
   std::vector<float> scale_sum(static_cast<size_t>(layout.rows * pieces));
   std::vector<float> zero_point_sum(scale_sum.size());
-  for_each_piece(layout, kBackwardBlock, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t index) {
+  for_each_piece(layout, kBackwardBlock, 1, parallel_for, [&](int64_t row, int64_t offset, int64_t n, int64_t index) {
     call.run(row, offset, n, &scale_sum[static_cast<size_t>(index)], &zero_point_sum[static_cast<size_t>(index)]);
   });
   for (int64_t row = 0; row < layout.rows; ++row) {
@@ -48,12 +49,13 @@ void backward_uniform(const Call& call, const ParallelFor& parallel_for, std::ve
 void backward_each(const Call& call, const ParallelFor& parallel_for, std::vector<double>* scale_total,
                    std::vector<double>* zero_point_total) {
   constexpr int64_t kRows = 256;
+  constexpr int64_t kEachPiece = 1024;  // its part of the grid and of the sums stays in the first-level cache
   const RunLayout& layout = call.prepared.layout;
   const int64_t width = layout.row_length;
   const RunLayout blocks = {kEach, (layout.rows + kRows - 1) / kRows, width, layout.channels, layout.inner};
   std::vector<float> scale_sum(static_cast<size_t>(blocks.rows * width), 0.0F);
   std::vector<float> zero_point_sum(scale_sum.size(), 0.0F);
-  for_each_piece(blocks, kBackwardBlock, parallel_for, [&](int64_t block, int64_t offset, int64_t n, int64_t) {
+  for_each_piece(blocks, kEachPiece, kRows, parallel_for, [&](int64_t block, int64_t offset, int64_t n, int64_t) {
     const size_t first = static_cast<size_t>(block * width + offset);
     const int64_t last_row = std::min(layout.rows, (block + 1) * kRows);
     for (int64_t row = block * kRows; row < last_row; ++row) {
@@ -86,6 +88,7 @@ Status fake_quantize_backward(DType dtype, const void* grad_y, const void* x, vo
   call.grad_y = static_cast<const char*>(grad_y);
   call.x = static_cast<const char*>(x);
   call.grad_x = static_cast<char*>(grad_x);
+  call.streamed = grad_x != nullptr && worth_streaming(layout, grad_y, grad_x, dtype_size(dtype));
 
   std::vector<double> scale_total(static_cast<size_t>(shape.channels), 0.0);
   std::vector<double> zero_point_total(scale_total.size(), 0.0);

@@ -22,6 +22,9 @@ constexpr KernelChoice<FakeQuantKernels> kChoices[] = {
 // Runs shorter than this cost more in calls than in work, so their scales are written out one an element instead.
 constexpr int64_t kShortestRun = 16;
 
+// Results from here on do not fit a last-level cache beside what they are computed from.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
 constexpr int32_t kIntegerLimit = 1 << 23;
 
 std::string at_index(int64_t i) { return " at index " + std::to_string(i); }
@@ -93,6 +96,13 @@ void repeat_each(std::vector<float>* values, int64_t times) {
 }  // namespace
 
 Status fake_quant_kernels(const FakeQuantKernels** kernels) { return choose_kernels(kChoices, kernels); }
+
+bool worth_streaming(const RunLayout& layout, const void* in, const void* out, size_t element_size) {
+  const int64_t row_bytes = layout.row_length * static_cast<int64_t>(element_size);
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kStreamAlignment == 0 &&
+                       (layout.rows == 1 || row_bytes % kStreamAlignment == 0);
+  return aligned && in != out && layout.rows * row_bytes >= kStreamBytes;
+}
 
 Status prepare_grid(const QuantShape& shape, const QuantGrid& grid, PreparedGrid* out) {
   Status status = check_shape(shape);

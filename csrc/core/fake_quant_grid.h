@@ -2,6 +2,7 @@
 // with which scales.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "core/fake_quant_kernels.h"
@@ -37,23 +38,53 @@ struct PreparedGrid {
 
 Status prepare_grid(const QuantShape& shape, const QuantGrid& grid, PreparedGrid* prepared);
 
-// Pieces of runs: `piece` elements or what is left of the run. body(row, offset, n, index of the piece).
+// Pieces of runs: `piece` elements or what is left of the run. body(row, offset, n, index of the piece), which does the
+// work of `height` such pieces.
 template <class Body>
-void for_each_piece(const RunLayout& layout, int64_t piece, const ParallelFor& parallel_for, Body&& body) {
+void for_each_piece(const RunLayout& layout, int64_t piece, int64_t height, const ParallelFor& parallel_for,
+                    Body&& body) {
   constexpr int64_t kElementsWorthAThread = 16384;
   if (layout.row_length == 0) return;
   const int64_t pieces = (layout.row_length + piece - 1) / piece;
-  const int64_t piece_length = layout.row_length < piece ? layout.row_length : piece;
-  const int64_t grain = piece_length < kElementsWorthAThread ? kElementsWorthAThread / piece_length : 1;
+  const int64_t work = std::min(layout.row_length, piece) * height;
+  const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / work);
   parallel_range(parallel_for, layout.rows * pieces, grain, [&](int64_t begin, int64_t end) {
+    int64_t row = begin / pieces;
+    int64_t offset = (begin % pieces) * piece;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / pieces;
-      const int64_t offset = (i % pieces) * piece;
-      const int64_t left = layout.row_length - offset;
-      body(row, offset, left < piece ? left : piece, i);
+      body(row, offset, std::min(piece, layout.row_length - offset), i);
+      offset += piece;
+      if (offset >= layout.row_length) {
+        offset = 0;
+        ++row;
+      }
     }
   });
 }
+
+// All elements, in pieces of runs: body(row, offset, n). With a scale an element, a piece goes down several rows before
+// the next one starts, so that its part of the grid stays in the first-level cache.
+template <class Body>
+void for_each_run(const RunLayout& layout, const ParallelFor& parallel_for, Body&& body) {
+  constexpr int64_t kPiece = 16384;  // makes the call free, and is few enough to share a run among threads
+  constexpr int64_t kEachPiece = 2048;
+  constexpr int64_t kEachRows = 16;
+  if (layout.form == kUniform) {
+    for_each_piece(layout, kPiece, 1, parallel_for,
+                   [&](int64_t row, int64_t offset, int64_t n, int64_t) { body(row, offset, n); });
+    return;
+  }
+  RunLayout tiles = layout;
+  tiles.rows = (layout.rows + kEachRows - 1) / kEachRows;
+  for_each_piece(tiles, kEachPiece, kEachRows, parallel_for, [&](int64_t tile, int64_t offset, int64_t n, int64_t) {
+    const int64_t last = std::min(layout.rows, (tile + 1) * kEachRows);
+    for (int64_t row = tile * kEachRows; row < last; ++row) body(row, offset, n);
+  });
+}
+
+// Whether a result of this layout should go past the caches: it is too large to be found there by whoever reads it, and
+// the lines need not be read before they are written. Not in place, where they have been read anyway.
+bool worth_streaming(const RunLayout& layout, const void* in, const void* out, size_t element_size);
 
 Status fake_quant_kernels(const FakeQuantKernels** kernels);
 

@@ -21,14 +21,15 @@ struct RunGrid {
   float quant_max;
 };
 
-// Indexed [DType], [QType] and [GridForm].
+// Indexed [DType], [QType] and [GridForm]; the last index of forward and backward is 1 for a result that goes past the
+// caches: its address is then a multiple of kStreamAlignment.
 struct FakeQuantKernels {
-  void (*forward[3][2])(const void* x, void* y, int64_t n, const RunGrid& grid);
+  void (*forward[3][2][2])(const void* x, void* y, int64_t n, const RunGrid& grid);
 
-  // grad_x may be null. kUniform: writes one sum to each of scale_sum and zero_point_sum (n <= kBackwardBlock, so that
-  // float32 sums stay accurate). kEach: adds to scale_sum[i] and zero_point_sum[i].
-  void (*backward[3][2])(const void* grad_y, const void* x, void* grad_x, int64_t n, const RunGrid& grid,
-                         float* scale_sum, float* zero_point_sum);
+  // grad_x may be null, or grad_y. kUniform: writes one sum to each of scale_sum and zero_point_sum (n <=
+  // kBackwardBlock, so that float32 sums stay accurate). kEach: adds to scale_sum[i] and zero_point_sum[i].
+  void (*backward[3][2][2])(const void* grad_y, const void* x, void* grad_x, int64_t n, const RunGrid& grid,
+                            float* scale_sum, float* zero_point_sum);
 
   void (*quantize[3][3][2])(const void* x, void* q, int64_t n, const RunGrid& grid);
   void (*dequantize[3][2])(const void* q, float* y, int64_t n, const RunGrid& grid);
@@ -46,17 +47,25 @@ struct FakeQuantKernels {
 // float64: the order depends on the shape alone.
 constexpr int64_t kBackwardBlock = 4096;
 
+constexpr int64_t kStreamAlignment = 64;
+
 // The table of an ISA whose loops are the static members of L, templates on element type and grid form. L lives in
 // an anonymous namespace, so nothing here has external linkage.
 template <class L>
 constexpr FakeQuantKernels make_fake_quant_kernels() {
   return {
-      {{L::template forward<float, kUniform>, L::template forward<float, kEach>},
-       {L::template forward<BFloat16, kUniform>, L::template forward<BFloat16, kEach>},
-       {L::template forward<Float16, kUniform>, L::template forward<Float16, kEach>}},
-      {{L::template backward<float, kUniform>, L::template backward<float, kEach>},
-       {L::template backward<BFloat16, kUniform>, L::template backward<BFloat16, kEach>},
-       {L::template backward<Float16, kUniform>, L::template backward<Float16, kEach>}},
+      {{{L::template forward<float, kUniform, false>, L::template forward<float, kUniform, true>},
+        {L::template forward<float, kEach, false>, L::template forward<float, kEach, true>}},
+       {{L::template forward<BFloat16, kUniform, false>, L::template forward<BFloat16, kUniform, true>},
+        {L::template forward<BFloat16, kEach, false>, L::template forward<BFloat16, kEach, true>}},
+       {{L::template forward<Float16, kUniform, false>, L::template forward<Float16, kUniform, true>},
+        {L::template forward<Float16, kEach, false>, L::template forward<Float16, kEach, true>}}},
+      {{{L::template backward<float, kUniform, false>, L::template backward<float, kUniform, true>},
+        {L::template backward<float, kEach, false>, L::template backward<float, kEach, true>}},
+       {{L::template backward<BFloat16, kUniform, false>, L::template backward<BFloat16, kUniform, true>},
+        {L::template backward<BFloat16, kEach, false>, L::template backward<BFloat16, kEach, true>}},
+       {{L::template backward<Float16, kUniform, false>, L::template backward<Float16, kUniform, true>},
+        {L::template backward<Float16, kEach, false>, L::template backward<Float16, kEach, true>}}},
       {{{L::template quantize<float, int8_t, kUniform>, L::template quantize<float, int8_t, kEach>},
         {L::template quantize<float, uint8_t, kUniform>, L::template quantize<float, uint8_t, kEach>},
         {L::template quantize<float, int32_t, kUniform>, L::template quantize<float, int32_t, kEach>}},

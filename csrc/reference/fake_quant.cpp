@@ -35,7 +35,7 @@ float clamp(float q, const Grid& g) { return std::isnan(q) ? q : std::min(std::m
 float fake(float q, const Grid& g) { return (q - g.zero_point) * g.scale; }
 
 struct Loops {
-  template <class T, GridForm kForm>
+  template <class T, GridForm kForm, bool>
   static void forward(const void* x, void* y, int64_t n, const RunGrid& grid) {
     for (int64_t i = 0; i < n; ++i) {
       const Grid g = at<kForm>(grid, i);
@@ -43,7 +43,7 @@ struct Loops {
     }
   }
 
-  template <class T, GridForm kForm>
+  template <class T, GridForm kForm, bool>
   static void backward(const void* grad_y, const void* x, void* grad_x, int64_t n, const RunGrid& grid,
                        float* scale_sum, float* zero_point_sum) {
     if (kForm == kUniform) *scale_sum = *zero_point_sum = 0.0F;

@@ -1,7 +1,8 @@
 // The fake-quant loops, written once against Vec. An ISA file includes its vec_*.h first, then this.
 //
-// The order of the arithmetic is the reference's, operation by
-// operation, and nothing is contracted into a fused multiply-add: that is what keeps the bits equal on every ISA.
+// The results have the reference's bits on every ISA: nothing that is stored is contracted into a fused multiply-add,
+// and where the order of the arithmetic is not the reference's, it says why that makes no difference. The sums behind
+// the gradients of scale and zero point are equal up to rounding only.
 #pragma once
 
 #include "core/fake_quant_kernels.h"
@@ -14,98 +15,134 @@ struct Loops {
   using F = Vec::Float;
   static constexpr int kLanes = Vec::kLanes;
 
+  // low and high: quant_min and quant_max less the zero point. Clamping round(x / scale) to these gives
+  // q - zero_point itself, bit for bit, since every step is exact up to 2^24 and clamped beyond; and saves adding the
+  // zero point only to subtract it again.
   struct Grid {
     F scale;
     F inverse;
     F zero_point;
-    F quant_min;
-    F quant_max;
+    F low;
+    F high;
   };
 
   static Grid uniform_grid(const RunGrid& g) {
-    return {Vec::set(*g.scale), Vec::set(*g.inverse), Vec::set(*g.zero_point), Vec::set(g.quant_min),
-            Vec::set(g.quant_max)};
+    return {Vec::set(*g.scale), Vec::set(*g.inverse), Vec::set(*g.zero_point), Vec::set(g.quant_min - *g.zero_point),
+            Vec::set(g.quant_max - *g.zero_point)};
   }
 
-  // The grid of elements i ... i + n - 1: for kUniform the one made before the loop. Built field by field: the compiler
-  // keeps the fields in registers then, where a copy of the struct would go through memory in every step.
+  // The grid of elements i ... i + n - 1: for kUniform the one made before the loop. g is the loop's own copy, since a
+  // store might change the caller's, and its pointers would be read anew in every step. Built field by field: the
+  // compiler keeps the fields in registers then, where a copy of the struct would go through memory in every step.
   template <GridForm kForm>
   static Grid grid_at(const Grid& uniform, const RunGrid& g, int64_t i, int n) {
+    const F zero_point = kForm == kUniform ? uniform.zero_point : load(g.zero_point + i, n);
     return {kForm == kUniform ? uniform.scale : load(g.scale + i, n),
-            kForm == kUniform ? uniform.inverse : load(g.inverse + i, n),
-            kForm == kUniform ? uniform.zero_point : load(g.zero_point + i, n), uniform.quant_min, uniform.quant_max};
+            kForm == kUniform ? uniform.inverse : load(g.inverse + i, n), zero_point,
+            kForm == kUniform ? uniform.low : Vec::sub(Vec::set(g.quant_min), zero_point),
+            kForm == kUniform ? uniform.high : Vec::sub(Vec::set(g.quant_max), zero_point)};
   }
 
-  static F unclamped(F x, const Grid& g) { return Vec::add(Vec::round(Vec::mul(x, g.inverse)), g.zero_point); }
-  static F clamp(F q, const Grid& g) { return Vec::at_most(g.quant_max, Vec::at_least(g.quant_min, q)); }
-  static F fake(F q, const Grid& g) { return Vec::mul(Vec::sub(q, g.zero_point), g.scale); }
+  // q - zero_point, which may be -0.
+  static F clamp(F rounded, const Grid& g) { return Vec::at_most(g.high, Vec::at_least(g.low, rounded)); }
+  static F centred(F x, const Grid& g) { return clamp(Vec::round(Vec::mul(x, g.inverse)), g); }
+  // + 0 turns -0 into the +0 that an integer would be.
+  static F fake(F q, const Grid& g) { return Vec::mul(Vec::add(q, Vec::zero()), g.scale); }
 
-  template <class T, GridForm kForm>
-  static void forward(const void* x_raw, void* y_raw, int64_t count, const RunGrid& grid) {
+  template <class T, GridForm kForm, bool kStream>
+  static void forward(const void* x_raw, void* y_raw, int64_t count, const RunGrid& run) {
     const T* x = static_cast<const T*>(x_raw);
     T* y = static_cast<T*>(y_raw);
+    const RunGrid grid = run;
     const Grid uniform = uniform_grid(grid);
-    for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
+    const int64_t done = kForm == kUniform ? forward_pairs<kStream>(x, y, count, uniform) : 0;
+    for_each_vector(count - done, [&](int64_t i, int n) __attribute__((always_inline)) {
       const Grid g = grid_at<kForm>(uniform, grid, i, n);
-      store(y + i, fake(clamp(unclamped(load(x + i, n), g), g), g), n);
+      put<kStream>(y + done + i, fake(centred(load(x + done + i, n), g), g), n);
     });
+    if (kStream) _mm_sfence();
   }
 
-  template <class T, GridForm kForm>
-  static void backward(const void* grad_raw, const void* x_raw, void* grad_x_raw, int64_t count, const RunGrid& grid,
+  // As many elements as pairs of vectors hold; only bfloat16 has them.
+  template <bool kStream, class T>
+  static int64_t forward_pairs(const T*, T*, int64_t, const Grid&) {
+    return 0;
+  }
+  template <bool kStream>
+  static int64_t forward_pairs(const BFloat16* x, BFloat16* y, int64_t count, const Grid& g) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      const Vec::Pair value = Vec::load_pair(x + i);
+      const Vec::Pair result = {fake(centred(value.even, g), g), fake(centred(value.odd, g), g)};
+      if (kStream) {
+        Vec::stream_pair(y + i, result);
+      } else {
+        Vec::store_pair(y + i, result);
+      }
+    }
+    return i;
+  }
+
+  // (fake - x) / scale is summed as q - x * (1 / scale): as close to the truth, and shorter.
+  template <class T, GridForm kForm, bool kStream>
+  static void backward(const void* grad_raw, const void* x_raw, void* grad_x_raw, int64_t count, const RunGrid& run,
                        float* scale_sum, float* zero_point_sum) {
     const T* grad_y = static_cast<const T*>(grad_raw);
     const T* x = static_cast<const T*>(x_raw);
     T* grad_x = static_cast<T*>(grad_x_raw);
+    const RunGrid grid = run;
     const Grid uniform = uniform_grid(grid);
     F scale_total = Vec::zero();
-    F zero_point_total = Vec::zero();
+    F outside_total = Vec::zero();
     for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
       const Grid g = grid_at<kForm>(uniform, grid, i, n);
-      const F value = load(x + i, n);
       const F dy = load(grad_y + i, n);
-      const F before = unclamped(value, g);
-      const F q = clamp(before, g);
-      const Vec::Mask inside = Vec::equal(before, q);
-      if (grad_x != nullptr) store(grad_x + i, Vec::select(inside, dy, Vec::zero()), n);
-      const F step_error = Vec::mul(Vec::sub(fake(q, g), value), g.inverse);
+      const F steps = Vec::mul(load(x + i, n), g.inverse);
+      const F rounded = Vec::round(steps);
+      const F q = clamp(rounded, g);
+      const Vec::Mask inside = Vec::equal(rounded, q);
+      if (grad_x != nullptr) put<kStream>(grad_x + i, Vec::select(inside, dy, Vec::zero()), n);
       // In a partial vector the lanes past the end have dy = 0, and x = 0 or a zero grid: they add nothing.
-      const F d_scale = Vec::mul(dy, Vec::select(inside, step_error, Vec::sub(q, g.zero_point)));
-      const F d_zero_point = Vec::select(inside, Vec::zero(), Vec::mul(dy, Vec::sub(Vec::zero(), g.scale)));
+      const F d_scale = Vec::sub_where(inside, q, steps);
       if (kForm == kUniform) {
-        scale_total = Vec::add(scale_total, d_scale);
-        zero_point_total = Vec::add(zero_point_total, d_zero_point);
+        scale_total = Vec::fma(dy, d_scale, scale_total);
+        outside_total = Vec::add_unless(inside, outside_total, dy);
       } else {
-        store(scale_sum + i, Vec::add(load(scale_sum + i, n), d_scale), n);
-        store(zero_point_sum + i, Vec::add(load(zero_point_sum + i, n), d_zero_point), n);
+        store(scale_sum + i, Vec::fma(dy, d_scale, load(scale_sum + i, n)), n);
+        const F d_zero_point = Vec::mul(dy, Vec::sub(Vec::zero(), g.scale));
+        store(zero_point_sum + i, Vec::add_unless(inside, load(zero_point_sum + i, n), d_zero_point), n);
       }
     });
     if (kForm == kUniform) {
       *scale_sum = Vec::sum(scale_total);
-      *zero_point_sum = Vec::sum(zero_point_total);
+      *zero_point_sum = Vec::sum(outside_total) * -*grid.scale;
     }
+    if (kStream) _mm_sfence();
   }
 
   template <class T, class Q, GridForm kForm>
-  static void quantize(const void* x_raw, void* q_raw, int64_t count, const RunGrid& grid) {
+  static void quantize(const void* x_raw, void* q_raw, int64_t count, const RunGrid& run) {
     const T* x = static_cast<const T*>(x_raw);
     Q* q = static_cast<Q*>(q_raw);
+    const RunGrid grid = run;
     const Grid uniform = uniform_grid(grid);
     for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
       const Grid g = grid_at<kForm>(uniform, grid, i, n);
-      const F value = clamp(unclamped(load(x + i, n), g), g);
-      store_integers(q + i, Vec::to_int(Vec::select(Vec::is_nan(value), g.zero_point, value)), n);
+      const F value = centred(load(x + i, n), g);
+      const F integer = Vec::add(Vec::select(Vec::is_nan(value), Vec::zero(), value), g.zero_point);
+      store_integers(q + i, Vec::to_int(integer), n);
     });
   }
 
   template <class Q, GridForm kForm>
-  static void dequantize(const void* q_raw, float* y, int64_t count, const RunGrid& grid) {
+  static void dequantize(const void* q_raw, float* y, int64_t count, const RunGrid& run) {
     const Q* q = static_cast<const Q*>(q_raw);
+    const RunGrid grid = run;
     const Grid uniform = uniform_grid(grid);
     for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
       const Grid g = grid_at<kForm>(uniform, grid, i, n);
       const Vec::Int integers = n == kLanes ? Vec::int_load(q + i) : Vec::int_load_part(q + i, n);
-      store(y + i, fake(Vec::to_float(integers), g), n);
+      store(y + i, Vec::mul(Vec::sub(Vec::to_float(integers), g.zero_point), g.scale), n);
     });
   }
 

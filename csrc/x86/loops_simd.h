@@ -31,6 +31,16 @@ inline __attribute__((always_inline)) void store(T* p, Vec::Float v, int n) {
   }
 }
 
+// As store(), or past the caches where a whole vector goes to an address aligned to its size.
+template <bool kStream, class T>
+inline __attribute__((always_inline)) void put(T* p, Vec::Float v, int n) {
+  if (kStream && n == Vec::kLanes) {
+    Vec::stream(p, v);
+  } else {
+    store(p, v, n);
+  }
+}
+
 template <class T>
 inline __attribute__((always_inline)) void store_integers(T* p, Vec::Int v, int n) {
   if (n == Vec::kLanes) {

@@ -18,6 +18,10 @@ struct Vec {
   using Float = __m256;
   using Int = __m256i;
   using Mask = __m256;
+  struct Pair {
+    Float even;
+    Float odd;
+  };
 
   static Float set(float value) { return _mm256_set1_ps(value); }
   static Float zero() { return _mm256_setzero_ps(); }
@@ -44,6 +48,24 @@ struct Vec {
     memcpy(p, lanes, sizeof(Half) * static_cast<size_t>(n));
   }
 
+  // Past the caches, to memory: p aligned to the vector's size.
+  static void stream(float* p, Float v) { _mm256_stream_ps(p, v); }
+  static void stream(BFloat16* p, Float v) { stream_16bit(p, narrow_bf16(v)); }
+  static void stream(Float16* p, Float v) { stream_16bit(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+  // 2 kLanes bfloat16 as the elements of even and of odd index: no lane crosses another's path, which halves the
+  // instructions of load and store. For values that are NaN only where a bfloat16 was: the payload of another NaN may
+  // overflow when it is rounded.
+  static Pair load_pair(const BFloat16* p) {
+    const Int v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {as_float(_mm256_slli_epi32(v, 16)), as_float(int_and(v, upper_halves()))};
+  }
+  static Int narrow_pair(Pair v) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(round_bf16(as_int(v.even)), 16), round_bf16(as_int(v.odd)), 0xAA);
+  }
+  static void store_pair(BFloat16* p, Pair v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(v)); }
+  static void stream_pair(BFloat16* p, Pair v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(v)); }
+
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
@@ -59,6 +81,8 @@ struct Vec {
   static Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static Mask is_nan(Float v) { return _mm256_cmp_ps(v, v, _CMP_UNORD_Q); }
   static Float select(Mask mask, Float yes, Float no) { return _mm256_blendv_ps(no, yes, mask); }
+  static Float sub_where(Mask mask, Float a, Float b) { return sub(a, _mm256_and_ps(mask, b)); }
+  static Float add_unless(Mask mask, Float a, Float b) { return add(a, _mm256_andnot_ps(mask, b)); }
   static uint32_t bits(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
   static Mask first_lanes(int n) { return as_float(lanes_below(n)); }
 
@@ -145,6 +169,8 @@ struct Vec {
   static __m128i load_bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
   static __m128i load_16bit(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static void store_16bit(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+  static void stream_16bit(void* p, __m128i v) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
+  static Int upper_halves() { return int_set(static_cast<int32_t>(0xFFFF0000U)); }
 
   static __m256i lanes_below(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -152,12 +178,16 @@ struct Vec {
 
   static Float widen_bf16(__m128i v) { return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
 
-  // Adds just under half of the dropped part, plus one when the kept part is odd; NaN would overflow into inf or lose
-  // its payload that way, so it becomes a quiet NaN of the same sign instead.
+  // Adds just under half of the lower 16 bits, plus one when the upper half is odd, which is then the result.
+  static Int round_bf16(Int bits_in) {
+    const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits_in, 16), int_set(1));
+    return _mm256_add_epi32(bits_in, _mm256_add_epi32(odd, int_set(0x7FFF)));
+  }
+
+  // NaN would overflow into inf or lose its payload when rounded, so it becomes a quiet NaN of the same sign instead.
   static __m128i narrow_bf16(Float v) {
     const Int bits_in = as_int(v);
-    const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits_in, 16), int_set(1));
-    const Int rounded = _mm256_add_epi32(bits_in, _mm256_add_epi32(odd, int_set(0x7FFF)));
+    const Int rounded = round_bf16(bits_in);
     const Int quiet = _mm256_or_si256(bits_in, int_set(0x400000));
     const Int chosen = _mm256_blendv_epi8(rounded, quiet, as_int(is_nan(v)));
     const Int upper = _mm256_srli_epi32(chosen, 16);

@@ -14,6 +14,10 @@ struct Vec {
   using Float = __m512;
   using Int = __m512i;
   using Mask = __mmask16;
+  struct Pair {
+    Float even;
+    Float odd;
+  };
 
   static Float set(float value) { return _mm512_set1_ps(value); }
   static Float zero() { return _mm512_setzero_ps(); }
@@ -36,6 +40,21 @@ struct Vec {
     _mm256_mask_storeu_epi16(p, lanes_below(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  static void stream(float* p, Float v) { _mm512_stream_ps(p, v); }
+  static void stream(BFloat16* p, Float v) { stream_16bit(p, narrow_bf16(v)); }
+  static void stream(Float16* p, Float v) { stream_16bit(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+  static Pair load_pair(const BFloat16* p) {
+    const Int v = _mm512_loadu_si512(p);
+    return {as_float(_mm512_slli_epi32(v, 16)), as_float(int_and(v, upper_halves()))};
+  }
+  static Int narrow_pair(Pair v) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAAU, _mm512_srli_epi32(round_bf16(as_int(v.even)), 16),
+                                   round_bf16(as_int(v.odd)));
+  }
+  static void store_pair(BFloat16* p, Pair v) { _mm512_storeu_si512(p, narrow_pair(v)); }
+  static void stream_pair(BFloat16* p, Pair v) { _mm512_stream_si512(reinterpret_cast<Int*>(p), narrow_pair(v)); }
+
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
@@ -50,6 +69,8 @@ struct Vec {
   static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static Mask is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
   static Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
+  static Float sub_where(Mask mask, Float a, Float b) { return _mm512_mask_sub_ps(a, mask, a, b); }
+  static Float add_unless(Mask mask, Float a, Float b) { return _mm512_mask_add_ps(a, _knot_mask16(mask), a, b); }
   static uint32_t bits(Mask mask) { return mask; }
   static Mask first_lanes(int n) { return lanes_below(n); }
 
@@ -123,13 +144,19 @@ struct Vec {
   static __m128i load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load_16bit(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_16bit(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static void stream_16bit(void* p, __m256i v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
+  static Int upper_halves() { return int_set(static_cast<int32_t>(0xFFFF0000U)); }
 
   static Float widen_bf16(__m256i v) { return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
+  static Int round_bf16(Int bits_in) {
+    const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits_in, 16), int_set(1));
+    return _mm512_add_epi32(bits_in, _mm512_add_epi32(odd, int_set(0x7FFF)));
+  }
+
   static __m256i narrow_bf16(Float v) {
     const Int bits_in = as_int(v);
-    const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits_in, 16), int_set(1));
-    const Int rounded = _mm512_add_epi32(bits_in, _mm512_add_epi32(odd, int_set(0x7FFF)));
+    const Int rounded = round_bf16(bits_in);
     const Int quiet = _mm512_or_si512(bits_in, int_set(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan(v), rounded, quiet), 16));
   }

@@ -48,6 +48,7 @@ KDQ_API Status fake_quantize(DType dtype, const void* x, void* y, const QuantSha
 //   grad_zero_point = sum grad_y * (inside ? 0 : -scale)
 // as torch's learnable fake-quant with grad_factor 1 (Esser et al. 2020, LSQ; Bhalgat et al. 2020, LSQ+). Sums run in
 // an order that depends on the shape alone. grad_x, grad_scale [channels], grad_zero_point [channels]: any may be null.
+// grad_x may be grad_y.
 KDQ_API Status fake_quantize_backward(DType dtype, const void* grad_y, const void* x, void* grad_x, float* grad_scale,
                                       float* grad_zero_point, const QuantShape& shape, const QuantGrid& grid,
                                       const ParallelFor& parallel_for);
