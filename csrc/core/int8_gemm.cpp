@@ -78,7 +78,7 @@ struct Call {
   Int8Epilogue epilogue = {};  // of channel 0
   Result result = Result::kInt32;
   void* y = nullptr;
-  bool far = false;
+  Place place = Place::kNear;
 
   Status open(const void* packed, size_t packed_bytes) {
     Status status = int8_kernels(&kernels);
@@ -113,7 +113,7 @@ struct Call {
     call.out.cols = static_cast<int>(std::min<int64_t>(count * kernels->size.nr, weight.n - channel));
     call.out.y = static_cast<char*>(y) + static_cast<size_t>(rows.first * weight.n + channel) * result_bytes();
     call.out.y_stride = weight.n;
-    call.out.far = far;
+    call.out.place = place;
     return call;
   }
 };
@@ -125,7 +125,7 @@ Status run(Call& call, int64_t m, int64_t element_bytes, int (*at_once)(int, int
   const Int8Tile& size = call.kernels->size;
   const PackedWeight& weight = call.weight;
   const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
-  call.far = m * weight.n * static_cast<int64_t>(call.result_bytes()) > kFarBytes;
+  call.place = place_of(call.y, m, weight.n * static_cast<int64_t>(call.result_bytes()));
   ProductShape shape;
   shape.m = m;
   shape.row_bytes = weight.units * size.ku * element_bytes;

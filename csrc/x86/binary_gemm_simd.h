@@ -121,24 +121,11 @@ struct Loops {
     const TileOutput& out = call.out;
     const bool whole = out.cols == kCols * kLanes;
     if (whole && out.type == Result::kInt32) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
-#pragma GCC unroll 16
-        for (int v = 0; v < kCols; ++v)
-          Vec::store_int(y + v * kLanes,
-                         dots(Bits::narrow(total[r][v * kWide], total[r][v * kWide + kWide - 1]), call.epilogue.k));
-      }
+      out.place == Place::kMemory ? store_whole_int32<true, kRows, kCols>(total, call)
+                                  : store_whole_int32<false, kRows, kCols>(total, call);
     } else if (whole && out.type == Result::kFloat32) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kCols; ++v) {
-        const Channels c = channels_at(call.epilogue, v * kLanes, kLanes);
-        float* y = static_cast<float*>(out.y) + v * kLanes;
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r)
-          Vec::store(y + r * out.y_stride,
-                     scaled(Bits::narrow(total[r][v * kWide], total[r][v * kWide + kWide - 1]), call.epilogue.k, c));
-      }
+      out.place == Place::kMemory ? store_whole_float32<true, kRows, kCols>(total, call)
+                                  : store_whole_float32<false, kRows, kCols>(total, call);
     } else {
       alignas(64) int32_t counts[kRows * kCols * kLanes];
 #pragma GCC unroll 16
@@ -150,6 +137,37 @@ struct Loops {
       }
       store_counts(counts, kCols * kLanes, call.epilogue, out);
     }
+  }
+
+  template <bool kStream, int kRows, int kCols>
+  static inline __attribute__((always_inline)) void store_whole_int32(const W (&total)[kRows][kCols * kWide],
+                                                                      const BinaryTileCall& call) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      float* y = static_cast<float*>(call.out.y) + r * call.out.y_stride;  // 32 bits are moved, whatever they mean
+#pragma GCC unroll 16
+      for (int v = 0; v < kCols; ++v) {
+        const I count = Bits::narrow(total[r][v * kWide], total[r][v * kWide + kWide - 1]);
+        put<kStream>(y + v * kLanes, Vec::as_float(dots(count, call.epilogue.k)), kLanes);
+      }
+    }
+    if (kStream) _mm_sfence();
+  }
+
+  template <bool kStream, int kRows, int kCols>
+  static inline __attribute__((always_inline)) void store_whole_float32(const W (&total)[kRows][kCols * kWide],
+                                                                        const BinaryTileCall& call) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kCols; ++v) {
+      const Channels c = channels_at(call.epilogue, v * kLanes, kLanes);
+      float* y = static_cast<float*>(call.out.y) + v * kLanes;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const I count = Bits::narrow(total[r][v * kWide], total[r][v * kWide + kWide - 1]);
+        put<kStream>(y + r * call.out.y_stride, scaled(count, call.epilogue.k, c), kLanes);
+      }
+    }
+    if (kStream) _mm_sfence();
   }
 
   static I dots(I count, int32_t k) { return Vec::int_sub(Vec::int_set(k), Vec::int_add(count, count)); }

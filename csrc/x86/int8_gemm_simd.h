@@ -91,7 +91,7 @@ struct Loops {
   // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.
   template <int kRows, int kVectors>
   static void tile_of(const Int8TileCall& call) {
-    if (call.out.far) prefetch_output(call.out);
+    prefetch_output(call.out);
     I sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -220,29 +220,11 @@ struct Loops {
   template <int kRows, int kVectors>
   static inline __attribute__((always_inline)) void finish(const I (&sum)[kRows][kVectors], const Int8TileCall& call) {
     const TileOutput& out = call.out;
-    const Int8Epilogue& e = call.epilogue;
     const bool whole = out.cols == kVectors * kLanes;
     if (whole && out.type == Result::kInt32) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        const I off = correction(e, v * kLanes, kLanes);
-        int32_t* y = static_cast<int32_t*>(out.y) + v * kLanes;
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) Vec::store_int(y + r * out.y_stride, Vec::int_sub(sum[r][v], off));
-      }
-    } else if (whole && out.type == Result::kFloat32 && e.activation <= Activation::kRelu) {
-      const F floor = Vec::set(e.activation == Activation::kRelu ? 0.0F : -__builtin_inff());
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        const I off = correction(e, v * kLanes, kLanes);
-        const Channels c = channels_at(e, v * kLanes, kLanes);
-        float* y = static_cast<float*>(out.y) + v * kLanes;
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const F exact = Vec::to_float(Vec::int_sub(sum[r][v], off));
-          Vec::store(y + r * out.y_stride, Vec::at_least(floor, scaled(exact, call.row_scale[r], c)));
-        }
-      }
+      store_whole_int32(sum, call);
+    } else if (whole && out.type == Result::kFloat32 && call.epilogue.activation <= Activation::kRelu) {
+      store_whole_float32(sum, call);
     } else {
       alignas(64) int32_t spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 16
@@ -251,6 +233,35 @@ struct Loops {
         for (int v = 0; v < kVectors; ++v) Vec::store_int(spilled + (r * kVectors + v) * kLanes, sum[r][v]);
       }
       store_spilled(spilled, kVectors * kLanes, call);
+    }
+  }
+
+  template <int kRows, int kVectors>
+  static inline __attribute__((always_inline)) void store_whole_int32(const I (&sum)[kRows][kVectors],
+                                                                      const Int8TileCall& call) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const I off = correction(call.epilogue, v * kLanes, kLanes);
+      int32_t* y = static_cast<int32_t*>(call.out.y) + v * kLanes;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) Vec::store_int(y + r * call.out.y_stride, Vec::int_sub(sum[r][v], off));
+    }
+  }
+
+  template <int kRows, int kVectors>
+  static inline __attribute__((always_inline)) void store_whole_float32(const I (&sum)[kRows][kVectors],
+                                                                        const Int8TileCall& call) {
+    const F floor = Vec::set(call.epilogue.activation == Activation::kRelu ? 0.0F : -__builtin_inff());
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const I off = correction(call.epilogue, v * kLanes, kLanes);
+      const Channels c = channels_at(call.epilogue, v * kLanes, kLanes);
+      float* y = static_cast<float*>(call.out.y) + v * kLanes;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const F exact = Vec::to_float(Vec::int_sub(sum[r][v], off));
+        Vec::store(y + r * call.out.y_stride, Vec::at_least(floor, scaled(exact, call.row_scale[r], c)));
+      }
     }
   }
 

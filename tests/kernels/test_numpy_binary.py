@@ -59,6 +59,22 @@ def test_matmul_is_exact(isa: str, m: int, n: int, k: int, seed: int) -> None:
     np.testing.assert_array_equal(got, signs(a) @ signs(b).T)
 
 
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_every_height_and_width_of_tile(isa: str, rows: int) -> None:
+    """Each number of rows and of vectors of channels is an instance of its own, with several ways out of it."""
+    rng = np.random.default_rng(rows)
+    for n in (1, 8, 9, 16, 17, 32, 33, 48, 63, 64, 65, 130):
+        for k in (1, 64, 65, 700):
+            x, w = rng.normal(size=(rows, k)).astype("f4"), rng.normal(size=(n, k)).astype("f4")
+            exact = signs(x) @ signs(w).T
+            bits = kn.pack_signs(w)
+            np.testing.assert_array_equal(kn.binary_matmul(kn.pack_signs(x), bits, k), exact)
+            scale, bias = np.full(n, 0.5, "f4"), np.arange(n, dtype="f4")
+            expected = exact * 0.5 + bias
+            np.testing.assert_array_equal(kn.binary_linear(x, bits, scale, bias), expected)
+            np.testing.assert_array_equal(kn.binary_linear(x.astype("f2"), bits, scale, bias), expected.astype("f2"))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_matmul_counts_every_bit_of_a_long_row(isa: str, sign: int) -> None:
     """All bits differ (or none): per-byte counters must be flushed before they wrap."""

@@ -57,6 +57,29 @@ def test_matmul_is_exact_on_larger_shapes(isa: str, shape: tuple[int, int, int])
     np.testing.assert_array_equal(kn.int8_matmul(a, b), expected)
 
 
+@pytest.mark.parametrize("rows", range(1, 14))
+def test_every_height_and_width_of_tile(isa: str, rows: int) -> None:
+    """Each number of rows and of vectors of channels is an instance of its own, with several ways out of it."""
+    rng = np.random.default_rng(rows)
+    for n in (1, 8, 9, 16, 17, 32, 33, 48, 63, 64, 65, 130, 256, 300):
+        for k in (1, 6, 67):
+            a, w = full_range(rng, (rows, k)), full_range(rng, (n, k))
+            exact = a.astype(np.int64) @ w.astype(np.int64).T
+            packed = kn.pack_int8_weight(w)
+            np.testing.assert_array_equal(kn.int8_matmul(a, packed), exact)
+            x = np.clip(a, -127, 127).astype("f4")
+            x[:, 0] = 127  # a scale of 1, so that the rows are their own integers
+            exact = x.astype(np.int64) @ w.astype(np.int64).T
+            scale, bias = np.full(n, 1 / 32, "f4"), np.arange(n, dtype="f4")
+            expected = exact / 32 + bias
+            np.testing.assert_array_equal(kn.int8_linear(x, packed, scale, bias), expected)
+            np.testing.assert_array_equal(
+                kn.int8_linear(x, packed, scale, bias, activation="relu"), np.maximum(expected, 0)
+            )
+            np.testing.assert_array_equal(kn.int8_linear(x.astype("f2"), packed, scale, bias), expected.astype("f2"))
+            np.testing.assert_array_equal(kn.int8_weight_only_linear(x, packed, scale, bias), expected)
+
+
 def test_longest_sum_that_fits(isa: str) -> None:
     k = 131071
     a = np.full((2, k), -128, np.int8)

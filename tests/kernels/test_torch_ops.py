@@ -350,3 +350,15 @@ def test_wrong_torch_or_missing_library_is_one_clear_sentence(monkeypatch: pytes
     (tmp_path / "libkdq_torch.so").write_bytes(b"not a library")
     with pytest.raises(ImportError, match="cannot be loaded.*rebuild"):
         _torch_library.load()
+
+
+def test_large_binary_results_are_whole(isa: str) -> None:
+    """Results of 8 MiB and more are written past the caches."""
+    m, n, k = 1030, 2112, 70
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
+    bits = kk.pack_signs(w)
+    expected = torch.where(x < 0, -1.0, 1.0) @ torch.where(w < 0, -1.0, 1.0).T
+    assert expected.numel() * 4 >= 8 << 20
+    torch.testing.assert_close(kk.binary_matmul(kk.pack_signs(x), bits, k), expected.int(), rtol=0, atol=0)
+    torch.testing.assert_close(kk.binary_linear(x, bits, torch.ones(n)), expected, rtol=0, atol=0)
