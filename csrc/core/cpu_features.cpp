@@ -47,7 +47,6 @@ CpuFeatures detect() {
   features.avx512dq = os_saves_zmm && bit(ebx, 17);
   features.avx512bw = os_saves_zmm && bit(ebx, 30);
   features.avx512vl = os_saves_zmm && bit(ebx, 31);
-  features.avx512vbmi = os_saves_zmm && bit(ecx, 1);
   features.avx512vnni = os_saves_zmm && bit(ecx, 11);
   features.avx512vpopcntdq = os_saves_zmm && bit(ecx, 14);
   if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return features;
@@ -84,7 +83,6 @@ std::string cpu_features_string() {
       {f.avx512dq, "avx512dq"},
       {f.avx512vnni, "avx512_vnni"},
       {f.avx512vpopcntdq, "avx512_vpopcntdq"},
-      {f.avx512vbmi, "avx512_vbmi"},
   };
   std::string text;
   for (const auto& feature : all) {

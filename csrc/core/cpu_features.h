@@ -16,7 +16,6 @@ struct CpuFeatures {
   bool avx512dq = false;
   bool avx512vnni = false;
   bool avx512vpopcntdq = false;
-  bool avx512vbmi = false;
 };
 
 // Read once; the same for the life of the process.

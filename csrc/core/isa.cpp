@@ -129,8 +129,6 @@ bool cpu_has(CpuExtra extra) {
       return cpu_features().avx512vpopcntdq;
     case CpuExtra::kAvxVnni:
       return cpu_features().avxvnni;
-    case CpuExtra::kVbmi:
-      return cpu_features().avx512vbmi;
   }
   return false;
 }

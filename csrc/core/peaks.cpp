@@ -27,7 +27,6 @@ constexpr KernelChoice<PeakKernels> kChoices[] = {
     {Isa::kAvx512, CpuExtra::kNone, &kPeaksAvx512},
     {Isa::kAvx512Vnni, CpuExtra::kNone, &kPeaksAvx512Vnni},
     {Isa::kAvx512Vnni, CpuExtra::kVpopcntdq, &kPeaksAvx512Vpopcntdq},
-    {Isa::kAvx512Vnni, CpuExtra::kVbmi, &kPeaksAvx512Vbmi},
 #endif
 };
 

@@ -29,6 +29,5 @@ extern const PeakKernels kPeaksAvxVnni;
 extern const PeakKernels kPeaksAvx512;
 extern const PeakKernels kPeaksAvx512Vnni;
 extern const PeakKernels kPeaksAvx512Vpopcntdq;
-extern const PeakKernels kPeaksAvx512Vbmi;
 
 }  // namespace kdq

@@ -83,6 +83,6 @@ struct Bits {
 
 namespace kdq {
 
-extern const BinaryKernels kBinaryAvx512Vpopcntdq = make_binary_kernels<Loops>({Bits::kRows, Loops::kPanel, 4, 3});
+extern const BinaryKernels kBinaryAvx512Vpopcntdq = make_binary_kernels<Loops>({Bits::kRows, Loops::kPanel, 4, 2});
 
 }  // namespace kdq

@@ -22,15 +22,21 @@ struct Loops {
 
   template <class T>
   static void pack_row(const void* x_raw, int64_t k, uint64_t* bits) {
+    constexpr int kVectors = 64 / kLanes;
     const T* x = static_cast<const T*>(x_raw);
-    for (int64_t first = 0; first < k; first += 64) {
-      uint64_t word = 0;
-      const int64_t count = k - first < 64 ? k - first : 64;
-      for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
-        word |= static_cast<uint64_t>(Vec::bits(Vec::less(load(x + first + i, n), Vec::zero()))) << i;
-      });
-      bits[first / 64] = word;
+    int64_t first = 0;
+    for (; first + 64 <= k; first += 64) {
+      Vec::Float v[kVectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) v[i] = Vec::load(x + first + i * kLanes);
+      bits[first / 64] = Vec::below_zero(v);
     }
+    if (first == k) return;
+    uint64_t word = 0;
+    for_each_vector(k - first, [&](int64_t i, int n) __attribute__((always_inline)) {
+      word |= static_cast<uint64_t>(Vec::bits(Vec::less(load(x + first + i, n), Vec::zero()))) << i;
+    });
+    bits[first / 64] = word;
   }
 
   static void interleave(const uint64_t* b, int64_t words, int channels, char* panel) {
@@ -179,8 +185,10 @@ struct Loops {
   static Channels channels_at(const BinaryEpilogue& e, int64_t i, int n) {
     return {load(e.weight_scale + i, n), e.bias == nullptr ? Vec::zero() : load(e.bias + i, n)};
   }
+  // Counts, k and dots up to 2^24 are exact as floats, so that k - 2 count is one instruction.
   static Vec::Float scaled(I count, int32_t k, const Channels& c) {
-    return Vec::add(Vec::mul(Vec::to_float(dots(count, k)), c.scale), c.bias);
+    const Vec::Float dot = Vec::fma(Vec::to_float(count), Vec::set(-2.0F), Vec::set(static_cast<float>(k)));
+    return Vec::fma(dot, c.scale, c.bias);
   }
 
   // counts: rows of `width`.

@@ -283,7 +283,7 @@ struct Loops {
   static F scaled(F sum, float row_scale, const Channels& c) {
     // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
     const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(row_scale), c.weight_scale));
-    return Vec::add(Vec::mul(sum, scale), c.bias);
+    return Vec::fma(sum, scale, c.bias);
   }
 
   // The sums of channels i ... of one row, as floats: exact ones are corrected first.

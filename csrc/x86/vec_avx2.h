@@ -86,6 +86,14 @@ struct Vec {
   static uint32_t bits(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
   static Mask first_lanes(int n) { return as_float(lanes_below(n)); }
 
+  // Bit i: is element i of 64 below zero? (-0 and NaN are not.)
+  static uint64_t below_zero(const Float (&v)[8]) {
+    uint64_t word = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(bits(less(v[i], zero()))) << (8 * i);
+    return word;
+  }
+
   // A fixed tree, the same for every caller: ((0+4)+(2+6)) + ((1+5)+(3+7)).
   static float sum(Float v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -74,6 +74,16 @@ struct Vec {
   static uint32_t bits(Mask mask) { return mask; }
   static Mask first_lanes(int n) { return lanes_below(n); }
 
+  // By the sign bits of min(v, 0), which is +0 for -0 and NaN, narrowed to bytes: four comparisons into mask registers,
+  // and these into a word, take twice as long.
+  static uint64_t below_zero(const Float (&v)[4]) {
+    Int low[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) low[i] = as_int(_mm512_min_ps(v[i], zero()));
+    const Int bytes = _mm512_packs_epi16(_mm512_packs_epi32(low[0], low[1]), _mm512_packs_epi32(low[2], low[3]));
+    return _mm512_movepi8_mask(in_order(bytes));
+  }
+
   static float sum(Float v) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -130,9 +140,8 @@ struct Vec {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packs_epi32(v[0], v[1])));
   }
   static void store_narrowed(uint8_t* p, const Int (&v)[4]) {
-    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const Int bytes = _mm512_packus_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+    _mm512_storeu_si512(p,
+                        in_order(_mm512_packus_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]))));
   }
   static void store_int_part(int32_t* p, Int v, int n) { _mm512_mask_storeu_epi32(p, lanes_below(n), v); }
   static void store_int_part(int16_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi16(p, lanes_below(n), v); }
@@ -140,6 +149,10 @@ struct Vec {
   static void store_int_part(uint8_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, lanes_below(n), v); }
 
  private:
+  // What two levels of packs, which work on 128-bit quarters, leave of four vectors of int32.
+  static Int in_order(Int bytes) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+  }
   static Mask lanes_below(int n) { return static_cast<Mask>((1U << n) - 1U); }
   static __m128i load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load_16bit(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
