@@ -15,6 +15,10 @@ from torch import Tensor
 from kdq_kernels import _torch_library as _torch_library  # registers torch.ops.kdq
 
 _ops = torch.ops.kdq
+# Of the layers' operators, the overloads themselves: looking one up takes as long as a small layer's product.
+_int8_linear = _ops.int8_linear.default
+_int8_weight_only_linear = _ops.int8_weight_only_linear.default
+_binary_linear = _ops.binary_linear.default
 
 
 def _tensor(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
@@ -181,7 +185,9 @@ def int8_linear(
     Returns:
         `[..., N]`. A row of x with NaN (or, dynamically, inf) gives NaN in that row alone.
     """
-    return _ops.int8_linear(
+    if input_scale is None and input_zero_point is None and activation is None:
+        return _int8_linear(x, packed, weight_scale, bias)  # each argument that is passed costs 100 ns
+    return _int8_linear(
         x,
         packed,
         weight_scale,
@@ -202,7 +208,7 @@ def int8_weight_only_linear(
     activation: str | None = None,
 ) -> Tensor:
     """As `int8_linear`, but x stays in floating point: weights are widened in registers, sums are float32."""
-    return _ops.int8_weight_only_linear(x, packed, weight_scale, bias, activation)
+    return _int8_weight_only_linear(x, packed, weight_scale, bias, activation)
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -233,7 +239,7 @@ def binary_linear(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Te
     The signs of x are packed inside. weight_bits int64 `[N, ceil(K / 64)]`; weight_scale float32 `[N]`: XNOR-Net's
     alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016).
     """
-    return _ops.binary_linear(x, weight_bits, weight_scale, bias)
+    return _binary_linear(x, weight_bits, weight_scale, bias)
 
 
 def distillation_loss(
