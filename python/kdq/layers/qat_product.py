@@ -1,8 +1,9 @@
 """The product of a training twin: forward on the integer kernels that inference will use, backward straight through.
 
-One autograd node a layer. It saves the float input and weight alone, and rounds them again in the backward pass: that
-costs a pass over memory, where a node for each step would cost as much again in calls. The weight's gradient takes the
-memory of the rounded weight, so that a layer needs no more fresh memory than an nn.Linear.
+One autograd node a layer. It saves the float input and weight and the weight's integers, and makes the rounded floats
+again in the backward pass: that costs a pass over memory, where a node for each step would cost as much again in calls.
+The weight's gradient takes the memory of the rounded weight, so that a layer needs no more fresh memory than an
+nn.Linear.
 
 What bounds a step from below, beside an nn.Linear's: a learned scale of the activations needs the gradient of the
 layer's input, and so one more product in a layer whose input needs none, as the first.
@@ -81,17 +82,17 @@ def kernel_product(
     weight_scale: Tensor | None,
     input_bits: int,
     weight_bits: int,
-) -> Tensor:
-    """The layer's result, as its inference twin computes it."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The layer's result, as its inference twin computes it; and where the product is of int8, `weight_integers`."""
     bias = None if bias is None else bias.float()
     if input_bits == 1:
-        return kk.binary_linear(x, kk.pack_signs(weight), kk.binarize_rows(weight)[1], bias)
+        return kk.binary_linear(x, kk.pack_signs(weight), kk.binarize_rows(weight)[1], bias), None, None
     integers, scale = weight_integers(weight, weight_scale, weight_bits)
     packed = kk.pack_int8_weight(integers)
     if input_scale is None or zero_point is None:
-        return kk.int8_linear(x, packed, scale, bias)
+        return kk.int8_linear(x, packed, scale, bias), integers, scale
     grid: Any = {"input_scale": input_scale, "input_zero_point": zero_point, "input_quant_max": 2**input_bits - 1}
-    return kk.int8_linear(x, packed, scale, bias, **grid)
+    return kk.int8_linear(x, packed, scale, bias, **grid), integers, scale
 
 
 def input_backward_(
@@ -135,18 +136,23 @@ class _Product(torch.autograd.Function):
         input_scale = None if input_parameter is None else learned_scale(input_parameter)
         integer = None if zero_point is None else integer_zero_point(zero_point, ctx.input_bits)
         weight_scale = None if weight_parameter is None else learned_scale(weight_parameter)
-        ctx.save_for_backward(x, weight, input_parameter, weight_parameter, input_scale, integer, weight_scale)
-        return kernel_product(x, weight, bias, input_scale, integer, weight_scale, ctx.input_bits, ctx.weight_bits)
+        y, integers, scale = kernel_product(
+            x, weight, bias, input_scale, integer, weight_scale, ctx.input_bits, ctx.weight_bits
+        )
+        ctx.save_for_backward(x, weight, integers, scale, input_parameter, weight_parameter, input_scale, integer)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, input_parameter, weight_parameter, input_scale, zero_point, weight_scale = ctx.saved_tensors
+        x, weight, integers, scale, input_parameter, weight_parameter, input_scale, zero_point = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_input_scale, needs_zero_point, needs_weight_scale, *_ = (
             ctx.needs_input_grad
         )
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        rounded = fake_weight(weight, weight_scale, ctx.weight_bits).to(grad.dtype)
+        # A quarter of the memory to read, where there are integers.
+        rounded = fake_weight(weight, None, 1) if integers is None else kk.dequantize(integers, scale, axis=0)
+        rounded = rounded.to(grad.dtype)
         grad_x = grad_input_scale = grad_zero_point = grad_weight = grad_weight_scale = None
         if needs_x or needs_input_scale or needs_zero_point:
             grad_x = (grad @ rounded).view(x.shape)
@@ -155,7 +161,8 @@ class _Product(torch.autograd.Function):
         if needs_weight or needs_weight_scale:
             inputs = fake_input(x, input_scale, zero_point, ctx.input_bits).reshape(-1, x.shape[-1])
             grad_weight = torch.mm(grad.t(), inputs, out=rounded).to(weight.dtype)
-            grad_weight_scale = weight_backward_(grad_weight, weight, weight_scale, ctx.weight_bits)
+            learned = None if weight_parameter is None else scale
+            grad_weight_scale = weight_backward_(grad_weight, weight, learned, ctx.weight_bits)
             through_magnitude_(grad_weight_scale, weight_parameter)
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
         return grad_x, grad_weight, grad_bias, grad_input_scale, grad_zero_point, grad_weight_scale, None, None
