@@ -105,6 +105,20 @@ def _(
     return grad_x, grad_scale, torch.empty_like(grad_scale)
 
 
+@fake("fake_quantize_backward_")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    grad_scale = scale.new_empty(scale.shape, dtype=torch.float32)
+    return grad_scale, torch.empty_like(grad_scale)
+
+
 @fake("quantize")
 def _(
     x: Tensor,
@@ -153,6 +167,11 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 @fake("binarize_rows_backward")
 def _(grad_signs: Tensor | None, grad_mean: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@fake("binarize_rows_backward_")
+def _(grad: Tensor, x: Tensor, scaled: bool) -> None:
+    return None
 
 
 # ---- int8 ------------------------------------------------------------------------------------------------------------

@@ -111,6 +111,18 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+void check_gradient(const Tensor& grad, const Tensor& x) {
+  if (grad.scalar_type() == x.scalar_type() && sizes_of(grad) == sizes_of(x)) return;
+  invalid("grad: expected dtype and shape of x, " + type_name(x.scalar_type()) + " " + to_string(sizes_of(x)) +
+          ", got " + type_name(grad.scalar_type()) + " " + to_string(sizes_of(grad)));
+}
+
+// A gradient that becomes that of x in its own memory.
+void check_inplace_gradient(const Tensor& grad, const Tensor& x) {
+  check_gradient(grad, x);
+  if (!grad.is_contiguous()) invalid("grad: expected a contiguous tensor, since it is changed in place");
+}
+
 }  // namespace
 
 Tensor fake_quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
@@ -146,10 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad_
                                                              int64_t quant_min, int64_t quant_max, OptionalInt axis,
                                                              OptionalInt group_size) {
   const DType dtype = float_dtype("x", x);
-  if (grad_in.scalar_type() != x.scalar_type() || sizes_of(grad_in) != sizes_of(x)) {
-    invalid("grad: expected dtype and shape of x, " + type_name(x.scalar_type()) + " " + to_string(sizes_of(x)) +
-            ", got " + type_name(grad_in.scalar_type()) + " " + to_string(sizes_of(grad_in)));
-  }
+  check_gradient(grad_in, x);
   const Grid g = parse_grid(scale, zero_point, quant_min, quant_max);
   Input input = parse_input(x, scale, axis, group_size);
   Tensor grad = grad_in;
@@ -164,6 +173,21 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad_
                                mutable_data<float>(grad_scale), mutable_data<float>(grad_zero_point), input.shape,
                                g.grid, torch_executor()));
   return {grad_x, grad_scale, grad_zero_point};
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_backward_inplace_op(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                             const OptionalTensor& zero_point, int64_t quant_min,
+                                                             int64_t quant_max, OptionalInt axis) {
+  const DType dtype = float_dtype("x", x);
+  check_inplace_gradient(grad, x);
+  const Grid g = parse_grid(scale, zero_point, quant_min, quant_max);
+  const Input input = parse_input(dense(x), scale, axis, std::nullopt);
+  const Tensor grad_scale = empty_like(g.scale, ScalarType::Float);
+  const Tensor grad_zero_point = empty_like(g.scale, ScalarType::Float);
+  check(fake_quantize_backward(dtype, grad.const_data_ptr(), input.x.const_data_ptr(), grad.mutable_data_ptr(),
+                               mutable_data<float>(grad_scale), mutable_data<float>(grad_zero_point), input.shape,
+                               g.grid, torch_executor()));
+  return {grad_scale, grad_zero_point};
 }
 
 Tensor quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
@@ -245,6 +269,17 @@ Tensor binarize_rows_backward_op(const OptionalTensor& grad_signs_in, const Opti
                                grad_mean ? data<float>(*grad_mean) : nullptr, x.const_data_ptr(), rows,
                                x.size(x.dim() - 1), grad_x.mutable_data_ptr(), torch_executor()));
   return grad_x;
+}
+
+void binarize_rows_backward_inplace_op(const Tensor& grad, const Tensor& x_in, bool scaled) {
+  const DType dtype = float_dtype("x", x_in);
+  check_inplace_gradient(grad, x_in);
+  const int64_t rows = rows_of("x", x_in);
+  const Tensor x = dense(x_in);
+  const int64_t cols = x.size(x.dim() - 1);
+  void* data = grad.mutable_data_ptr();
+  check(scaled ? scaled_signs_backward(dtype, data, x.const_data_ptr(), rows, cols, data, torch_executor())
+               : binarize_rows_backward(dtype, data, nullptr, x.const_data_ptr(), rows, cols, data, torch_executor()));
 }
 
 }  // namespace kdq::bindings

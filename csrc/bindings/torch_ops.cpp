@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, "
       "int? axis=None, int? group_size=None) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "fake_quantize_backward_(Tensor(a!) grad, Tensor x, Tensor scale, Tensor? zero_point, int quant_min, "
+      "int quant_max, int? axis=None) -> (Tensor, Tensor)");
+  m.def(
       "quantize(Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, int? axis=None, "
       "int? group_size=None) -> Tensor");
   m.def("dequantize(Tensor q, Tensor scale, Tensor? zero_point, int? axis=None, int? group_size=None) -> Tensor");
@@ -22,6 +25,7 @@ STABLE_TORCH_LIBRARY(kdq, m) {
   m.def("fake_quantize_rows(Tensor x) -> Tensor");
   m.def("binarize_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("binarize_rows_backward(Tensor? grad_signs, Tensor? grad_mean, Tensor x) -> Tensor");
+  m.def("binarize_rows_backward_(Tensor(a!) grad, Tensor x, bool scaled) -> ()");
 
   m.def("pack_int8_weight(Tensor w) -> Tensor");
   m.def("unpack_int8_weight(Tensor packed) -> Tensor");
@@ -50,12 +54,14 @@ STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
   m.impl("fake_quantize.out", TORCH_BOX(&fake_quantize_out_op));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_op));
+  m.impl("fake_quantize_backward_", TORCH_BOX(&fake_quantize_backward_inplace_op));
   m.impl("quantize", TORCH_BOX(&quantize_op));
   m.impl("dequantize", TORCH_BOX(&dequantize_op));
   m.impl("quantize_rows", TORCH_BOX(&quantize_rows_op));
   m.impl("fake_quantize_rows", TORCH_BOX(&fake_quantize_rows_op));
   m.impl("binarize_rows", TORCH_BOX(&binarize_rows_op));
   m.impl("binarize_rows_backward", TORCH_BOX(&binarize_rows_backward_op));
+  m.impl("binarize_rows_backward_", TORCH_BOX(&binarize_rows_backward_inplace_op));
   m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight_op));
   m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_op));
   m.impl("int8_matmul", TORCH_BOX(&int8_matmul_op));

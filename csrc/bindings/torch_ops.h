@@ -18,6 +18,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad,
                                                              const OptionalTensor& zero_point, int64_t quant_min,
                                                              int64_t quant_max, OptionalInt axis,
                                                              OptionalInt group_size);
+std::tuple<Tensor, Tensor> fake_quantize_backward_inplace_op(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                             const OptionalTensor& zero_point, int64_t quant_min,
+                                                             int64_t quant_max, OptionalInt axis);
 Tensor quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
                    int64_t quant_max, OptionalInt axis, OptionalInt group_size);
 Tensor dequantize_op(const Tensor& q, const Tensor& scale, const OptionalTensor& zero_point, OptionalInt axis,
@@ -26,6 +29,7 @@ std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x);
 Tensor fake_quantize_rows_op(const Tensor& x);
 std::tuple<Tensor, Tensor> binarize_rows_op(const Tensor& x);
 Tensor binarize_rows_backward_op(const OptionalTensor& grad_signs, const OptionalTensor& grad_mean, const Tensor& x);
+void binarize_rows_backward_inplace_op(const Tensor& grad, const Tensor& x, bool scaled);
 
 // torch_int8.cpp
 Tensor pack_int8_weight_op(const Tensor& w);

@@ -39,8 +39,10 @@ struct FakeQuantKernels {
   void (*fake_quantize_row[3])(const void* x, int64_t n, void* y);
   // Part of a row, n <= kBackwardBlock: returns the sum of |x|.
   float (*binarize[3])(const void* x, int64_t n, void* signs);
-  // mean_step: grad_mean / cols. grad_signs may be null.
-  void (*binarize_backward[3])(const void* grad_signs, float mean_step, const void* x, int64_t n, void* grad_x);
+  // Part of a row, n <= kBackwardBlock: the sum of |x| and of grad * sign(x).
+  void (*binarize_sums[3])(const void* grad, const void* x, int64_t n, float* magnitude, float* product);
+  // (|x| <= 1 ? grad * scale : 0) + mean_step * (sign of x or 0). grad may be null, and grad_x may be grad.
+  void (*binarize_backward[3])(const void* grad, float scale, float mean_step, const void* x, int64_t n, void* grad_x);
 };
 
 // Elements of one partial sum in backward. Sums within a block run in the ISA's lane order, blocks are added in
@@ -82,6 +84,7 @@ constexpr FakeQuantKernels make_fake_quant_kernels() {
       {L::template fake_quantize_row<float>, L::template fake_quantize_row<BFloat16>,
        L::template fake_quantize_row<Float16>},
       {L::template binarize<float>, L::template binarize<BFloat16>, L::template binarize<Float16>},
+      {L::template binarize_sums<float>, L::template binarize_sums<BFloat16>, L::template binarize_sums<Float16>},
       {L::template binarize_backward<float>, L::template binarize_backward<BFloat16>,
        L::template binarize_backward<Float16>},
   };

@@ -85,7 +85,34 @@ Status binarize_rows_backward(DType dtype, const void* grad_signs, const float* 
   for_each_row(rows, cols, parallel_for, [&](int64_t r, int64_t first) {
     const float mean_step = grad_mean == nullptr ? 0.0F : grad_mean[r] / static_cast<float>(cols);
     const void* grad = grad_signs == nullptr ? nullptr : at(grad_signs, first, element);
-    backward(grad, mean_step, at(x, first, element), cols, at(grad_x, first, element));
+    backward(grad, 1.0F, mean_step, at(x, first, element), cols, at(grad_x, first, element));
+  });
+  return status;
+}
+
+Status scaled_signs_backward(DType dtype, const void* grad_y, const void* x, int64_t rows, int64_t cols, void* grad_x,
+                             const ParallelFor& parallel_for) {
+  const FakeQuantKernels* kernels = nullptr;
+  Status status = begin(rows, cols, x, grad_x, &kernels);
+  if (status.ok() && rows * cols > 0 && grad_y == nullptr)
+    status = Status::invalid("grad_y: expected a pointer, got null");
+  if (!status.ok()) return status;
+  const auto sums = kernels->binarize_sums[static_cast<int>(dtype)];
+  const auto backward = kernels->binarize_backward[static_cast<int>(dtype)];
+  const size_t element = dtype_size(dtype);
+  for_each_row(rows, cols, parallel_for, [&](int64_t, int64_t first) {
+    double magnitude = 0.0;
+    double product = 0.0;
+    for (int64_t i = 0; i < cols; i += kBackwardBlock) {
+      float block[2] = {};
+      sums(at(grad_y, first + i, element), at(x, first + i, element), std::min(kBackwardBlock, cols - i), &block[0],
+           &block[1]);
+      magnitude += static_cast<double>(block[0]);
+      product += static_cast<double>(block[1]);
+    }
+    const double n = static_cast<double>(std::max<int64_t>(cols, 1));
+    backward(at(grad_y, first, element), static_cast<float>(magnitude / n), static_cast<float>(product / n),
+             at(x, first, element), cols, at(grad_x, first, element));
   });
   return status;
 }

@@ -115,10 +115,22 @@ struct Loops {
   }
 
   template <class T>
-  static void binarize_backward(const void* grad_signs, float mean_step, const void* x, int64_t n, void* grad_x) {
+  static void binarize_sums(const void* grad, const void* x, int64_t n, float* magnitude, float* product) {
+    *magnitude = *product = 0.0F;
     for (int64_t i = 0; i < n; ++i) {
       const float value = load(static_cast<const T*>(x) + i);
-      const float dy = grad_signs == nullptr ? 0.0F : load(static_cast<const T*>(grad_signs) + i);
+      const float dy = load(static_cast<const T*>(grad) + i);
+      *magnitude += std::fabs(value);
+      *product += value < 0.0F ? -dy : dy;
+    }
+  }
+
+  template <class T>
+  static void binarize_backward(const void* grad, float scale, float mean_step, const void* x, int64_t n,
+                                void* grad_x) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float value = load(static_cast<const T*>(x) + i);
+      const float dy = grad == nullptr ? 0.0F : load(static_cast<const T*>(grad) + i) * scale;
       const float straight = std::fabs(value) <= 1.0F ? dy : 0.0F;
       const float through_mean = value > 0.0F ? mean_step : value < 0.0F ? -mean_step : 0.0F;
       store(static_cast<T*>(grad_x) + i, straight + through_mean);

@@ -1,7 +1,9 @@
 // The loops of the distillation loss, written once against Vec. An ISA file includes its vec_*.h first, then this.
 //
-// They are bound by their exponentials (three an element, some 15 instructions each a vector), not by memory: so the
-// maxima are found in a pass of their own, which costs a tenth, instead of being corrected on the way.
+// They are bound by their exponentials (up to three an element, some 15 instructions each a vector), not by memory: so
+// the maxima are found in a pass of their own, which costs a tenth, instead of being corrected on the way, and at the
+// usual temperatures of 2 and 4 the third, e^s, is a power of another, e^(s / T). That multiplies its error of 2 ulp by
+// T.
 #pragma once
 
 #include "core/distillation_kernels.h"
@@ -12,6 +14,9 @@ namespace kdq {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+
+// What is computed of the labels: nothing, e^s by itself, or e^s as this power of e^(s / T).
+enum Label : int { kNoLabel = 0, kOwn = 1, kSquare = 2, kFourth = 4 };
 
 struct Loops {
   using F = Vec::Float;
@@ -36,8 +41,10 @@ struct Loops {
     *total = {};
     const T* s = static_cast<const T*>(student);
     const T* t = static_cast<const T*>(teacher);
-    const auto block = terms.soft ? (terms.label ? block_sums<T, true, true> : block_sums<T, true, false>)
-                                  : block_sums<T, false, true>;
+    constexpr decltype(&block_sums<T, true, kOwn>) kSoft[] = {block_sums<T, true, kNoLabel>, block_sums<T, true, kOwn>,
+                                                              block_sums<T, true, kSquare>, nullptr,
+                                                              block_sums<T, true, kFourth>};
+    const auto block = terms.soft ? kSoft[label_of(terms)] : block_sums<T, false, kOwn>;
     for (int64_t i = 0; i < count; i += kDistillationBlock) {
       const int64_t n = count - i < kDistillationBlock ? count - i : kDistillationBlock;
       block(s + i, t + i, n, row, terms.inverse_temperature, total);
@@ -47,19 +54,34 @@ struct Loops {
   template <class T>
   static void gradient(const void* student, const void* teacher, int64_t count, const DistillationRow& row,
                        const DistillationTerms& terms, const DistillationGradient& gradient, void* grad) {
-    const auto loop = terms.soft ? (terms.label ? gradient_loop<T, true, true> : gradient_loop<T, true, false>)
-                                 : gradient_loop<T, false, true>;
+    constexpr decltype(&gradient_loop<T, true, kOwn>) kSoft[] = {
+        gradient_loop<T, true, kNoLabel>, gradient_loop<T, true, kOwn>, gradient_loop<T, true, kSquare>, nullptr,
+        gradient_loop<T, true, kFourth>};
+    const auto loop = terms.soft ? kSoft[label_of(terms)] : gradient_loop<T, false, kOwn>;
     loop(static_cast<const T*>(student), static_cast<const T*>(teacher), count, row, terms.inverse_temperature,
          gradient, static_cast<T*>(grad));
   }
 
  private:
+  static Label label_of(const DistillationTerms& terms) {
+    if (!terms.label) return kNoLabel;
+    return terms.inverse_temperature == 0.5F ? kSquare : terms.inverse_temperature == 0.25F ? kFourth : kOwn;
+  }
+
+  // e^s, where soft is e^(s / T).
+  template <Label kLabel>
+  static F label_exp(F s, F soft) {
+    if (kLabel == kOwn) return exp_or_zero(s);
+    const F square = Vec::mul(soft, soft);
+    return kLabel == kSquare ? square : Vec::mul(square, square);
+  }
+
   // Lanes past the end of a partial vector become -inf: largest passes over them, and their exponentials are 0.
   static F fill(F value, int n) {
     return n == kLanes ? value : Vec::select(Vec::first_lanes(n), value, Vec::set(-kInfinity));
   }
 
-  template <class T, bool kSoft, bool kLabel>
+  template <class T, bool kSoft, Label kLabel>
   static void block_sums(const T* student, const T* teacher, int64_t count, const DistillationRow& row,
                          float inverse_temperature, DistillationSums* total) {
     const F inverse = Vec::set(inverse_temperature);
@@ -71,11 +93,12 @@ struct Loops {
     F difference = Vec::zero();
     for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
       const F s = Vec::sub(fill(load(student + i, n), n), student_max);
-      if (kLabel) label_sum = Vec::add(label_sum, exp_or_zero(s));
+      const F soft = kSoft ? exp_or_zero(Vec::mul(s, inverse)) : Vec::zero();
+      if (kLabel != kNoLabel) label_sum = Vec::add(label_sum, label_exp<kLabel>(s, soft));
       if (kSoft) {
         const F t = Vec::sub(fill(load(teacher + i, n), n), teacher_max);
         const F weight = exp_or_zero(Vec::mul(t, inverse));
-        student_sum = Vec::add(student_sum, exp_or_zero(Vec::mul(s, inverse)));
+        student_sum = Vec::add(student_sum, soft);
         teacher_sum = Vec::add(teacher_sum, weight);
         // A product with weight 0 would be NaN where both logits are -inf.
         const F term = Vec::mul(weight, Vec::sub(t, s));
@@ -87,10 +110,10 @@ struct Loops {
       total->teacher += Vec::sum(teacher_sum);
       total->difference += Vec::sum(difference);
     }
-    if (kLabel) total->label += Vec::sum(label_sum);
+    if (kLabel != kNoLabel) total->label += Vec::sum(label_sum);
   }
 
-  template <class T, bool kSoft, bool kLabel>
+  template <class T, bool kSoft, Label kLabel>
   static void gradient_loop(const T* student, const T* teacher, int64_t count, const DistillationRow& row,
                             float inverse_temperature, const DistillationGradient& gradient, T* grad) {
     const F inverse = Vec::set(inverse_temperature);
@@ -98,15 +121,16 @@ struct Loops {
     const F teacher_max = Vec::set(row.teacher_max);
     const F student_scale = Vec::set(kSoft ? gradient.soft_scale / row.student_sum : 0.0F);
     const F teacher_scale = Vec::set(kSoft ? -gradient.soft_scale / row.teacher_sum : 0.0F);
-    const F label_scale = Vec::set(kLabel ? gradient.label_scale / row.label_sum : 0.0F);
+    const F label_scale = Vec::set(kLabel != kNoLabel ? gradient.label_scale / row.label_sum : 0.0F);
     const F offset = Vec::set(gradient.offset);
     for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
       const F s = Vec::sub(load(student + i, n), student_max);
       F result = offset;
-      if (kLabel) result = Vec::fma(exp_or_zero(s), label_scale, result);
+      const F soft = kSoft ? exp_or_zero(Vec::mul(s, inverse)) : Vec::zero();
+      if (kLabel != kNoLabel) result = Vec::fma(label_exp<kLabel>(s, soft), label_scale, result);
       if (kSoft) {
         const F t = Vec::sub(load(teacher + i, n), teacher_max);
-        const F q = Vec::mul(exp_or_zero(Vec::mul(s, inverse)), student_scale);
+        const F q = Vec::mul(soft, student_scale);
         const F p = Vec::mul(exp_or_zero(Vec::mul(t, inverse)), teacher_scale);
         result = Vec::add(result, Vec::add(q, p));  // no fma: equal logits give exactly 0
       }

@@ -189,16 +189,34 @@ struct Loops {
   }
 
   template <class T>
-  static void binarize_backward(const void* grad_raw, float mean_step, const void* x_raw, int64_t count,
+  static void binarize_sums(const void* grad_raw, const void* x_raw, int64_t count, float* magnitude, float* product) {
+    const T* grad = static_cast<const T*>(grad_raw);
+    const T* x = static_cast<const T*>(x_raw);
+    F magnitude_sum = Vec::zero();
+    F product_sum = Vec::zero();
+    for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const F value = load(x + i, n);
+      const F dy = load(grad + i, n);
+      magnitude_sum = Vec::add(magnitude_sum, Vec::abs(value));
+      const F negated = Vec::sub(Vec::zero(), dy);
+      product_sum = Vec::add(product_sum, Vec::select(Vec::less(value, Vec::zero()), negated, dy));
+    });
+    *magnitude = Vec::sum(magnitude_sum);
+    *product = Vec::sum(product_sum);
+  }
+
+  template <class T>
+  static void binarize_backward(const void* grad_raw, float scale, float mean_step, const void* x_raw, int64_t count,
                                 void* grad_x_raw) {
     const T* grad = static_cast<const T*>(grad_raw);
     const T* x = static_cast<const T*>(x_raw);
     T* grad_x = static_cast<T*>(grad_x_raw);
+    const F factor = Vec::set(scale);
     const F up = Vec::set(mean_step);
     const F down = Vec::set(-mean_step);
     for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
       const F value = load(x + i, n);
-      const F dy = grad == nullptr ? Vec::zero() : load(grad + i, n);
+      const F dy = grad == nullptr ? Vec::zero() : Vec::mul(load(grad + i, n), factor);
       // Below the float after 1 is at most 1; and false for NaN.
       const F straight = Vec::select(Vec::less(Vec::abs(value), Vec::set(1.00000012F)), dy, Vec::zero());
       const F negative = Vec::select(Vec::less(value, Vec::zero()), down, Vec::zero());

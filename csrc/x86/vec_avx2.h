@@ -136,6 +136,10 @@ struct Vec {
   static Float as_float(Int v) { return _mm256_castsi256_ps(v); }
   static Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
   static Int to_int(Float v) { return _mm256_cvtps_epi32(v); }  // half-to-even
+  // v * 2^n for an integer n from -126 to 127, where 2^n is a float; at 128 it is inf.
+  static Float times_power(Float v, Float n) {
+    return mul(v, as_float(_mm256_slli_epi32(int_add(to_int(n), int_set(127)), 23)));
+  }
   static int32_t max_lane(Int v) {
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));

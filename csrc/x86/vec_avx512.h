@@ -127,6 +127,7 @@ struct Vec {
   static Float as_float(Int v) { return _mm512_castsi512_ps(v); }
   static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
   static Int to_int(Float v) { return _mm512_cvtps_epi32(v); }
+  static Float times_power(Float v, Float n) { return _mm512_scalef_ps(v, n); }
   static int32_t max_lane(Int v) { return _mm512_reduce_max_epi32(v); }
 
   static void store_int(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kdq
 import kdq_kernels as kk
 from kdq.configs import Config
 from kdq.grids import int8_weight_scale, weight_range
 from kdq.layers import BinaryLinear, BinaryQATLinear, Int8QATLinear, LowBitQATLinear
+from kdq.layers.qat_product import fake_input, fake_weight, gradient_factor
 
 configs = st.one_of(
     st.sampled_from([kdq.Int8Dynamic(), kdq.Int8Static(), kdq.Int8WeightOnly(), kdq.Binary()]),
@@ -73,7 +78,8 @@ def twin_weight_integers(twin: Any) -> Tensor:
         fake = kk.fake_quantize(twin.weight, scale, quant_min=limits[0], quant_max=limits[1], axis=0)
     else:
         assert isinstance(twin, LowBitQATLinear)
-        scale, fake = twin.effective_weight_scale(), twin.fake_quantized_weight()
+        scale = twin.effective_weight_scale()
+        fake = fake_weight(twin.weight, None if twin.weight_scale is None else scale, twin.config.weight_bits)
         limits = (-1, 1) if twin.config.weight_bits == 1 else weight_range(twin.config.weight_bits)
     integers = (fake.double() / scale.double()[:, None]).round()
     assert integers.min() >= limits[0]
@@ -96,12 +102,12 @@ def input_integers(twin: Any, real: Any, x: Tensor) -> tuple[Tensor | None, Tens
         return None, torch.tensor(1.0)
     if isinstance(twin.config, kdq.Int8Dynamic):
         q, scale = kk.quantize_rows(x)
-        assert torch.equal(twin.fake_quantize_input(x), q * scale[:, None])
+        assert torch.equal(fake_input(x, None, None, 8), q * scale[:, None])
         return q, scale[:, None]
     bits = 8 if isinstance(twin.config, kdq.Int8Static) else twin.config.act_bits
     q = kk.quantize(x, real.input_scale, real.input_zero_point, quant_min=0, quant_max=2**bits - 1)
     centred = q.long() - real.input_zero_point
-    assert torch.equal(twin.input_grid(x), centred * real.input_scale)
+    assert torch.equal(fake_input(x, real.input_scale, real.input_zero_point, bits), centred * real.input_scale)
     return centred, real.input_scale
 
 
@@ -150,9 +156,118 @@ def test_learned_scales_get_lsq_gradients() -> None:
     v = twin.weight.detach() / twin.weight_scale.detach()[:, None]
     q = v.round().clamp(-4, 3)
     d_scale = torch.where(v.round() == q, q - v, q)
-    grad_w = twin.input_grid(x).detach().sum(0)
+    grad_w = fake_input(x, *astuple(twin.input_grid.grid()), 4).detach().sum(0)
     torch.testing.assert_close(
         twin.weight_scale.grad, (grad_w * d_scale).sum(1) / (16 * 3) ** 0.5, rtol=1e-4, atol=1e-4
     )
     assert twin.input_grid.scale.grad is not None
     assert twin.input_grid.zero_point.grad is not None
+
+
+qat_configs = pytest.mark.parametrize(
+    "config",
+    [
+        kdq.Int8Dynamic(),
+        kdq.Int8Static(),
+        kdq.LowBit(weight_bits=4, act_bits=4),
+        kdq.LowBit(weight_bits=1, act_bits=4),
+        kdq.Binary(),
+    ],
+    ids=str,
+)
+
+
+def composed(twin: Any, x: Tensor) -> Tensor:
+    """What a twin computes, from differentiable operators one by one."""
+
+    def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+        return value + (rounded - value).detach()
+
+    if isinstance(twin, BinaryQATLinear) or twin.weight_scale_bits == 1:
+        signs, mean = kk.binarize_rows(twin.weight)
+        weight = signs * mean[:, None]
+    elif isinstance(twin, Int8QATLinear):
+        weight = straight_through(twin.weight, fake_weight(twin.weight, None, 8))
+    else:
+        low, high = weight_range(twin.config.weight_bits)
+        weight = kk.fake_quantize(twin.weight, twin.weight_scale, quant_min=low, quant_max=high, axis=0)
+    if isinstance(twin, BinaryQATLinear):
+        rounded = kk.binarize_rows(x)[0]
+    elif twin.input_grid is None:
+        rounded = straight_through(x, fake_input(x, None, None, 8))
+    else:
+        grid = twin.input_grid
+        rounded = kk.fake_quantize(x, grid.scale, grid.zero_point, quant_min=0, quant_max=2**grid.bits - 1)
+    return F.linear(rounded, weight, twin.bias)
+
+
+@qat_configs
+@pytest.mark.parametrize("frozen", ["", "x", "weight", "weight and scales"])
+def test_gradients_are_those_of_the_composition(config: Config, frozen: str) -> None:
+    """Up to LSQ's factor on the gradients of scales and zero points."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(48, 20))
+    kdq.prepare_qat_(model, config)
+    twin: Any = model[0]
+    twin.weight_scale_bits = getattr(config, "weight_bits", 8)
+    x, grad = torch.randn(3, 11, 48) * 2, torch.randn(3, 11, 20)
+    model(x)
+    x.requires_grad_(frozen != "x")
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(
+            not ("weight" in frozen and name == "weight") and not ("scale" in frozen and "scale" in name)
+        )
+    results = []
+    for function in (twin, lambda value: composed(twin, value)):
+        y = function(x)
+        wanted = {n: p for n, p in [("x", x), *twin.named_parameters()] if p.requires_grad}
+        results.append(dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad), strict=True)))
+    factors = {
+        "weight_scale": gradient_factor(48, weight_range(getattr(config, "weight_bits", 8))[1]),
+        "input_grid.scale": gradient_factor(48, 2 ** getattr(config, "act_bits", 8) - 1),
+        "input_grid.zero_point": gradient_factor(48, 2 ** getattr(config, "act_bits", 8) - 1),
+    }
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value * factors.get(name, 1.0), rtol=1e-4, atol=1e-4)
+
+
+@qat_configs
+def test_a_twin_trains_in_every_setting(config: Config) -> None:
+    """Two forwards before the backwards, checkpointing, compiling and a copy give the gradients of the plain call."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(40, 12))
+    kdq.prepare_qat_(model, config)
+    x, other = torch.randn(6, 40), torch.randn(6, 40)
+    model(x)
+
+    def gradients(run: Any, of: nn.Module = model) -> list[Tensor]:
+        of.zero_grad()
+        run()
+        return [p.grad.clone() for p in of.parameters() if p.grad is not None]
+
+    plain = gradients(lambda: model(x).square().sum().backward())
+
+    def two_forwards() -> None:
+        first, second = model(x).square().sum(), model(other).square().sum()
+        first.backward()
+        assert torch.isfinite(second)
+
+    copied = copy.deepcopy(model)
+    torch.compiler.reset()  # all models here share the code of nn.Sequential, and its recompilations are counted
+    compiled = torch.compile(model, fullgraph=True)
+    settings_ = [
+        gradients(two_forwards),
+        gradients(lambda: checkpoint(model, x, use_reentrant=False).square().sum().backward()),
+        gradients(lambda: compiled(x).square().sum().backward()),
+        gradients(lambda: copied(x).square().sum().backward(), copied),
+    ]
+    for got in settings_:
+        torch.testing.assert_close(got, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    half = gradients(lambda: y.square().sum().backward())
+    assert all(g.dtype == torch.float32 and bool(g.isfinite().all()) for g in half)
+    assert model(x[:0]).shape == (0, 12)
+    model(x[0]).sum().backward()
+    torch.compiler.reset()

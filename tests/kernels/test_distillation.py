@@ -59,7 +59,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "logits": logits,
         "target": target if alpha < 1 or draw(st.booleans()) else None,
-        "temperature": draw(st.sampled_from([0.5, 1.0, 4.0])),
+        "temperature": draw(st.sampled_from([0.5, 1.0, 2.0, 4.0])),
         "alpha": alpha,
     }
 

@@ -45,6 +45,13 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ),
         ("fake_quantize.out", ops.fake_quantize.out, (x, one, zero, 0, 15), {"out": torch.empty(5, 70)}),
         ("fake_quantize_backward", ops.fake_quantize_backward.default, (x, x, one, zero, 0, 15), {}),
+        (
+            "fake_quantize_backward_",
+            ops.fake_quantize_backward_.default,
+            (x.clone(), x, per_channel, learned, 0, 15, 1),
+            {},
+        ),
+        ("binarize_rows_backward_", ops.binarize_rows_backward_.default, (x.clone(), x, True), {}),
         ("quantize", ops.quantize.default, (x, one, zero, 0, 255), {}),
         ("quantize int32", ops.quantize.default, (x.t(), one, None, -1000, 1000), {}),
         ("dequantize", ops.dequantize.default, (w, scale, None, 0), {}),
@@ -362,3 +369,58 @@ def test_large_binary_results_are_whole(isa: str) -> None:
     assert expected.numel() * 4 >= 8 << 20
     torch.testing.assert_close(kk.binary_matmul(kk.pack_signs(x), bits, k), expected.int(), rtol=0, atol=0)
     torch.testing.assert_close(kk.binary_linear(x, bits, torch.ones(n)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_results_that_go_past_the_caches(dtype: torch.dtype, axis: int | None) -> None:
+    """From 32 MiB on; the same bits as in pieces of cache size, in place or into a misaligned result."""
+    rows, columns = (32 << 20) // dtype.itemsize // 4096 + 3, 4096
+    x = (randn(rows, columns) * 3).to(dtype)
+    x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    scale = torch.tensor(0.1) if axis is None else torch.rand(x.shape[axis], generator=torch.Generator()) + 0.1
+    grid: dict[str, Any] = {"quant_min": -8, "quant_max": 7}
+
+    def part(a: int) -> Tensor:
+        return kk.fake_quantize(x[a : a + 500], scale[a : a + 500] if axis == 0 else scale, axis=axis, **grid)
+
+    want = torch.cat([part(a) for a in range(0, rows, 500)])
+    results = [kk.fake_quantize(x, scale, axis=axis, **grid), x.clone(), torch.empty(x.numel() + 1, dtype=dtype)]
+    kk.fake_quantize(results[1], scale, axis=axis, out=results[1], **grid)
+    results[2] = results[2][1:].view(x.shape)
+    kk.fake_quantize(x, scale, axis=axis, out=results[2], **grid)
+    for got in results:
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    grad = randn(rows, columns, seed=1).to(dtype)
+    grad_x, grad_scale, _ = ops.fake_quantize_backward(grad, x.nan_to_num(0.0), scale, None, -8, 7, axis, None)
+    in_place = grad.clone()
+    again, _ = ops.fake_quantize_backward_(in_place, x.nan_to_num(0.0), scale, None, -8, 7, axis)
+    assert torch.equal(grad_x, in_place)
+    assert torch.equal(grad_scale, again)
+
+
+def test_freed_results_are_not_shared() -> None:
+    """A kept block serves one tensor at a time, and what is written to it is that tensor's."""
+    x, grid = randn(1024, 1024), {"quant_min": -8, "quant_max": 7}
+    first = kk.fake_quantize(x, 0.1, **grid)
+    second = kk.fake_quantize(x, 0.2, **grid)
+    address = second.data_ptr()
+    assert address != first.data_ptr()
+    del second
+    third = kk.fake_quantize(x, 0.3, **grid)
+    assert torch.equal(first, kk.fake_quantize(x.clone(), 0.1, **grid))
+    assert third.data_ptr() != first.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_signs_gradient_in_place(isa: str, dtype: torch.dtype) -> None:
+    """Of sign(x) times the row's mean magnitude, as autograd has it for the two by themselves."""
+    x = (randn(5, 5000) * 2).to(dtype).requires_grad_()
+    upstream = randn(5, 5000, seed=1).to(dtype)
+    signs, mean = kk.binarize_rows(x)
+    (want,) = torch.autograd.grad((signs.float() * mean[:, None] * upstream.float()).sum(), x)
+    grad = upstream.clone()
+    ops.binarize_rows_backward_(grad, x.detach(), True)
+    torch.testing.assert_close(grad, want, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-4)
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.binarize_rows_backward_(grad.t(), x.detach().t().contiguous(), True)

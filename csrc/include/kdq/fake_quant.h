@@ -81,8 +81,14 @@ KDQ_API Status binarize_rows(DType dtype, const void* x, int64_t rows, int64_t c
 
 // Straight-through for the signs where |x| <= 1 (Courbariaux et al. 2016), exact for the mean:
 //   grad_x = (|x| <= 1 ? grad_signs : 0) + grad_mean[r] / cols * (x > 0 ? 1 : x < 0 ? -1 : 0)
-// Either gradient may be null, which means 0.
+// Either gradient may be null, which means 0. grad_x may be grad_signs.
 KDQ_API Status binarize_rows_backward(DType dtype, const void* grad_signs, const float* grad_mean, const void* x,
                                       int64_t rows, int64_t cols, void* grad_x, const ParallelFor& parallel_for);
+
+// Gradient of y = signs * mean[r], the two of binarize_rows multiplied:
+//   grad_x = (|x| <= 1 ? grad_y * mean[r] : 0) + sum(grad_y * signs over row r) / cols * (x > 0 ? 1 : x < 0 ? -1 : 0)
+// grad_x may be grad_y.
+KDQ_API Status scaled_signs_backward(DType dtype, const void* grad_y, const void* x, int64_t rows, int64_t cols,
+                                     void* grad_x, const ParallelFor& parallel_for);
 
 }  // namespace kdq

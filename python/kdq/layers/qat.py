@@ -1,14 +1,9 @@
-"""The training twins: float weights that are fake-quantized in the forward pass, on the integers that inference will
-use.
+"""The training twins: layers with float weights, whose forward pass computes on the integers that inference will use.
 
-All rounding goes through `kdq_kernels.fake_quantize`, whose numerics are those of the inference kernels. `to_inference`
-makes the layer that runs on them.
+The arithmetic and its gradients are in `kdq.layers.qat_product`. `to_inference` makes the layer that is deployed.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,58 +16,11 @@ from kdq.grids import (
     AffineGrid,
     low_bit_weight_scale,
     search_affine_grid,
-    weight_range,
 )
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, with its gradient multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
-class _LearnedScale(torch.autograd.Function):
-    """`max(|x|, floor)`, with its gradient multiplied by a number: one node, since it runs twice a layer and step."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float, floor: float) -> Tensor:
-        ctx.factor = factor
-        ctx.save_for_backward(x)
-        return x.abs().clamp_min(floor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        return grads[0] * x.sign().mul_(ctx.factor), None, None
-
-
-def gradient_factor(elements: int, quant_max: int) -> float:
-    """`1 / sqrt(elements * quant_max)`: keeps updates of scales in proportion to those of weights (LSQ, Esser et al.
-    2020, section 2.2)."""
-    return 1 / math.sqrt(max(elements, 1) * max(quant_max, 1))
-
-
-def scale_gradient(parameter: Tensor, elements: int, quant_max: int) -> Tensor:
-    """The parameter, with its gradient multiplied by `gradient_factor`."""
-    y: Tensor = _ScaleGradient.apply(parameter, gradient_factor(elements, quant_max))
-    return y
-
-
-def learned_scale(parameter: Tensor, elements: int, quant_max: int) -> Tensor:
-    """A learned scale as the forward pass uses it: its magnitude, so that a step across zero stays a valid scale, and
-    its gradient multiplied by `gradient_factor`."""
-    y: Tensor = _LearnedScale.apply(parameter, gradient_factor(elements, quant_max), SMALLEST_SCALE * 256)
-    return y
+from kdq.layers.qat_product import integer_zero_point, learned_scale, quantized_product
 
 
 class LearnedActivationGrid(nn.Module):
@@ -90,10 +38,6 @@ class LearnedActivationGrid(nn.Module):
         self.zero_point = nn.Parameter(torch.tensor(0.0))
         self.register_buffer("initialized", torch.tensor(False))
 
-    @property
-    def quant_max(self) -> int:
-        return 2**self.bits - 1
-
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         sample = x.detach().float().flatten()
@@ -104,13 +48,11 @@ class LearnedActivationGrid(nn.Module):
         self.zero_point.copy_(grid.zero_point)
         self.initialized.fill_(True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The parameters, by their names in `quantized_product`; the first x initialises them."""
         if not torch.compiler.is_compiling() and not self.initialized:
             self.initialize(x)
-        features = x.shape[-1]
-        scale = learned_scale(self.scale, features, self.quant_max)
-        zero_point = scale_gradient(self.zero_point, features, self.quant_max)
-        return kk.fake_quantize(x, scale, zero_point, quant_min=0, quant_max=self.quant_max)
+        return {"input_scale": self.scale, "zero_point": self.zero_point}
 
     def grid(self) -> AffineGrid:
         """What inference uses: the same rounding and clamping of the zero point as in the forward pass.
@@ -123,9 +65,7 @@ class LearnedActivationGrid(nn.Module):
                 "the activation scale is not initialized: run at least one batch through the prepared model "
                 "before convert_"
             )
-        scale = learned_scale(self.scale.detach(), 1, 1)
-        zero_point = self.zero_point.detach().round().clamp(0, self.quant_max).to(torch.int32)
-        return AffineGrid(scale, zero_point)
+        return AffineGrid(learned_scale(self.scale.detach()), integer_zero_point(self.zero_point.detach(), self.bits))
 
 
 class QATLinear(nn.Module):
@@ -160,13 +100,11 @@ class Int8QATLinear(QATLinear):
         self.config = config
         self.input_grid = LearnedActivationGrid(8) if isinstance(config, Int8Static) else None
 
-    def fake_quantize_input(self, x: Tensor) -> Tensor:
-        if isinstance(self.config, Int8Dynamic):
-            return kk.fake_quantize_rows(x)
-        return x if self.input_grid is None else self.input_grid(x)
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.fake_quantize_input(x), kk.fake_quantize_rows(self.weight), self.bias)
+        if isinstance(self.config, Int8WeightOnly):
+            return F.linear(x, kk.fake_quantize_rows(self.weight), self.bias)
+        grid = {} if self.input_grid is None else self.input_grid(x)
+        return quantized_product(x, self.weight, self.bias, input_bits=8, weight_bits=8, **grid)
 
     def to_inference(self) -> Int8Linear:
         grid = None if self.input_grid is None else self.input_grid.grid()
@@ -187,22 +125,21 @@ class LowBitQATLinear(QATLinear):
         self.weight_scale = None if config.weight_bits == 1 else nn.Parameter(scale)
 
     def effective_weight_scale(self) -> Tensor:
-        """float32 `[N]`, as forward and inference use it."""
+        """float32 `[N]`, as inference uses it."""
         if self.weight_scale is None:
             return kk.binarize_rows(self.weight)[1].clamp_min(SMALLEST_SCALE)
-        _, quant_max = weight_range(self.config.weight_bits)
-        return learned_scale(self.weight_scale, self.in_features, quant_max)
-
-    def fake_quantized_weight(self) -> Tensor:
-        if self.weight_scale is None:
-            signs, scale = kk.binarize_rows(self.weight)
-            return signs * scale[:, None].to(signs.dtype)
-        scale = self.effective_weight_scale()
-        quant_min, quant_max = weight_range(self.config.weight_bits)
-        return kk.fake_quantize(self.weight, scale, quant_min=quant_min, quant_max=quant_max, axis=0)
+        return learned_scale(self.weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.input_grid(x), self.fake_quantized_weight(), self.bias)
+        return quantized_product(
+            x,
+            self.weight,
+            self.bias,
+            input_bits=self.config.act_bits,
+            weight_bits=self.config.weight_bits,
+            weight_scale=self.weight_scale,
+            **self.input_grid(x),
+        )
 
     def to_inference(self) -> LowBitLinear:
         scale = self.effective_weight_scale().detach()
@@ -222,9 +159,7 @@ class BinaryQATLinear(QATLinear):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        signs, scale = kk.binarize_rows(self.weight)
-        y = F.linear(kk.binarize_rows(x)[0], signs) * scale.to(signs.dtype)
-        return y if self.bias is None else y + self.bias
+        return quantized_product(x, self.weight, self.bias, input_bits=1, weight_bits=1)
 
     def to_inference(self) -> BinaryLinear:
         return BinaryLinear.from_float(self.to_float(), self.config)
