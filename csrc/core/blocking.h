@@ -6,12 +6,11 @@
 
 namespace kdq {
 
-// Rows of a block: at most about `most`, whole tiles, and all blocks of nearly one size. Executors hand out equal
-// numbers of blocks, so a small last one would leave a thread idle.
-inline int64_t even_block(int64_t rows, int64_t most, int64_t tile) {
+// Rows of a block: at most `most`, and all blocks of one size but for a row or so. Executors hand out equal numbers of
+// blocks, so a smaller last one would leave a thread idle.
+inline int64_t even_block(int64_t rows, int64_t most) {
   const int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
-  const int64_t tiles = (rows + tile - 1) / tile;
-  return std::max<int64_t>(1, (tiles + blocks - 1) / blocks) * tile;
+  return std::max<int64_t>(1, (rows + blocks - 1) / blocks);
 }
 
 // Rows of the next tile when `left` are to be cut into as few tiles as possible, none much smaller than the others: a

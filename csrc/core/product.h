@@ -51,7 +51,7 @@ template <class Prepare, class Tile>
 Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, Prepare&& prepare, Tile&& tile) {
   const int64_t stride = padded_stride(shape.row_bytes);
   const int64_t most_rows = std::clamp(kBlockBytes / stride, shape.mr, std::max(shape.mr, kBlockRows));
-  const int64_t block_rows = even_block(shape.m, most_rows, shape.mr);
+  const int64_t block_rows = even_block(shape.m, most_rows);
   const int64_t blocks = (shape.m + block_rows - 1) / block_rows;
   const int64_t scales_bytes = padded_stride(block_rows * 4);
   const int64_t block_work = std::max<int64_t>(1, std::min(block_rows, shape.m) * shape.row_work);
