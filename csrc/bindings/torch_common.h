@@ -126,8 +126,11 @@ inline size_t element_size(ScalarType type) {
       return 2;
     case ScalarType::Long:
       return 8;
-    default:
+    case ScalarType::Char:
+    case ScalarType::Byte:
       return 1;
+    default:
+      throw std::logic_error("kdq: no operator makes results of " + type_name(type));
   }
 }
 

@@ -5,8 +5,11 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <vector>
 
 #include "torch_common.h"
 
@@ -35,6 +38,8 @@ struct Block {
 // waiting for a lock that nobody holds.
 class FreeBlocks {
  public:
+  FreeBlocks() { blocks_.reserve(kKept / kHugePage); }  // all there can be: give() must not throw
+
   void* take(size_t bytes) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return nullptr;
@@ -99,8 +104,7 @@ bool allocate_large(const Sizes& sizes, const Sizes& strides, int32_t dtype, siz
   const auto error = torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype,
                                      aoti_torch_device_type_cpu(), -1, handle, aoti_torch_layout_strided(), nullptr, 0,
                                      release, reinterpret_cast<void*>(bytes));
-  if (error != 0) std::free(data);
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);  // the block is torch's by then, or lost: which of the two, it does not say
   return true;
 #else
   (void)sizes, (void)strides, (void)dtype, (void)bytes, (void)handle;

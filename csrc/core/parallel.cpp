@@ -134,8 +134,8 @@ void run_pooled(void*, int64_t n, int64_t grain, ParallelFor::Body body, void* a
   if (threads > 1 && n > grain) {
     Job job;
     job.n = n;
-    // A few pieces a thread, so that a thread that starts late or runs slow does not hold up the rest.
-    job.piece = std::max(grain, (n + 4 * threads - 1) / (4 * threads));
+    // One piece a thread, as torch does: products prepare what they need once a piece.
+    job.piece = std::max(grain, (n + threads - 1) / threads);
     job.body = body;
     job.arg = arg;
     if (pool().try_run(&job, threads)) return;

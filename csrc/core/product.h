@@ -1,8 +1,8 @@
 // How a product is cut up: shared by the int8 and the binary family, which differ in how a row of activations is
 // prepared and what a tile does.
 //
-//   for each block of rows x group of panels:       parallel over these, in this order
-//     if this thread has not prepared the block:    prepare its rows, into the thread's own scratch (L2)
+//   for each block of rows x group of panels:       parallel over ranges of these, in this order
+//     if the range has not prepared the block:      prepare its rows, into the thread's own scratch (L2)
 //     for each tile of the block:                   the group's panels stay in L1 or L2
 //
 // There is one parallel region and no barrier. A block on the border between two threads is prepared by both: cheaper
@@ -15,6 +15,7 @@
 #include "core/blocking.h"
 #include "core/parallel_range.h"
 #include "core/scratch.h"
+#include "core/tile_output.h"
 #include "kdq/status.h"
 
 namespace kdq {
@@ -24,6 +25,17 @@ constexpr int64_t kBlockBytes = 256 * 1024;
 // More rows than these would not help: with 96 products to each weight that is read, reading the weights takes a tenth
 // of what an L3 cache gives, and smaller blocks spread evenly over threads.
 constexpr int64_t kBlockRows = 96;
+
+constexpr int64_t kFarBytes = int64_t{1} << 20;
+constexpr int64_t kMemoryBytes = int64_t{8} << 20;
+
+// Writing past the caches takes whole vectors at aligned addresses.
+inline Place place_of(const void* y, int64_t rows, int64_t row_bytes) {
+  const int64_t bytes = rows * row_bytes;
+  const bool aligned = reinterpret_cast<uintptr_t>(y) % 64 == 0 && row_bytes % 64 == 0;
+  if (bytes >= kMemoryBytes && aligned) return Place::kMemory;
+  return bytes >= kFarBytes ? Place::kFar : Place::kNear;
+}
 
 struct ProductShape {
   int64_t m;

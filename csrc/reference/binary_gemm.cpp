@@ -7,10 +7,11 @@
 namespace kdq {
 namespace {
 
-int differing_bits(const uint64_t* a, const uint64_t* b, int64_t words) {
-  int count = 0;
+int64_t differing_bits(const uint64_t* a, const uint64_t* b, int64_t words) {
+  int64_t count = 0;
   for (int64_t w = 0; w < words; ++w) {
-    for (uint64_t different = a[w] ^ b[w]; different != 0; different >>= 1) count += static_cast<int>(different & 1);
+    for (uint64_t different = a[w] ^ b[w]; different != 0; different >>= 1)
+      count += static_cast<int64_t>(different & 1);
   }
   return count;
 }
@@ -37,7 +38,7 @@ struct Loops {
   static void direct(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
                      const TileOutput& out) {
     for (int c = 0; c < out.cols; ++c) {
-      const int32_t dot = e.k - 2 * differing_bits(a, b + c * words, words);
+      const auto dot = static_cast<int32_t>(e.k - 2 * differing_bits(a, b + c * words, words));
       if (out.type == Result::kInt32) {
         static_cast<int32_t*>(out.y)[c] = dot;
       } else {

@@ -3,7 +3,7 @@
 //
 // Lanes are output channels: each step along K loads the vectors of weights and broadcasts one word of each activation
 // row, so no sum ever crosses a lane. Bits::add(sum, v) adds the number of set bits of v to running sums; where these
-// are narrower than a word, Bits::add_widened takes them into whole words every Bits::kFlush steps.
+// are narrower than a word, Bits::add_widened takes them into whole words every Bits::kFlush steps (0: never).
 #pragma once
 
 #include "core/binary_gemm_kernels.h"
@@ -185,10 +185,8 @@ struct Loops {
   static Channels channels_at(const BinaryEpilogue& e, int64_t i, int n) {
     return {load(e.weight_scale + i, n), e.bias == nullptr ? Vec::zero() : load(e.bias + i, n)};
   }
-  // Counts, k and dots up to 2^24 are exact as floats, so that k - 2 count is one instruction.
   static Vec::Float scaled(I count, int32_t k, const Channels& c) {
-    const Vec::Float dot = Vec::fma(Vec::to_float(count), Vec::set(-2.0F), Vec::set(static_cast<float>(k)));
-    return Vec::fma(dot, c.scale, c.bias);
+    return Vec::fma(Vec::to_float(dots(count, k)), c.scale, c.bias);
   }
 
   // counts: rows of `width`.

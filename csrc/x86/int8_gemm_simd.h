@@ -1,9 +1,13 @@
 // The int8 family's loops, written once. An ISA file includes its vec_*.h, defines `struct Dot` (its dot-product
 // instruction and register tile), and then includes this.
 //
-// The micro-kernel keeps a tile of kRows x kVectors int32 sums in registers. Each step along K loads
-// the vectors of weights, one 32-bit unit (2 x s16 or 4 x u8) of each of the kRows activation rows, broadcast to all
-// lanes, and issues kRows * kCols dot products. Lanes are output channels, so no sum ever crosses a lane.
+// The micro-kernel keeps a tile of kRows x kVectors int32 vectors of sums in registers. Each step along K loads the
+// vectors of weights, broadcasts one 32-bit unit (2 x s16 or 4 x u8) of each activation row to all lanes, and issues
+// kRows * kVectors dot products. Lanes are output channels, so no sum ever crosses a lane.
+//
+// With 6 x 4 vectors of AVX-512 a step reads 4 vectors of weights and 6 units for 24 products, so that even weights
+// streamed from L2 keep up: 99 % of the peak is measured for the loop alone. What is lost around it: quantizing a row
+// (6 cycles a vector), results (4 to 6 cycles a vector), the ragged edges of a shape.
 #pragma once
 
 #include "core/int8_gemm_kernels.h"

@@ -271,3 +271,27 @@ def test_a_twin_trains_in_every_setting(config: Config) -> None:
     assert model(x[:0]).shape == (0, 12)
     model(x[0]).sum().backward()
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [kdq.Int8Dynamic(), kdq.LowBit(weight_bits=1, act_bits=4), kdq.LowBit(weight_bits=3, act_bits=4), kdq.Binary()],
+    ids=str,
+)
+def test_a_channel_of_zeros_trains_and_agrees(config: Config) -> None:
+    """As in a branch that starts at zero, or after pruning."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 5))
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    kdq.prepare_qat_(model, config)
+    x = torch.randn(7, 20)
+    model(x).square().sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        kdq.convert_(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)

@@ -77,33 +77,32 @@ def shape_of(along: str, size: int) -> Shape:
 
 
 def run_scaling(threads: Sequence[int], quick: bool = False) -> list[Point]:
-    """Times every kernel along every side; of each size all numbers of threads interleaved."""
+    """Times every kernel along every side, on one number of threads after the other: a pool whose size changes between
+    calls is slower to start."""
     check_threads(threads)
     sizes, cubes = (SIZES[:2], CUBES[:1]) if quick else (SIZES, CUBES)
     wanted = [
-        (kernel, along, size)
-        for kernel, along in itertools.product(KERNELS, (*SIDES, CUBE))
+        (count, kernel, along, size)
+        for count, kernel, along in itertools.product(threads, KERNELS, (*SIDES, CUBE))
         for size in (cubes if along == CUBE else sizes)
     ]
     points: list[Point] = []
     with torch_threads(), torch.inference_mode(), Progress(transient=True) as progress:
-        for kernel, along, size in progress.track(wanted, description="scaling"):
-            run = KERNELS[kernel](*shape_of(along, size))
-            times = time_threads(run, threads, rounds=1 if quick else ROUNDS)
-            points += [Point(kernel, along, size, n, t) for n, t in zip(threads, times, strict=True)]
+        for count, kernel, along, size in progress.track(wanted, description="scaling"):
+            torch.set_num_threads(count)
+            seconds = median_time(KERNELS[kernel](*shape_of(along, size)), 1 if quick else ROUNDS)
+            points.append(Point(kernel, along, size, count, seconds))
     return points
 
 
-def time_threads(run: Callable[[], Tensor], threads: Sequence[int], rounds: int) -> list[float]:
-    """The median time of a call on each number of threads."""
-    times: list[list[float]] = [[] for _ in threads]
+def median_time(run: Callable[[], Tensor], rounds: int) -> float:
+    calls, _ = plan(run, rounds)
+    samples = []
     for _ in range(rounds):
-        for samples, count in zip(times, threads, strict=True):
-            torch.set_num_threads(count)
-            time.sleep(PAUSE_SECONDS)
-            calls, _ = plan(run, rounds)
-            samples.append(time_round(run, calls))
-    return [statistics.median(samples) for samples in times]
+        time.sleep(PAUSE_SECONDS)
+        time_round(run, 1)
+        samples.append(time_round(run, calls))
+    return statistics.median(samples)
 
 
 def line(points: Sequence[Point], kernel: str, along: str, threads: int) -> dict[int, float]:

@@ -28,10 +28,10 @@ registers, a multiply and an add counting two), reading one buffer again and aga
 written), each by the best of several instruction sequences on the instruction set in force.
 
 *ratio* is the best peer's time over ours; names in parentheses do a different job and do not count. *error* is relative
-to a float64 or integer reference. Fresh outputs of many megabytes are limited by page faults. On CPUs without VNNI the
-int8 peers keep their saturating products in range with 7-bit weights or activations; the limit is that of exact 8-bit
-products, so a peer may exceed 100%; so may a bfloat16 peer where the CPU multiplies bfloat16 faster than float32. The
-smallest shapes are limited by the call itself, which no limit here counts."""
+to a float64 or integer reference. Peers whose results are fresh memory of many megabytes are limited by page faults. On
+CPUs without VNNI the int8 peers keep their saturating products in range with 7-bit weights or activations; the limit is
+that of exact 8-bit products, so a peer may exceed 100%; so may a bfloat16 peer where the CPU multiplies bfloat16 faster
+than float32. The smallest shapes are limited by the call itself, which no limit here counts."""
 
 
 def format_time(seconds: float) -> str:

@@ -66,7 +66,7 @@ def weight_integers(weight: Tensor, scale: Tensor | None, bits: int) -> tuple[Te
     """(int8 `[N, K]`, float32 `[N]`), whose product is `fake_weight`."""
     if bits == 1:
         signs, mean = kk.binarize_rows(weight)
-        return signs.to(torch.int8), mean
+        return signs.to(torch.int8), mean.clamp_min(SMALLEST_SCALE)
     if scale is None:
         return kk.quantize_rows(weight)
     quant_min, quant_max = weight_range(bits)
@@ -149,17 +149,19 @@ class _Product(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_input_scale, needs_zero_point, needs_weight_scale, *_ = (
             ctx.needs_input_grad
         )
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        # A quarter of the memory to read, where there are integers.
-        rounded = fake_weight(weight, None, 1) if integers is None else kk.dequantize(integers, scale, axis=0)
-        rounded = rounded.to(grad.dtype)
+        rows, (outputs, features) = math.prod(x.shape[:-1]), weight.shape
+        grad = grads[0].reshape(rows, outputs)
+        rounded: Tensor | None = None
         grad_x = grad_input_scale = grad_zero_point = grad_weight = grad_weight_scale = None
         if needs_x or needs_input_scale or needs_zero_point:
+            # Where there are integers, a quarter of the bytes of the float weight are read.
+            rounded = fake_weight(weight, None, 1) if integers is None else kk.dequantize(integers, scale, axis=0)
+            rounded = rounded.to(grad.dtype)
             grad_x = (grad @ rounded).view(x.shape)
             grad_input_scale, grad_zero_point = input_backward_(grad_x, x, input_scale, zero_point, ctx.input_bits)
             through_magnitude_(grad_input_scale, input_parameter)
         if needs_weight or needs_weight_scale:
-            inputs = fake_input(x, input_scale, zero_point, ctx.input_bits).reshape(-1, x.shape[-1])
+            inputs = fake_input(x, input_scale, zero_point, ctx.input_bits).reshape(rows, features)
             grad_weight = torch.mm(grad.t(), inputs, out=rounded).to(weight.dtype)
             learned = None if weight_parameter is None else scale
             grad_weight_scale = weight_backward_(grad_weight, weight, learned, ctx.weight_bits)
@@ -184,6 +186,11 @@ def quantized_product(
     Args:
         input_scale, zero_point: 0-d parameters of the activations' grid (LSQ+, Bhalgat et al. 2020), or both None.
         weight_scale: parameter `[N]` (LSQ), or None.
+
+    Differentiable once: a gradient of the gradient (`create_graph=True`) raises.
+
+    Raises:
+        ValueError: an 8-bit weight or a learned scale is NaN or infinite, as after a step that diverged.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
