@@ -70,10 +70,10 @@ struct Call {
   }
 
   TileOutput output_at(int64_t row, int rows, int64_t channel, int64_t most_channels) const {
-    const size_t element = result == Result::kInt32 ? 4 : dtype_size(static_cast<DType>(result));
-    const Place place = place_of(y, m, n * static_cast<int64_t>(element));
-    char* at = static_cast<char*>(y) + static_cast<size_t>(row * n + channel) * element;
-    return {result, place, rows, static_cast<int>(std::min(most_channels, n - channel)), at, n};
+    const int element = result_bytes(result);
+    const Place place = place_of(y, m, n * element);
+    char* at = static_cast<char*>(y) + (row * n + channel) * element;
+    return {result, element, place, rows, static_cast<int>(std::min(most_channels, n - channel)), at, n};
   }
 };
 

@@ -93,8 +93,6 @@ struct Call {
     y = args.y;
   }
 
-  size_t result_bytes() const { return result == Result::kInt32 ? 4 : dtype_size(static_cast<DType>(result)); }
-
   // Rows x `count` panels from the given one on.
   Int8TileCall tile(const RowTile& rows, int64_t panel, int count) const {
     const int64_t channel = panel * kernels->size.nr;
@@ -109,9 +107,10 @@ struct Call {
     if (epilogue.weight_scale != nullptr) call.epilogue.weight_scale += channel;
     if (epilogue.bias != nullptr) call.epilogue.bias += channel;
     call.out.type = result;
+    call.out.element_bytes = result_bytes(result);
     call.out.rows = rows.count;
     call.out.cols = static_cast<int>(std::min<int64_t>(count * kernels->size.nr, weight.n - channel));
-    call.out.y = static_cast<char*>(y) + static_cast<size_t>(rows.first * weight.n + channel) * result_bytes();
+    call.out.y = static_cast<char*>(y) + (rows.first * weight.n + channel) * result_bytes(result);
     call.out.y_stride = weight.n;
     call.out.place = place;
     return call;
@@ -125,7 +124,7 @@ Status run(Call& call, int64_t m, int64_t element_bytes, int (*at_once)(int, int
   const Int8Tile& size = call.kernels->size;
   const PackedWeight& weight = call.weight;
   const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
-  call.place = place_of(call.y, m, weight.n * static_cast<int64_t>(call.result_bytes()));
+  call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
   ProductShape shape;
   shape.m = m;
   shape.row_bytes = weight.units * size.ku * element_bytes;

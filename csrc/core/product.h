@@ -26,6 +26,9 @@ constexpr int64_t kBlockBytes = 256 * 1024;
 // of what an L3 cache gives, and smaller blocks spread evenly over threads.
 constexpr int64_t kBlockRows = 96;
 
+inline int result_bytes(Result type) { return type == Result::kFloat32 || type == Result::kInt32 ? 4 : 2; }
+
+// Of a whole result. As measured with 1 MiB of L2 and 32 MiB of L3.
 constexpr int64_t kFarBytes = int64_t{1} << 20;
 constexpr int64_t kMemoryBytes = int64_t{8} << 20;
 

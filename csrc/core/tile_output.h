@@ -18,6 +18,7 @@ enum class Place : int {
 // The first `cols` channels of each of a tile's rows go to y, rows y_stride elements apart.
 struct TileOutput {
   Result type;
+  int element_bytes;
   Place place;
   int rows;
   int cols;

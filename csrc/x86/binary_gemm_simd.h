@@ -203,13 +203,11 @@ struct Loops {
     }
   }
 
-  static I load_counts(const int32_t* p, int n) { return n == kLanes ? Vec::int_load(p) : Vec::int_load_part(p, n); }
-
   static void store_int32(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
       for (int r = 0; r < out.rows; ++r) {
         int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
-        store_integers(y + i, dots(load_counts(counts + r * width + i, n), e.k), n);
+        store_integers(y + i, dots(load_int(counts + r * width + i, n), e.k), n);
       }
     });
   }
@@ -220,7 +218,7 @@ struct Loops {
       const Channels c = channels_at(e, i, n);
       for (int r = 0; r < out.rows; ++r) {
         T* y = static_cast<T*>(out.y) + r * out.y_stride;
-        store(y + i, scaled(load_counts(counts + r * width + i, n), e.k, c), n);
+        store(y + i, scaled(load_int(counts + r * width + i, n), e.k, c), n);
       }
     });
   }

@@ -269,8 +269,6 @@ struct Loops {
     }
   }
 
-  static I load_int(const int32_t* p, int n) { return n == kLanes ? Vec::int_load(p) : Vec::int_load_part(p, n); }
-
   static I correction(const Int8Epilogue& e, int64_t i, int n) {
     return Vec::int_mul(load_int(e.column_sum + i, n), Vec::int_set(e.offset));
   }

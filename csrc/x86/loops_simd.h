@@ -22,6 +22,10 @@ inline __attribute__((always_inline)) Vec::Float load(const T* p, int n) {
   return n == Vec::kLanes ? Vec::load(p) : Vec::load_part(p, n);
 }
 
+inline __attribute__((always_inline)) Vec::Int load_int(const int32_t* p, int n) {
+  return n == Vec::kLanes ? Vec::int_load(p) : Vec::int_load_part(p, n);
+}
+
 template <class T>
 inline __attribute__((always_inline)) void store(T* p, Vec::Float v, int n) {
   if (n == Vec::kLanes) {
@@ -62,10 +66,9 @@ inline __attribute__((always_inline)) void pin(Vector& sum) {
 // the lines are near anyway, the instructions cost 1 to 2 %.
 inline void prefetch_output(const TileOutput& out) {
   if (out.place == Place::kNear) return;
-  const int64_t element = out.type == Result::kFloat32 || out.type == Result::kInt32 ? 4 : 2;
   for (int r = 0; r < out.rows; ++r) {
-    const char* row = static_cast<const char*>(out.y) + r * out.y_stride * element;
-    for (int64_t i = 0; i < out.cols * element; i += 64) __asm__ volatile("prefetchw %0" ::"m"(row[i]));
+    const char* row = static_cast<const char*>(out.y) + r * out.y_stride * out.element_bytes;
+    for (int64_t i = 0; i < out.cols * out.element_bytes; i += 64) __asm__ volatile("prefetchw %0" ::"m"(row[i]));
   }
 }
 
