@@ -133,3 +133,11 @@ def test_bad_arguments_are_named() -> None:
         kn.binary_matmul(dirty, bits, 70)
     with pytest.raises(ValueError, match="weight_scale"):
         kn.binary_linear(np.ones((2, 70), np.float32), bits, np.ones(3, np.float32))
+
+
+def test_linear_is_exact_for_rows_longer_than_float32_can_count(isa: str) -> None:
+    k = 2**24 + 1
+    w = np.ones((1, k), np.float16)
+    w[0, : 2**23] = -1
+    got = kn.binary_linear(np.ones((1, k), np.float16), kn.pack_signs(w), np.ones(1, np.float32), None)
+    np.testing.assert_array_equal(got, [[1]])

@@ -52,15 +52,21 @@ def int_mm(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     return lambda: torch._int_mm(filled, b.t())[:m]
 
 
+def random_layer(m: int, n: int, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, the float weight, the bias; and the weight's scale and integers."""
+    x = torch.randn(m, k, generator=generator)
+    w = torch.randn(n, k, generator=generator)
+    bias = torch.randn(n, generator=generator)
+    scale = w.abs().amax(1) / 127
+    return x, w, bias, scale, torch.round(w / scale[:, None]).to(torch.int8)
+
+
 def int8_linear_cases(quick: bool) -> Iterator[Case]:
     """float32 -> float32, activations quantized inside."""
     generator = torch.Generator().manual_seed(1)
     for m, n, k in shapes.QUICK if quick else shapes.INT8:
-        x = torch.randn(m, k, generator=generator)
-        w = torch.randn(n, k, generator=generator)
-        bias = torch.randn(n, generator=generator)
-        weight_scale = w.abs().amax(1) / 127
-        packed = kk.pack_int8_weight(torch.round(w / weight_scale[:, None]).to(torch.int8))
+        x, w, bias, weight_scale, q = random_layer(m, n, k, generator)
+        packed = kk.pack_int8_weight(q)
         grid = affine_grid(float(x.min()), float(x.max()), 8)
         static = partial(kk.int8_linear, input_scale=grid.scale, input_zero_point=grid.zero_point)
         ours = (x, packed, weight_scale, bias)

@@ -17,6 +17,7 @@ import kdq_kernels as kk
 from kdq.bench import shapes
 from kdq.bench.case import Case, Contender
 from kdq.bench.compiled import compiled
+from kdq.bench.int8 import random_layer
 from kdq.bench.limits import float32_products, reading
 from kdq.bench.peers import float_linears
 
@@ -25,11 +26,7 @@ def weight_only_cases(quick: bool) -> Iterator[Case]:
     """float32 -> float32."""
     generator = torch.Generator().manual_seed(9)
     for m, n, k in shapes.QUICK if quick else shapes.WEIGHT_ONLY:
-        x = torch.randn(m, k, generator=generator)
-        w = torch.randn(n, k, generator=generator)
-        bias = torch.randn(n, generator=generator)
-        scale = w.abs().amax(1) / 127
-        q = torch.round(w / scale[:, None]).to(torch.int8)
+        x, w, bias, scale, q = random_layer(m, n, k, generator)
         ours = partial(kk.int8_weight_only_linear, x, kk.pack_int8_weight(q), scale, bias)
         contenders = [
             Contender("kdq int8_weight_only_linear", ours, "ours", 0.02),
