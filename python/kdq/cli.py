@@ -1,4 +1,4 @@
-"""The `kdq` command: demo, bench, report, info."""
+"""The `kdq` command: demo, study, bench, report, info."""
 
 from __future__ import annotations
 
@@ -35,6 +35,28 @@ def demo(
     from kdq.demo import Settings, run_digits
 
     run_digits(out, Settings.quick(seeds) if quick else Settings(seeds=seeds), console)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="Which study: claim-a, claim-b, claim-c.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds; all arms of a seed are paired.")] = 10,
+    out: Annotated[Path, typer.Option(help="Folder for the page, its picture and every outcome as JSON.")] = Path(
+        "docs/studies"
+    ),
+    quick: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
+) -> None:
+    """Run an experiment about distillation and quantization, and write its page."""
+    from kdq.studies import document
+    from kdq.studies.all import STUDIES
+    from kdq.studies.study import run_study
+
+    if name not in STUDIES:
+        raise ValueError(f"study: expected one of {', '.join(STUDIES)}, got {name!r}")
+    findings = run_study(STUDIES[name], seeds, quick=quick)
+    console.print(document.rich_summary(findings))
+    for path in document.write(findings, out):
+        console.print(f"wrote {path}")
 
 
 @app.command()
