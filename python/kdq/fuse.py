@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
-MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
+from kdq.layers.base import ACTIVATION_FUNCTIONS, ACTIVATION_MODULES
+
+FUNCTIONS = [*((function, name) for name, function in ACTIVATION_FUNCTIONS.items()), (torch.relu, "relu")]
+MODULES = {cls: name for name, cls in ACTIVATION_MODULES.items()}
 
 
 @dataclass(frozen=True)
