@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import kdq_kernels as kk
+from kdq.layers.base import fused_activation
 from kdq.observe import (
     captured_outputs,
     check_same_shape,
@@ -270,9 +271,18 @@ class Distiller:
 
     def _add_regressors(self, learned: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> None:
         for ours, theirs in self.pairs:
-            for role, name, features in (("student", ours, learned), ("teacher", theirs, taught)):
+            for role, model, name, features in (
+                ("student", self.student, ours, learned),
+                ("teacher", self.teacher, theirs, taught),
+            ):
                 if name not in features:
                     raise ValueError(f"{role} layer {name!r} did not run in the forward pass: it gives no hint")
+                fused = fused_activation(find_layer(model, name, role))
+                if fused is not None:
+                    raise ValueError(
+                        f"{role} layer {name!r} computes its {fused} too, so its output is not a linear layer's; name "
+                        "what follows it, or quantize with fuse_activations=False"
+                    )
             if (ours, theirs) not in self.regressors:
                 pair = f"{ours!r} -> {theirs!r}"
                 self.regressors[ours, theirs] = Regressor.between(learned[ours], taught[theirs], pair)

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from kdq.architecture import build_architecture, describe_architecture
 from kdq.configs import config_from_json, config_to_json
-from kdq.layers.base import InferenceLinear
+from kdq.fuse import Fusion, find_fusions
+from kdq.layers.base import InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import QATLinear
+from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: a layer may have an activation. Files of version 1, which have none, are read as well.
 LAYERS: dict[str, Callable[..., InferenceLinear]] = {
     cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear)
 }
@@ -66,8 +68,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the file.
-        model: the float architecture; its layers are replaced as the file says and all tensors loaded, in place. None
-            rebuilds models made of nn.Sequential and common layers.
+        model: the float architecture; its layers are replaced as the file says, the activations that they compute taken
+            out, and all tensors loaded, in place. None rebuilds models made of nn.Sequential and common layers.
 
     Returns:
         The model, in eval mode if it was rebuilt.
@@ -90,10 +92,14 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         for name in layers:
             _check_place(path, model, name, layers[name])
         _check_tensors(path, model, layers, tensors)
+        fusions = _fusions_left(path, model, layers)
         for name, layer in layers.items():
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             setattr(parent, child, layer.train(getattr(parent, child).training))
+        for fusion in fusions:
+            fusion.take_out()
+        run_layers_of_transformers(model)
     model.load_state_dict(tensors)
     return model
 
@@ -105,14 +111,14 @@ def _describe_layer(layer: Any) -> dict[str, Any]:
         "out_features": layer.out_features,
         "bias": layer.bias is not None,
         "config": config_to_json(layer.config),
-    }
+    } | ({} if layer.activation is None else {"activation": layer.activation})
 
 
 def _build_layer(path: str | os.PathLike[str], name: str, data: dict[str, Any]) -> InferenceLinear:
     try:
-        return LAYERS[data["type"]](
-            data["in_features"], data["out_features"], data["bias"], config=config_from_json(data["config"])
-        )
+        fused = {"activation": data["activation"]} if "activation" in data else {}
+        config = config_from_json(data["config"])
+        return LAYERS[data["type"]](data["in_features"], data["out_features"], data["bias"], config=config, **fused)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the description of layer {name!r} is not valid: {error}") from error
 
@@ -135,8 +141,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             raise KeyError("layers")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its quantization map is not valid: {error}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}, this kdq reads {FORMAT_VERSION}")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(f"{path}: format version {version}, this kdq reads 1 to {FORMAT_VERSION}")
     return info, tensors
 
 
@@ -151,6 +157,28 @@ def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, laye
             f"{path}: layer {name!r} is linear {layer.in_features} -> {layer.out_features}, "
             f"the model has {module} there"
         )
+
+
+def _fusions_left(path: str | os.PathLike[str], model: nn.Module, layers: dict[str, InferenceLinear]) -> list[Fusion]:
+    """The activations that the file's layers compute and the model still has behind its own.
+
+    Raises:
+        ValueError: the model would compute something else: an activation twice, another one, or none.
+    """
+    fusions = find_fusions(model, layers)
+    left = []
+    for name, layer in layers.items():
+        present, behind = fused_activation(model.get_submodule(name)), fusions.get(name)
+        if present == layer.activation:
+            continue  # neither has one, or the model was fused before
+        if present is not None or behind is None or behind.activation != layer.activation:
+            found = present or (behind.activation if behind is not None else None)
+            raise ValueError(
+                f"{path}: layer {name!r} computes the activation {layer.activation}, the model's has {found} in it or "
+                "directly behind it; pass the float model that was quantized, without hooks on these layers"
+            )
+        left.append(behind)
+    return left
 
 
 def _check_tensors(

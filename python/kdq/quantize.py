@@ -1,14 +1,14 @@
 """quantize_, prepare_qat_, convert_: replace a model's linear layers, in place and all or nothing.
 
-Each call first decides about every layer and builds all replacements; only then does it touch the model. An error on
-the way leaves the model as it was.
+Each call first decides about every layer and activation and builds all replacements; only then does it touch the model.
+An error on the way leaves the model as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -18,26 +18,34 @@ from torch.nn.utils import parametrize
 
 from kdq.calibrate import Observer, observe_inputs
 from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for
-from kdq.layers.base import InferenceLinear
+from kdq.fuse import find_fusions
+from kdq.layers.base import InferenceLinear, PackedInt8Linear
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
+from kdq.transformer import run_layers_of_transformers
 
 FilterFn = Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a call did with every leaf module that has weights: changed (name -> config) or left (name -> reason)."""
+    """What a call did with every leaf module that has weights: changed (name -> config) or left (name -> reason).
+
+    fused: the changed layers that compute the activation behind them too (name -> "relu", "gelu" or "silu").
+    """
 
     changed: dict[str, Config] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
 
     def __rich__(self) -> Table:
-        table = Table("module", "result", title=f"{len(self.changed)} changed, {len(self.left)} left")
+        title = f"{len(self.changed)} changed, {len(self.fused)} with their activation, {len(self.left)} left"
+        table = Table("module", "result", title=title)
         for name, config in self.changed.items():
-            table.add_row(name, str(config), style="bold")
+            activation = f" + {self.fused[name]}" if name in self.fused else ""
+            table.add_row(name, f"{config}{activation}", style="bold")
         for name, reason in self.left.items():
             table.add_row(name or "(the model)", f"left: {reason}")
         return table
@@ -55,8 +63,14 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    fuse_activations: bool = True,
 ) -> ConversionReport:
     """Quantizes a trained model in place: its linear layers run on the integer and binary kernels from now on.
+
+    An activation that the model's structure puts directly behind a layer of int8 or few bits (nn.ReLU, nn.SiLU, or
+    nn.GELU in its erf form, inside an nn.Sequential; that of an nn.TransformerEncoderLayer) moves into the layer, and
+    an nn.Identity takes its place. The model's function stays the same, to float rounding. Who reads the output of that
+    layer alone, by a hook set later or by indexing the nn.Sequential, sees it after the activation.
 
     Args:
         model: any module that contains nn.Linear layers.
@@ -64,9 +78,10 @@ def quantize_(
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
         calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed for `Int8Static`
             and `LowBit`, whose activation scales are fixed.
+        fuse_activations: False leaves every activation where it is.
 
     Returns:
-        What was changed, and what was left and why.
+        What was changed and fused, and what was left and why.
 
     Raises:
         TypeError: config is not one of kdq's.
@@ -84,7 +99,9 @@ def quantize_(
                 "pass some batches as calibration=, or use Int8Dynamic, which needs none"
             )
         observers = observe_inputs(model, static, calibration)
-    return plan.carry_out(model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)))
+    return plan.carry_out(
+        model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)), fuse_activations
+    )
 
 
 def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None = None) -> ConversionReport:
@@ -95,15 +112,18 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
     batch.
     """
     plan = _plan(model, config, filter_fn, _why_not_linear)
-    return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
+    return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config), fuse_activations=False)
 
 
-def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> ConversionReport:
+def convert_(
+    model: nn.Module, plan: Mapping[str, Config] | None = None, *, fuse_activations: bool = True
+) -> ConversionReport:
     """Replaces training twins by the layers that run on the real kernels, in place.
 
     Args:
         model: after `prepare_qat_` and training.
         plan: also quantizes plain nn.Linear layers whose names match, as `quantize_` does without calibration.
+        fuse_activations: as for `quantize_`.
 
     Raises:
         RuntimeError: an activation scale was never initialized, because no batch went through.
@@ -130,7 +150,7 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
             p.module.to_inference() if isinstance(p.module, QATLinear) else _inference_layer(p.module, p.config, None)
         )
 
-    return prepared.carry_out(model, build)
+    return prepared.carry_out(model, build, fuse_activations)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -194,7 +214,9 @@ class _Plan:
     chosen: dict[str, _Target] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
-    def carry_out(self, model: nn.Module, build: Callable[[str, _Target], nn.Module]) -> ConversionReport:
+    def carry_out(
+        self, model: nn.Module, build: Callable[[str, _Target], nn.Module], fuse_activations: bool
+    ) -> ConversionReport:
         """Builds every replacement, then puts them in. A module that is used under two names is built once."""
         built: dict[int, nn.Module] = {}
         for name, target in self.chosen.items():
@@ -205,11 +227,18 @@ class _Plan:
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{name}: {error}") from error
             built[id(target.module)] = layer.train(target.module.training)
+        able = [n for n, t in self.chosen.items() if isinstance(built[id(t.module)], PackedInt8Linear)]
+        fusions = find_fusions(model, able) if fuse_activations else {}
+        for name, fusion in fusions.items():
+            cast(PackedInt8Linear, built[id(self.chosen[name].module)]).activation = fusion.activation
+            fusion.take_out()
         for name, target in self.chosen.items():
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, built[id(target.module)])
-        _disable_fused_transformer_layers(model)
-        return ConversionReport({n: t.config for n, t in self.chosen.items()}, self.left)
+        run_layers_of_transformers(model)
+        return ConversionReport(
+            {n: t.config for n, t in self.chosen.items()}, self.left, {n: f.activation for n, f in fusions.items()}
+        )
 
 
 def _plan(
@@ -258,13 +287,3 @@ def _inside_layer(model: nn.Module, name: str) -> bool:
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
     return any(isinstance(module, nn.Linear | QATLinear) for module in above)
-
-
-def _disable_fused_transformer_layers(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer has a fused inference path that reads the float weights of its linear layers; this
-    flag, which nothing else reads, makes it call the layers instead."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and not (
-            type(module.linear1) is nn.Linear and type(module.linear2) is nn.Linear
-        ):
-            module.activation_relu_or_gelu = 0

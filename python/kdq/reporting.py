@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdq.distill import mean_kl
-from kdq.layers.base import InferenceLinear
+from kdq.layers.base import ACTIVATION_FUNCTIONS, InferenceLinear, fused_activation
 from kdq.layers.qat import QATLinear
 from kdq.observe import captured_outputs, check_same_shape, evaluating, parse_batch, rows_of
 
@@ -194,7 +194,10 @@ def interleaved_latency(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS
 
 
 def layer_errors(student: nn.Module, reference: nn.Module, batch: Any) -> list[LayerError]:
-    """SQNR of every quantized layer whose name and output shape the reference has too."""
+    """SQNR of every quantized layer whose name and output shape the reference has too.
+
+    Where one side's layer computes its activation too, both are compared after it.
+    """
     theirs = dict(reference.named_modules())
     quantized = {n: m for n, m in student.named_modules() if isinstance(m, InferenceLinear | QATLinear) and n in theirs}
     parsed = parse_batch(batch)
@@ -204,10 +207,25 @@ def layer_errors(student: nn.Module, reference: nn.Module, batch: Any) -> list[L
         with captured_outputs(reference, quantized, "reference") as expected:
             parsed.logits(reference, "reference")
     return [
-        LayerError(name, type(module).__name__, sqnr_db(outputs[name], expected[name]))
+        LayerError(name, _kind(module), sqnr_db(*_alike(module, outputs[name], theirs[name], expected[name])))
         for name, module in quantized.items()
         if name in outputs and name in expected and outputs[name].shape == expected[name].shape
     ]
+
+
+def _kind(module: nn.Module) -> str:
+    activation = fused_activation(module)
+    return type(module).__name__ + ("" if activation is None else f" + {activation}")
+
+
+def _alike(ours: nn.Module, output: Tensor, theirs: nn.Module, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Both outputs after the activation, if either layer computes one."""
+    mine, other = fused_activation(ours), fused_activation(theirs)
+    if mine is None and other is not None:
+        output = ACTIVATION_FUNCTIONS[other](output)
+    if mine is not None and other is None:
+        expected = ACTIVATION_FUNCTIONS[mine](expected)
+    return output, expected
 
 
 def sqnr_db(output: Tensor, reference: Tensor) -> float:

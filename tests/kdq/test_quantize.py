@@ -152,6 +152,20 @@ def test_transformer_encoder_runs_the_quantized_layers() -> None:
     assert 0 < (got - expected).norm() / expected.norm() < 0.05
 
 
+@pytest.mark.parametrize("config", [kdq.Int8Dynamic(), kdq.Binary()], ids=str)
+def test_padded_batches_of_transformers_run_the_quantized_layers(config: Config) -> None:
+    """In inference mode torch would pack them into nested tensors for the path that reads linear1.weight."""
+    torch.manual_seed(0)
+    m = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(3, 5, 16)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    kdq.quantize_(m, config)
+    with torch.inference_mode():
+        got = m(x, src_key_padding_mask=padding)
+        for row, length in enumerate((5, 3, 4)):
+            torch.testing.assert_close(got[row, :length], m(x[row : row + 1, :length])[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("spoil", "config", "kwargs", "error", "message"),
     [
@@ -256,7 +270,8 @@ def test_gradient_passes_to_the_input(config: Config) -> None:
     y = m(x)
     assert torch.equal(y.detach(), m(data()))
     y.backward(grad)
-    torch.testing.assert_close(x.grad, grad @ m.dequantized_weight())
+    passed = grad if m.activation is None else grad * (y > 0)
+    torch.testing.assert_close(x.grad, passed @ m.dequantized_weight())
 
 
 @every_config
@@ -273,6 +288,7 @@ def test_compiles_and_exports(config: Config) -> None:
 @every_config
 def test_to_float_and_back(config: Config) -> None:
     layer: Any = quantized(config)[0]
+    layer.activation = None
     linear = layer.to_float()
     assert torch.equal(linear.weight, layer.dequantized_weight())
     grid = {}

@@ -6,21 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdq_kernels as kk
+
+# The activations that kernels compute with their result, by the kernels' names: the same as functions and modules.
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class InferenceLinear(nn.Module):
     """A linear layer on quantized kernels. Its tensors are buffers: frozen, and saved in a form any machine can load.
 
     Subclasses compute the result in `kernel`; `dequantized_weight` is the float32 weight that they stand for.
+    `activation` (None, "relu", "gelu" in its erf form, or "silu") is applied to the result.
     """
 
     in_features: int
     out_features: int
     weight_scale: Tensor
     bias: Tensor | None
+    activation: str | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
@@ -29,7 +36,7 @@ class InferenceLinear(nn.Module):
         self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
-    def kernel(self, x: Tensor) -> Tensor:
+    def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         """x `[..., in_features]` -> `[..., out_features]`, in the dtype of x.
 
         Implementations read their tensors from `self._buffers`: `self.name` costs more than a microsecond on an
@@ -47,17 +54,20 @@ class InferenceLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and x.requires_grad:
-            return straight_through(self.kernel, self.dequantized_weight, x)
-        return self.kernel(x)
+            y = straight_through(lambda x: self.kernel(x, None), self.dequantized_weight, x)
+            return y if self.activation is None else ACTIVATION_FUNCTIONS[self.activation](y)
+        return self.kernel(x, self.activation)
 
-    def to_float(self) -> nn.Linear:
-        """A plain nn.Linear with the dequantized weight."""
+    def to_float(self) -> nn.Linear | nn.Sequential:
+        """A plain nn.Linear with the dequantized weight, in an nn.Sequential with the activation if there is one."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         with torch.no_grad():
             linear.weight.copy_(self.dequantized_weight())
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
-        return linear
+        if self.activation is None:
+            return linear
+        return nn.Sequential(linear, ACTIVATION_MODULES[self.activation]())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLinear:
         """Moves between devices, but keeps dtypes: `model.bfloat16()` must not round the float32 scales."""
@@ -70,7 +80,13 @@ class InferenceLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        fused = "" if self.activation is None else f", activation={self.activation!r}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{fused}"
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """The activation that a layer computes with its result, if it is one of ours and has one."""
+    return module.activation if isinstance(module, InferenceLinear) else None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -104,8 +120,12 @@ class PackedInt8Linear(InferenceLinear):
 
     packed: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str | None) -> None:
         super().__init__(in_features, out_features, bias)
+        if activation is not None and activation not in ACTIVATION_FUNCTIONS:
+            names = ", ".join(map(repr, ACTIVATION_FUNCTIONS))
+            raise ValueError(f"activation: expected None or one of {names}, got {activation!r}")
+        self.activation = activation
         self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
         self._packed_isa = ""
 

@@ -16,7 +16,7 @@ class BinaryLinear(InferenceLinear):
     """`sign(x) @ sign(w).T * weight_scale + bias` (XNOR-Net, Rastegari et al. 2016).
 
     Buffers: `weight_bits` int64 `[N, ceil(K / 64)]`, `weight_scale` float32 `[N]` (the mean `|w|` of the output
-    channel), `bias` float32 `[N]` or None.
+    channel), `bias` float32 `[N]` or None. The binary kernels compute no activation.
     """
 
     weight_bits: Tensor
@@ -37,7 +37,9 @@ class BinaryLinear(InferenceLinear):
             layer.bias = linear.bias.detach().float().clone()
         return layer
 
-    def kernel(self, x: Tensor) -> Tensor:
+    def kernel(self, x: Tensor, activation: str | None) -> Tensor:
+        if activation is not None:
+            raise ValueError(f"activation: the binary kernels compute none, got {activation!r}")
         own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
         return kk.binary_linear(x, own["weight_bits"], own["weight_scale"], own["bias"])
 

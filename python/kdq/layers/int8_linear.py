@@ -26,8 +26,16 @@ class Int8Linear(PackedInt8Linear):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: Int8Config) -> None:
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: Int8Config,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, activation)
         static = isinstance(config, Int8Static)
         self.config = config
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
@@ -43,6 +51,7 @@ class Int8Linear(PackedInt8Linear):
         *,
         input_grid: AffineGrid | None = None,
         weight_scale: Tensor | None = None,
+        activation: str | None = None,
     ) -> Int8Linear:
         """Quantizes an nn.Linear.
 
@@ -50,11 +59,13 @@ class Int8Linear(PackedInt8Linear):
             config: None means `Int8Dynamic()`.
             input_grid: the activations' grid; needed for `Int8Static`.
             weight_scale: float32 `[N]`; None: `max|w| / 127` of each output channel.
+            activation: None, "relu", "gelu" (erf form) or "silu", computed by the kernel.
         """
         config = Int8Dynamic() if config is None else config
         if isinstance(config, Int8Static) and input_grid is None:
             raise ValueError("input_grid: Int8Static needs the range of the activations; calibrate first")
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config=config)
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, has_bias, config=config, activation=activation)
         weight = linear.weight.detach().float()
         scale = int8_weight_scale(weight) if weight_scale is None else weight_scale.detach().float()
         layer.weight_scale = scale
@@ -69,11 +80,11 @@ class Int8Linear(PackedInt8Linear):
     def int8_weight(self) -> Tensor:
         return self.weight
 
-    def kernel(self, x: Tensor) -> Tensor:
+    def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         packed = self.packed_weight()
         own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
         if isinstance(self.config, Int8WeightOnly):
-            return kk.int8_weight_only_linear(x, packed, own["weight_scale"], own["bias"])
+            return kk.int8_weight_only_linear(x, packed, own["weight_scale"], own["bias"], activation=activation)
         return kk.int8_linear(
             x,
             packed,
@@ -81,6 +92,7 @@ class Int8Linear(PackedInt8Linear):
             own["bias"],
             input_scale=own["input_scale"],
             input_zero_point=own["input_zero_point"],
+            activation=activation,
         )
 
     def extra_repr(self) -> str:

@@ -50,8 +50,16 @@ class LowBitLinear(PackedInt8Linear):
     input_scale: Tensor
     input_zero_point: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: LowBit) -> None:
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: LowBit,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, activation)
         self.config = config
         row_bytes = (in_features * config.weight_bits + 7) // 8
         self.register_buffer("weight", torch.zeros(out_features, row_bytes, dtype=torch.uint8))
@@ -67,9 +75,17 @@ class LowBitLinear(PackedInt8Linear):
         *,
         input_grid: AffineGrid,
         weight_scale: Tensor | None = None,
+        activation: str | None = None,
     ) -> LowBitLinear:
-        """Quantizes an nn.Linear. weight_scale None: searched for the least squared error of each output channel."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, config=config)
+        """Quantizes an nn.Linear.
+
+        Args:
+            input_grid: the activations' grid.
+            weight_scale: float32 `[N]`; None: searched for the least squared error of each output channel.
+            activation: None, "relu", "gelu" (erf form) or "silu", computed by the kernel.
+        """
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, has_bias, config=config, activation=activation)
         weight = linear.weight.detach().float()
         bits = config.weight_bits
         scale = low_bit_weight_scale(weight, bits) if weight_scale is None else weight_scale.detach().float()
@@ -84,7 +100,7 @@ class LowBitLinear(PackedInt8Linear):
     def int8_weight(self) -> Tensor:
         return unpack_bits(self.weight, self.config.weight_bits, self.in_features)
 
-    def kernel(self, x: Tensor) -> Tensor:
+    def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         packed = self.packed_weight()
         own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
         return kk.int8_linear(
@@ -95,6 +111,7 @@ class LowBitLinear(PackedInt8Linear):
             input_scale=own["input_scale"],
             input_zero_point=own["input_zero_point"],
             input_quant_max=2**self.config.act_bits - 1,
+            activation=activation,
         )
 
     def extra_repr(self) -> str:
