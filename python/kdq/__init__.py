@@ -4,6 +4,7 @@ from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, Hint, SoftTargets
 from kdq.io import load, save
 from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
+from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
 from kdq.quantize import ConversionReport, convert_, prepare_qat_, quantize_
 from kdq.reporting import Report, report
 
@@ -17,8 +18,13 @@ __all__ = [
     "Int8Linear",
     "Int8Static",
     "Int8WeightOnly",
+    "KLHistogram",
     "LowBit",
     "LowBitLinear",
+    "MeanSquaredError",
+    "MinMax",
+    "MovingAverage",
+    "Percentile",
     "Report",
     "SoftTargets",
     "convert_",

@@ -80,15 +80,23 @@ def affine_grid(low: float, high: float, bits: int) -> AffineGrid:
     return AffineGrid(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
 
 
-def search_affine_grid(sample: Tensor, low: float, high: float, bits: int) -> AffineGrid:
-    """The grid with the least squared error on `sample`, of 64 that shrink `[low, high]` towards 0."""
+def clipped_range(low: float, high: float, share: float) -> tuple[float, float]:
+    """`[low, high]` without the values whose magnitude is above `share` of the largest: an outlier at one end does not
+    cost values at the other."""
+    threshold = share * max(-low, high)
+    return max(low, -threshold), min(high, threshold)
+
+
+def search_affine_grid(sample: Tensor, low: float, high: float, bits: int, counts: Tensor | None = None) -> AffineGrid:
+    """The grid with the least squared error on `sample`, of 64 that clip `[low, high]`; counts: how often each
+    element of the sample occurs, None: once."""
     best = affine_grid(low, high, bits)
     best_error = torch.inf
     for step in range(SEARCH_STEPS):
-        shrink = 1 - step / SEARCH_STEPS
-        grid = affine_grid(low * shrink, high * shrink, bits)
+        grid = affine_grid(*clipped_range(low, high, 1 - step / SEARCH_STEPS), bits)
         fake = kk.fake_quantize(sample, grid.scale, grid.zero_point, quant_min=0, quant_max=2**bits - 1)
-        error = float((fake - sample).square().sum())
+        squares = (fake - sample).square()
+        error = float(squares.sum() if counts is None else squares.double() @ counts.double())
         if error < best_error:
             best, best_error = grid, error
     return best

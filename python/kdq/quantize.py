@@ -16,13 +16,14 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kdq.calibrate import Observer, observe_inputs
+from kdq.calibrate import observe_inputs
 from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for
 from kdq.layers.base import InferenceLinear
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
+from kdq.observers import DEFAULT_OBSERVER, Observer, ObserverState, check_observer
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -55,6 +56,7 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    observer: Observer = DEFAULT_OBSERVER,
 ) -> ConversionReport:
     """Quantizes a trained model in place: its linear layers run on the integer and binary kernels from now on.
 
@@ -64,18 +66,20 @@ def quantize_(
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
         calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed for `Int8Static`
             and `LowBit`, whose activation scales are fixed.
+        observer: how these scales follow from what the batches show (`kdq.observers`).
 
     Returns:
         What was changed, and what was left and why.
 
     Raises:
-        TypeError: config is not one of kdq's.
+        TypeError: config or observer is not one of kdq's.
         ValueError: calibration is missing or empty, a weight is not finite, or the model itself is the only linear
             layer.
     """
     plan = _plan(model, config, filter_fn, _why_not_linear)
     static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
-    observers: dict[str, Observer] = {}
+    check_observer(observer)
+    observers: dict[str, ObserverState] = {}
     if static:
         if calibration is None:
             first = next(iter(static))
@@ -83,7 +87,7 @@ def quantize_(
                 f"calibration: {first!r} gets {plan.chosen[first].config}, which fixes the activations' scale; "
                 "pass some batches as calibration=, or use Int8Dynamic, which needs none"
             )
-        observers = observe_inputs(model, static, calibration)
+        observers = observe_inputs(model, static, calibration, observer)
     return plan.carry_out(model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)))
 
 
@@ -136,7 +140,7 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _inference_layer(linear: Any, config: Config, observer: Observer | None) -> InferenceLinear:
+def _inference_layer(linear: Any, config: Config, observer: ObserverState | None) -> InferenceLinear:
     if isinstance(config, Binary):
         return BinaryLinear.from_float(linear, config)
     if isinstance(config, LowBit):
