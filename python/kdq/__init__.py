@@ -5,6 +5,15 @@ from kdq.distill import Distiller, Hint, SoftTargets
 from kdq.io import load, save
 from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
 from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
+from kdq.ptq import (
+    ToolReport,
+    correct_bias_,
+    equalize_,
+    fold_batch_norm_,
+    reconstruct_,
+    reestimate_batch_norm_,
+    smooth_,
+)
 from kdq.quantize import ConversionReport, convert_, prepare_qat_, quantize_
 from kdq.reporting import Report, report
 
@@ -27,10 +36,17 @@ __all__ = [
     "Percentile",
     "Report",
     "SoftTargets",
+    "ToolReport",
     "convert_",
+    "correct_bias_",
+    "equalize_",
+    "fold_batch_norm_",
     "load",
     "prepare_qat_",
     "quantize_",
+    "reconstruct_",
+    "reestimate_batch_norm_",
     "report",
     "save",
+    "smooth_",
 ]
