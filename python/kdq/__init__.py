@@ -4,6 +4,7 @@ from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, Hint, SoftTargets
 from kdq.io import load, save
 from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
+from kdq.layers.qat_methods import pact_penalty
 from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
 from kdq.ptq import (
     ToolReport,
@@ -42,6 +43,7 @@ __all__ = [
     "equalize_",
     "fold_batch_norm_",
     "load",
+    "pact_penalty",
     "prepare_qat_",
     "quantize_",
     "reconstruct_",

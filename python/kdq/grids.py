@@ -71,6 +71,21 @@ def low_bit_weight_integers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return kk.quantize(weight, scale, quant_min=quant_min, quant_max=quant_max, axis=0)
 
 
+def dorefa_weight(weight: Tensor) -> Tensor:
+    """`tanh(w) / max|tanh w|`, float32: the weight that DoReFa-Net (Zhou et al. 2016) rounds, in [-1, 1]. Zeros stay."""
+    bounded = weight.float().tanh()
+    largest = bounded.abs().amax()
+    return bounded / torch.where(largest > 0, largest, 1.0)
+
+
+def dorefa_weight_integers(bounded: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(int8 `[N, K]`, float32 `[N]`) of a `dorefa_weight`: DoReFa's `2 quantize_k(b / 2 + 1/2) - 1` is the product of
+    an odd integer `2 round((b / 2 + 1/2) n) - n` and the scale `1 / n`, with `n = 2**bits - 1`."""
+    levels = 2**bits - 1
+    integers = ((bounded / 2 + 0.5) * levels).round() * 2 - levels
+    return integers.to(torch.int8), torch.full((len(bounded),), 1 / levels)
+
+
 def affine_grid(low: float, high: float, bits: int) -> AffineGrid:
     """The grid whose ends are at `low` and `high`, widened to contain 0, so that padding and ReLU's zero are exact."""
     low, high = min(low, 0.0), max(high, 0.0)

@@ -23,6 +23,7 @@ from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
+from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
 from kdq.observers import DEFAULT_OBSERVER, Observer, ObserverState, check_observer
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -73,12 +74,13 @@ def quantize_(
 
     Raises:
         TypeError: config or observer is not one of kdq's.
-        ValueError: calibration is missing or empty, a weight is not finite, or the model itself is the only linear
-            layer.
+        ValueError: calibration is missing or empty, a config's method is one of training, a weight is not finite, or
+            the model itself is the only linear layer.
     """
     plan = _plan(model, config, filter_fn, _why_not_linear)
     static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
     check_observer(observer)
+    check_post_training(plan)
     observers: dict[str, ObserverState] = {}
     if static:
         if calibration is None:
@@ -154,7 +156,9 @@ def _training_twin(linear: Any, config: Config) -> QATLinear:
     if isinstance(config, Binary):
         return BinaryQATLinear(linear, config)
     if isinstance(config, LowBit):
-        return LowBitQATLinear(linear, config)
+        if config.method == "pact":
+            return PACTQATLinear(linear, config)
+        return DoReFaQATLinear(linear, config) if config.method == "dorefa" else LowBitQATLinear(linear, config)
     return Int8QATLinear(linear, config)
 
 
@@ -182,6 +186,15 @@ def _check_weight(name: str, linear: nn.Linear) -> None:
     for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: its {part} contains NaN or inf; nothing was changed")
+
+
+def check_post_training(plan: _Plan) -> None:
+    """Raises ValueError if a config's method is one of training."""
+    for name, target in plan.chosen.items():
+        if isinstance(target.config, LowBit) and target.config.method != "lsq":
+            raise ValueError(
+                f"config: {name!r} gets {target.config}, which has to be trained: use prepare_qat_, or method='lsq'"
+            )
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------

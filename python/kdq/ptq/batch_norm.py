@@ -115,9 +115,9 @@ def reestimate_batch_norm_(model: nn.Module, loader: Iterable[Any]) -> ToolRepor
     Everything else is in eval mode meanwhile, and modes and momenta are as before afterwards.
 
     Helps where quantization, or training with fake quantization and a moving average that lags behind, has shifted what
-    the norms see: with few bits markedly. The average is the one that Wu and Johnson ("Rethinking 'Batch' in BatchNorm",
-    2021) call PreciseBN. Batches should be shuffled, of one size and not small: what differs between batches' means does
-    not enter the variance. Does nothing for layer norms, and norms that were folded are gone.
+    the norms see: with few bits markedly. The average is the one that Wu and Johnson call PreciseBN ("Rethinking
+    'Batch' in BatchNorm", 2021). Batches should be shuffled, of one size and not small: what differs between batches'
+    means does not enter the variance. Does nothing for layer norms, and norms that were folded are gone.
 
     Raises:
         ValueError: the loader is empty, or a batch has but one value a channel. Nothing was changed.

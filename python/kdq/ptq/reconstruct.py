@@ -21,7 +21,7 @@ from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat_product import fake_input
 from kdq.observers import DEFAULT_OBSERVER, Observer
 from kdq.ptq.tool_report import ToolReport
-from kdq.quantize import FilterFn, _disable_fused_transformer_layers, _plan, _why_not_linear
+from kdq.quantize import FilterFn, _disable_fused_transformer_layers, _plan, _why_not_linear, check_post_training
 
 ROWS = 4096  # of a layer's inputs, kept to learn from
 BATCH = 256
@@ -93,6 +93,7 @@ def reconstruct_(
     for name, target in plan.chosen.items():
         if isinstance(target.config, Binary) or (isinstance(target.config, LowBit) and target.config.weight_bits == 1):
             raise ValueError(f"config: {name!r} gets {target.config}, whose rounding is a sign; use 2 bits or more")
+    check_post_training(plan)
     batches = list(loader)
     layers = {name: target.module for name, target in plan.chosen.items()}
     states = observe_inputs(model, layers, batches, observer)
