@@ -1,4 +1,4 @@
-"""Calibration: what values the activations of chosen layers take on a user's data."""
+"""Calibration: runs a user's batches through a model and shows the inputs of chosen layers to observers."""
 
 from __future__ import annotations
 
@@ -6,65 +6,46 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kdq.grids import AffineGrid, search_affine_grid
 from kdq.observe import evaluating, parse_batch
-
-SAMPLE_SIZE = 1 << 16
-
-
-class Observer:
-    """Keeps the range of what it sees, and an evenly spaced sample of it for the search of the grid."""
-
-    def __init__(self) -> None:
-        self.low = float("inf")
-        self.high = float("-inf")
-        self.samples: list[Tensor] = []
-
-    def __call__(self, x: Tensor) -> None:
-        values = x.detach().float().flatten()
-        values = values[torch.isfinite(values)]
-        if values.numel() == 0:
-            return
-        self.low = min(self.low, float(values.min()))
-        self.high = max(self.high, float(values.max()))
-        self.samples.append(values[:: max(1, values.numel() // SAMPLE_SIZE)].clone())
-
-    def grid(self, bits: int) -> AffineGrid:
-        """The activation grid with the least squared error on what was seen.
-
-        Raises:
-            RuntimeError: nothing was seen.
-        """
-        if not self.samples:
-            raise RuntimeError("calibration saw no finite activation of this layer")
-        sample = torch.cat(self.samples)
-        sample = sample[:: max(1, sample.numel() // SAMPLE_SIZE)]
-        return search_affine_grid(sample, self.low, self.high, bits)
+from kdq.observers import Observer, ObserverState, check_observer
 
 
-def observe_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Observer]:
+def observe_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], observer: Observer
+) -> dict[str, ObserverState]:
     """Runs the batches through the model, in eval mode and without gradients, and observes the layers' inputs.
 
     Raises:
+        TypeError: observer is not one of kdq's.
         ValueError: there are no batches.
     """
-    observers = {name: Observer() for name in layers}
+    check_observer(observer)
+    states = {name: observer.start() for name in layers}
     handles = [
-        module.register_forward_pre_hook(lambda _, args, observer=observers[name]: observer(args[0]))
+        module.register_forward_pre_hook(lambda _, args, state=states[name]: state.observe(args[0]))
         for name, module in layers.items()
     ]
-    count = 0
     try:
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                parsed = parse_batch(batch)
-                model(*parsed.args, **parsed.kwargs)
-                count += 1
+        run_batches(model, batches, "calibration")
     finally:
         for handle in handles:
             handle.remove()
+    return states
+
+
+def run_batches(model: nn.Module, batches: Iterable[Any], role: str) -> None:
+    """Runs the batches through the model, in eval mode and without gradients, for what its hooks see.
+
+    Raises:
+        ValueError: there are no batches; `role` names the argument.
+    """
+    count = 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            parsed = parse_batch(batch)
+            model(*parsed.args, **parsed.kwargs)
+            count += 1
     if count == 0:
-        raise ValueError("calibration: expected at least one batch, got none")
-    return observers
+        raise ValueError(f"{role}: expected at least one batch, got none")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
+METHODS = ("lsq", "pact", "dorefa")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Dynamic:
@@ -27,13 +29,23 @@ class Int8WeightOnly:
 
 @dataclass(frozen=True, kw_only=True)
 class LowBit:
-    """Weights of 1 to 8 bits per output channel, unsigned activations of 2 to 8 bits per tensor (LSQ, LSQ+).
+    """Weights of 1 to 8 bits per output channel, unsigned activations of 2 to 8 bits per tensor.
 
     `LowBit(weight_bits=1, act_bits=1)` is `Binary()`.
+
+    method: how `prepare_qat_` trains the grids.
+        "lsq": scales of weights and activations and the activations' zero point are learned (LSQ, Esser et al. 2020;
+            LSQ+, Bhalgat et al. 2020). The only one that `quantize_` takes, too.
+        "pact": activations in [0, alpha], alpha learned by PACT's gradient (Choi et al. 2018), weights as in "lsq". For
+            inputs after a ReLU: negative values become 0.
+        "dorefa": DoReFa-Net (Zhou et al. 2016): activations in [0, 1], weights on 2**bits odd levels between -1 and 1,
+            for 2 to 7 weight bits. Nothing is learned but the weights; the layer's scale is lost, so that a norm should
+            follow.
     """
 
     weight_bits: int
     act_bits: int
+    method: str = "lsq"
 
     def __post_init__(self) -> None:
         for name, bits in (("weight_bits", self.weight_bits), ("act_bits", self.act_bits)):
@@ -42,6 +54,15 @@ class LowBit:
         if self.act_bits == 1 and self.weight_bits != 1:
             raise ValueError(
                 f"act_bits: 1-bit activations need weight_bits=1 (binary kernels), got weight_bits={self.weight_bits}"
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method != "lsq" and self.act_bits == 1:
+            raise ValueError(f"act_bits: method {self.method!r} needs 2 bits or more, got 1")
+        if self.method == "dorefa" and not 2 <= self.weight_bits <= 7:
+            raise ValueError(
+                f"weight_bits: DoReFa's odd levels take from 2 to 7 bits on the int8 kernels, got {self.weight_bits}; "
+                "method='lsq' has all from 1 to 8"
             )
 
 
@@ -81,8 +102,11 @@ def config_for(configs: ConfigMap, name: str) -> Config | None:
 
 
 def config_to_json(config: Config) -> dict[str, Any]:
-    """`{"type": "LowBit", "weight_bits": 2, "act_bits": 4}`."""
-    return {"type": type(config).__name__, **asdict(config)}
+    """`{"type": "LowBit", "weight_bits": 2, "act_bits": 4}`; the method only where it is not "lsq"."""
+    data = {"type": type(config).__name__, **asdict(config)}
+    if data.get("method") == "lsq":
+        del data["method"]  # readers older than the field take this too
+    return data
 
 
 def config_from_json(data: Mapping[str, Any]) -> Config:

@@ -71,6 +71,21 @@ def low_bit_weight_integers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return kk.quantize(weight, scale, quant_min=quant_min, quant_max=quant_max, axis=0)
 
 
+def dorefa_weight(weight: Tensor) -> Tensor:
+    """`tanh(w) / max|tanh w|`, float32: the weight that DoReFa-Net (Zhou et al. 2016) rounds, in [-1, 1]. Zeros stay."""
+    bounded = weight.float().tanh()
+    largest = bounded.abs().amax()
+    return bounded / torch.where(largest > 0, largest, 1.0)
+
+
+def dorefa_weight_integers(bounded: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(int8 `[N, K]`, float32 `[N]`) of a `dorefa_weight`: DoReFa's `2 quantize_k(b / 2 + 1/2) - 1` is the product of
+    an odd integer `2 round((b / 2 + 1/2) n) - n` and the scale `1 / n`, with `n = 2**bits - 1`."""
+    levels = 2**bits - 1
+    integers = ((bounded / 2 + 0.5) * levels).round() * 2 - levels
+    return integers.to(torch.int8), torch.full((len(bounded),), 1 / levels)
+
+
 def affine_grid(low: float, high: float, bits: int) -> AffineGrid:
     """The grid whose ends are at `low` and `high`, widened to contain 0, so that padding and ReLU's zero are exact."""
     low, high = min(low, 0.0), max(high, 0.0)
@@ -80,15 +95,23 @@ def affine_grid(low: float, high: float, bits: int) -> AffineGrid:
     return AffineGrid(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
 
 
-def search_affine_grid(sample: Tensor, low: float, high: float, bits: int) -> AffineGrid:
-    """The grid with the least squared error on `sample`, of 64 that shrink `[low, high]` towards 0."""
+def clipped_range(low: float, high: float, share: float) -> tuple[float, float]:
+    """`[low, high]` without the values whose magnitude is above `share` of the largest: an outlier at one end does not
+    cost values at the other."""
+    threshold = share * max(-low, high)
+    return max(low, -threshold), min(high, threshold)
+
+
+def search_affine_grid(sample: Tensor, low: float, high: float, bits: int, counts: Tensor | None = None) -> AffineGrid:
+    """The grid with the least squared error on `sample`, of 64 that clip `[low, high]`; counts: how often each
+    element of the sample occurs, None: once."""
     best = affine_grid(low, high, bits)
     best_error = torch.inf
     for step in range(SEARCH_STEPS):
-        shrink = 1 - step / SEARCH_STEPS
-        grid = affine_grid(low * shrink, high * shrink, bits)
+        grid = affine_grid(*clipped_range(low, high, 1 - step / SEARCH_STEPS), bits)
         fake = kk.fake_quantize(sample, grid.scale, grid.zero_point, quant_min=0, quant_max=2**bits - 1)
-        error = float((fake - sample).square().sum())
+        squares = (fake - sample).square()
+        error = float(squares.sum() if counts is None else squares.double() @ counts.double())
         if error < best_error:
             best, best_error = grid, error
     return best

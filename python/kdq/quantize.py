@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kdq.calibrate import Observer, observe_inputs
+from kdq.calibrate import observe_inputs
 from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for
 from kdq.fuse import find_fusions
 from kdq.layers.base import InferenceLinear, PackedInt8Linear
@@ -24,6 +24,8 @@ from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
+from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
+from kdq.observers import DEFAULT_OBSERVER, Observer, ObserverState, check_observer
 from kdq.transformer import run_layers_of_transformers
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -63,6 +65,7 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    observer: Observer = DEFAULT_OBSERVER,
     fuse_activations: bool = True,
 ) -> ConversionReport:
     """Quantizes a trained model in place: its linear layers run on the integer and binary kernels from now on.
@@ -78,19 +81,22 @@ def quantize_(
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
         calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed for `Int8Static`
             and `LowBit`, whose activation scales are fixed.
+        observer: how these scales follow from what the batches show (`kdq.observers`).
         fuse_activations: False leaves every activation where it is.
 
     Returns:
         What was changed and fused, and what was left and why.
 
     Raises:
-        TypeError: config is not one of kdq's.
-        ValueError: calibration is missing or empty, a weight is not finite, or the model itself is the only linear
-            layer.
+        TypeError: config or observer is not one of kdq's.
+        ValueError: calibration is missing or empty, a config's method is one of training, a weight is not finite, or
+            the model itself is the only linear layer.
     """
     plan = _plan(model, config, filter_fn, _why_not_linear)
     static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
-    observers: dict[str, Observer] = {}
+    check_observer(observer)
+    check_post_training(plan)
+    observers: dict[str, ObserverState] = {}
     if static:
         if calibration is None:
             first = next(iter(static))
@@ -98,7 +104,7 @@ def quantize_(
                 f"calibration: {first!r} gets {plan.chosen[first].config}, which fixes the activations' scale; "
                 "pass some batches as calibration=, or use Int8Dynamic, which needs none"
             )
-        observers = observe_inputs(model, static, calibration)
+        observers = observe_inputs(model, static, calibration, observer)
     return plan.carry_out(
         model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)), fuse_activations
     )
@@ -156,7 +162,7 @@ def convert_(
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _inference_layer(linear: Any, config: Config, observer: Observer | None) -> InferenceLinear:
+def _inference_layer(linear: Any, config: Config, observer: ObserverState | None) -> InferenceLinear:
     if isinstance(config, Binary):
         return BinaryLinear.from_float(linear, config)
     if isinstance(config, LowBit):
@@ -170,7 +176,9 @@ def _training_twin(linear: Any, config: Config) -> QATLinear:
     if isinstance(config, Binary):
         return BinaryQATLinear(linear, config)
     if isinstance(config, LowBit):
-        return LowBitQATLinear(linear, config)
+        if config.method == "pact":
+            return PACTQATLinear(linear, config)
+        return DoReFaQATLinear(linear, config) if config.method == "dorefa" else LowBitQATLinear(linear, config)
     return Int8QATLinear(linear, config)
 
 
@@ -198,6 +206,15 @@ def _check_weight(name: str, linear: nn.Linear) -> None:
     for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: its {part} contains NaN or inf; nothing was changed")
+
+
+def check_post_training(plan: _Plan) -> None:
+    """Raises ValueError if a config's method is one of training."""
+    for name, target in plan.chosen.items():
+        if isinstance(target.config, LowBit) and target.config.method != "lsq":
+            raise ValueError(
+                f"config: {name!r} gets {target.config}, which has to be trained: use prepare_qat_, or method='lsq'"
+            )
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear
+from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
 
 __all__ = [
     "BinaryLinear",
     "BinaryQATLinear",
+    "DoReFaQATLinear",
     "Int8Linear",
     "Int8QATLinear",
     "LowBitLinear",
     "LowBitQATLinear",
+    "PACTQATLinear",
 ]

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.configs import LowBit
-from kdq.grids import AffineGrid, low_bit_weight_integers, low_bit_weight_scale
+from kdq.grids import (
+    AffineGrid,
+    dorefa_weight,
+    dorefa_weight_integers,
+    low_bit_weight_integers,
+    low_bit_weight_scale,
+)
 from kdq.layers.base import PackedInt8Linear
 
 
@@ -43,7 +49,7 @@ class LowBitLinear(PackedInt8Linear):
 
     Buffers: `weight` uint8 `[N, ceil(K * weight_bits / 8)]` (`pack_bits`), `weight_scale` float32 `[N]`, `bias` float32
     `[N]` or None, `input_scale` float32 and `input_zero_point` int32, both 0-d. Activations lie in `[0, 2**act_bits -
-    1]`.
+    1]`. DoReFa's weights are odd, `2 s + 1`: s is stored.
     """
 
     weight: Tensor
@@ -81,16 +87,22 @@ class LowBitLinear(PackedInt8Linear):
 
         Args:
             input_grid: the activations' grid.
-            weight_scale: float32 `[N]`; None: searched for the least squared error of each output channel.
+            weight_scale: float32 `[N]`; None: searched for the least squared error of each output channel. With
+                method="dorefa" the scale is that of DoReFa-Net, and `linear` has the weight that training had.
             activation: None, "relu", "gelu" (erf form) or "silu", computed by the kernel.
         """
         has_bias = linear.bias is not None
         layer = cls(linear.in_features, linear.out_features, has_bias, config=config, activation=activation)
         weight = linear.weight.detach().float()
         bits = config.weight_bits
-        scale = low_bit_weight_scale(weight, bits) if weight_scale is None else weight_scale.detach().float()
-        layer.weight_scale = scale
-        layer.weight = pack_bits(low_bit_weight_integers(weight, scale, bits), bits)
+        if config.method == "dorefa":
+            odd, layer.weight_scale = dorefa_weight_integers(dorefa_weight(weight), bits)
+            integers = odd >> 1
+        else:
+            scale = low_bit_weight_scale(weight, bits) if weight_scale is None else weight_scale.detach().float()
+            layer.weight_scale = scale
+            integers = low_bit_weight_integers(weight, scale, bits)
+        layer.weight = pack_bits(integers, bits)
         if linear.bias is not None:
             layer.bias = linear.bias.detach().float().clone()
         layer.input_scale, layer.input_zero_point = input_grid.scale, input_grid.zero_point
@@ -98,7 +110,8 @@ class LowBitLinear(PackedInt8Linear):
         return layer
 
     def int8_weight(self) -> Tensor:
-        return unpack_bits(self.weight, self.config.weight_bits, self.in_features)
+        stored = unpack_bits(self.weight, self.config.weight_bits, self.in_features)
+        return stored * 2 + 1 if self.config.method == "dorefa" else stored
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         packed = self.packed_weight()

@@ -1,0 +1,398 @@
+"""Post-training tools: the float model stays the same, what plain rounding spoils is mended, errors change nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kdq
+from kdq.configs import Config
+
+W3A8 = kdq.LowBit(weight_bits=3, act_bits=8)
+
+
+def randn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).detach().norm() / expected.norm())
+
+
+def quantized_error(model: nn.Module, config: Config, x: Tensor, expected: Tensor) -> float:
+    """Of a quantized copy, on the data that calibrate it."""
+    m = copy.deepcopy(model).eval()
+    kdq.quantize_(m, config, calibration=[x])
+    with torch.no_grad():
+        return relative_error(m(x), expected)
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(24, 64), nn.ReLU(), nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.ReLU()), nn.Linear(64, 16)
+    ).eval()
+
+
+def unbalance(first: nn.Linear, second: nn.Linear, seed: int = 2) -> None:
+    """Multiplies channels by factors of a wide spread and takes them back: the same function in floats."""
+    factor = (randn(first.out_features, seed=seed) * 1.5).exp()
+    with torch.no_grad():
+        first.weight.mul_(factor[:, None])
+        first.bias.mul_(factor)
+        second.weight.div_(factor)
+
+
+# ---- batch norm ------------------------------------------------------------------------------------------------------
+
+
+def trained_statistics(model: nn.Module, x: Tensor) -> nn.Module:
+    model.train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+                module.weight.copy_(randn(module.num_features, seed=3).exp())
+                module.bias.copy_(randn(module.num_features, seed=4))
+        for _ in range(5):
+            model(x)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fold_computes_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(
+        nn.BatchNorm1d(9),
+        nn.Linear(9, 12, bias=False),
+        nn.Identity(),
+        nn.BatchNorm1d(12, affine=False),
+        nn.ReLU(),
+        nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 7)),
+        nn.BatchNorm1d(7),
+        nn.Tanh(),
+        nn.BatchNorm1d(7),
+    ).to(dtype)
+    x = randn(50, 9).to(dtype) * 3 + 1
+    trained_statistics(model, x)
+    expected = model(x)
+    names = [name for name, _ in model.named_modules()]
+    report = kdq.fold_batch_norm_(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-9)
+    assert set(report.changed) == {"0", "3", "5.0", "6"}
+    assert "Tanh" in report.left["8"]
+    assert [name for name, _ in model.named_modules()] == names
+    assert type(model[5][0]) is nn.Identity
+    assert "5.0" in str(report)
+
+
+def test_fold_into_convolutions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6),
+        nn.Conv2d(6, 2, 3, padding=1),
+    )  # fmt: skip
+    x = randn(5, 4, 8, 8)
+    trained_statistics(model, x)
+    expected = model(x)
+    report = kdq.fold_batch_norm_(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert set(report.changed) == {"1"}
+    assert "ReLU" in report.left["3"], "zero padding does not go through an offset"
+
+
+def test_fold_leaves_what_it_does_not_know() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(
+        shared, nn.BatchNorm1d(4), shared, nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)
+    )
+    model.append(nn.ModuleList([nn.BatchNorm1d(4)]))
+    before = copy.deepcopy(model.state_dict())
+    report = kdq.fold_batch_norm_(model)
+    assert not report.changed
+    assert "elsewhere" in report.left["1"]
+    assert "statistics" in report.left["5"]
+    assert "Sequential" in report.left["6.0"]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_fold_is_all_or_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[3].running_var.fill_(-1.0)
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match="2: .*NaN"):
+        kdq.fold_batch_norm_(model)
+    assert torch.equal(model[0].weight, before)
+    assert type(model[1]) is nn.BatchNorm1d
+
+
+def test_reestimated_statistics_are_the_average_of_the_batches() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.9))
+    model[2].eval()
+    loader = [randn(8, 5, seed=s) * (s + 1) for s in range(3)]
+    hidden = [model[0](x).detach() for x in loader]
+    model.train()
+    modes = [m.training for m in model.modules()]
+    report = kdq.reestimate_batch_norm_(model, loader)
+    torch.testing.assert_close(model[1].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.stack([h.var(0) for h in hidden]).mean(0))
+    assert model[1].momentum == 0.1
+    assert [m.training for m in model.modules()] == modes
+    assert list(report.changed) == ["1"]
+
+
+def test_reestimating_mends_a_quantized_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 32), nn.BatchNorm1d(32))
+    x = randn(2000, 24)
+    kdq.reestimate_batch_norm_(model, [x])
+    expected = model.eval()(x).detach()
+    kdq.quantize_(model, kdq.LowBit(weight_bits=2, act_bits=3), calibration=[x])
+    before = relative_error(model(x).detach(), expected)
+    kdq.reestimate_batch_norm_(model, list(x.split(500)))
+    assert relative_error(model(x).detach(), expected) < 0.9 * before
+
+
+def test_reestimate_restores_on_errors() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3)).eval()
+    model(randn(4, 3))
+    before = copy.deepcopy(model.state_dict())
+    for loader, message in (([], "at least one batch"), ([randn(4, 3), randn(1, 3)], "more than 1 value")):
+        with pytest.raises(ValueError, match=message):
+            kdq.reestimate_batch_norm_(model, loader)
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+        assert not model[0].training
+
+
+# ---- equalize_ -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_equalizing_mends_uneven_channels(named: bool) -> None:
+    model: Any = mlp()
+    x = randn(300, 24)
+    expected = model(x).detach()
+    even = quantized_error(model, kdq.LowBit(weight_bits=4, act_bits=8), x, expected)
+    unbalance(model[0], model[2][0])
+    unbalance(model[2][0], model[3], seed=3)
+    uneven = quantized_error(model, kdq.LowBit(weight_bits=4, act_bits=8), x, expected)
+    report = kdq.equalize_(model, [("0", "2.0"), ("2.0", "3")] if named else None)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert set(report.changed) == {"0", "2.0"}
+    mended = quantized_error(model, kdq.LowBit(weight_bits=4, act_bits=8), x, expected)
+    assert uneven > 2 * even
+    assert mended < 0.6 * uneven
+    ours, theirs = model[0].weight.abs().amax(1), model[2][0].weight.abs().amax(0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-6)
+
+
+def test_equalize_stops_at_other_activations_and_shared_layers() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), shared, nn.ReLU(), shared)
+    report = kdq.equalize_(model)
+    assert not report.changed
+    assert "GELU" in report.left["0"]
+    assert "elsewhere" in report.left["2"]
+    for pairs, error, message in (
+        ([("0", "nowhere")], ValueError, "no layer 'nowhere'"),
+        ([("0", "1")], ValueError, "GELU"),
+        ([("0", "0")], ValueError, "follow each other"),
+        ([("0",)], TypeError, "pairs"),
+    ):
+        with pytest.raises(error, match=message):
+            kdq.equalize_(model, pairs)  # type: ignore[arg-type]
+
+
+def test_channels_of_zeros_stay() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[2].weight[:, 2] = 0
+    x = randn(9, 4)
+    expected = model(x)
+    kdq.equalize_(model)
+    kdq.smooth_(model, [x])
+    torch.testing.assert_close(model(x), expected)
+
+
+# ---- smooth_ ---------------------------------------------------------------------------------------------------------
+
+
+def test_smoothing_mends_outlier_channels() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 16))
+    with torch.no_grad():
+        model[0].weight[[3, 17]] = 80.0
+        model[1].weight[:, [3, 17]] /= 80.0
+    x = randn(300, 48)
+    expected = model(x).detach()
+    before = quantized_error(model, kdq.Int8Static(), x, expected)
+    report = kdq.smooth_(model, [x[:150], x[150:]])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert set(report.changed) == {"1", "3"}
+    assert quantized_error(model, kdq.Int8Static(), x, expected) < 0.4 * before
+
+
+def test_smoothing_is_the_papers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))
+    x = randn(40, 5)
+    inputs, weight = model[0](x).abs().amax(0), model[1].weight.detach().clone()
+    kdq.smooth_(model, [x], alpha=0.7)
+    s = inputs**0.7 / weight.abs().amax(0) ** 0.3
+    torch.testing.assert_close(model[1].weight, weight * s)
+    torch.testing.assert_close(model[0].weight, 1 / s)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_what_is_legal_in_a_transformer(norm_first: bool, activation: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = randn(3, 6, 16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        expected = model(x)
+        report = kdq.smooth_(model, [x])
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    legal = {part for part, yes in (("linear1", norm_first), ("linear2", activation == "relu")) if yes}
+    assert set(report.changed) == {f"layers.{i}.{part}" for i in range(2) for part in legal}
+    assert ("residual" in report.left.get("layers.0.linear1", "")) is not norm_first
+    assert "self_attn.out_proj" in str(report.left)
+
+
+def test_smoothing_refuses_what_it_does_not_know() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4), nn.LayerNorm(4, elementwise_affine=False))
+    model.append(nn.Linear(4, 2))
+    report = kdq.smooth_(model, [randn(5, 4)])
+    assert not report.changed
+    assert set(report.left) == {"0", "2", "4"}
+    with pytest.raises(ValueError, match="alpha"):
+        kdq.smooth_(model, [randn(5, 4)], alpha=1.5)
+
+
+# ---- correct_bias_ ---------------------------------------------------------------------------------------------------
+
+
+def test_bias_correction_mends_the_mean() -> None:
+    model: Any = mlp()
+    model[3] = nn.Linear(64, 16, bias=False)
+    x = randn(500, 24).abs() + 1
+    reference = copy.deepcopy(model)
+    expected = reference(x).detach()
+    kdq.quantize_(model, W3A8, calibration=[x])
+    before = relative_error(model(x), expected)
+    report = kdq.correct_bias_(model, reference, list(x.split(99)))
+    got = model(x)
+    torch.testing.assert_close(got.mean(0), expected.mean(0), rtol=1e-4, atol=1e-4)
+    assert relative_error(got, expected) < 0.5 * before
+    assert list(report.changed) == ["0", "2.0", "3"]
+    assert torch.equal(copy.deepcopy(model)(x), got)
+
+
+def test_bias_correction_is_all_or_nothing() -> None:
+    model = mlp()
+    reference = copy.deepcopy(model)
+    reference[3] = nn.Linear(64, 17)
+    kdq.quantize_(model, W3A8, calibration=[randn(30, 24)])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'3' puts out 17"):
+        kdq.correct_bias_(model, reference, [randn(30, 24)])
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="reference has no layer '2.0'"):
+        kdq.correct_bias_(model, nn.Sequential(nn.Linear(24, 64)), [randn(30, 24)])
+
+
+# ---- reconstruct_ ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [kdq.LowBit(weight_bits=2, act_bits=8), W3A8], ids=str)
+def test_learned_rounding_beats_the_nearest(config: Config) -> None:
+    model = mlp()
+    mixing = randn(24, 24, seed=5)
+    train, test = randn(1500, 24) @ mixing, randn(400, 24, seed=6) @ mixing
+    expected = model(test).detach()
+    nearest = copy.deepcopy(model)
+    kdq.quantize_(nearest, config, calibration=[train])
+    state = torch.get_rng_state()
+    report = kdq.reconstruct_(model, config, train.split(500), steps=400)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(report.changed) == {"0", "2.0", "3"}
+    layer: Any = model[0]
+    assert isinstance(layer, kdq.LowBitLinear)
+    assert (layer.int8_weight() - nearest[0].int8_weight()).abs().max() == 1
+    assert relative_error(model(test), expected) < 0.8 * relative_error(nearest(test), expected)
+
+
+@pytest.mark.parametrize("config", [kdq.Int8Dynamic(), kdq.Int8Static(), kdq.Int8WeightOnly()], ids=str)
+def test_reconstruction_gives_int8_layers_too(config: Config) -> None:
+    models = [mlp(), mlp()]
+    for model in models:
+        kdq.reconstruct_(model, config, iter([randn(200, 24)]), steps=5)
+    x = randn(50, 24, seed=7)
+    assert torch.equal(models[0](x), models[1](x)), "deterministic"
+    assert isinstance(models[0][0], kdq.Int8Linear)
+    assert relative_error(models[0](x), mlp()(x)) < 0.05
+
+
+def test_reconstruction_in_a_transformer() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
+    x = randn(20, 6, 16)
+    expected = model(x).detach()
+    report = kdq.reconstruct_(model, kdq.LowBit(weight_bits=4, act_bits=8), [x], steps=30)
+    assert len(report.changed) == 4
+    with torch.no_grad():
+        assert relative_error(model(x), expected) < 0.1
+
+
+def test_reconstruction_is_all_or_nothing() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.used(x)
+            return y
+
+    model = Skips()
+    for config, steps, message in (
+        (kdq.Int8Dynamic(), 5, "unused: loader: no batch"),
+        (kdq.Binary(), 5, "'used' gets Binary"),
+        (kdq.LowBit(weight_bits=1, act_bits=4), 5, "sign"),
+        (kdq.Int8Dynamic(), 0, "steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kdq.reconstruct_(model, config, [randn(30, 4)], steps=steps)
+        assert type(model.used) is nn.Linear
+    kdq.reconstruct_(model, kdq.Int8Dynamic(), [randn(30, 4)], steps=5, filter_fn=lambda _, name: name == "used")
+    assert isinstance(model.used, kdq.Int8Linear)
+
+
+# ---- all -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        kdq.reestimate_batch_norm_,
+        kdq.smooth_,
+        lambda model, loader: kdq.correct_bias_(model, copy.deepcopy(model), loader),
+        lambda model, loader: kdq.reconstruct_(model, kdq.Int8Dynamic(), loader),
+    ],
+)
+def test_a_loader_that_gives_nothing_is_an_error(tool: Callable[..., Any]) -> None:
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        tool(model, iter([]))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
