@@ -54,12 +54,11 @@ class History:
 class Distiller:
     """Trains a student on a teacher.
 
-    The three uses differ in one argument or two:
+    Three uses, one argument apart, after `teacher = self_teacher(model)` and then `prepare_qat_(model, config)`:
 
-        teacher = self_teacher(model)                                # before prepare_qat_(model, config)
-        Distiller(teacher, model, [SoftTargets()])                   # a float model teaches its low-bit self, no labels
-        Distiller(teacher, model, [CrossEntropy()])                  # QAT with labels
-        Distiller(big, small, [SoftTargets(alpha=0.9)])              # a smaller student, from labels and teacher
+        Distiller(teacher, model, [SoftTargets()])   # the float model teaches its low-bit self: no labels
+        Distiller(teacher, model, [CrossEntropy()])  # quantization-aware training on labels
+        Distiller(larger, model, [SoftTargets()])    # a larger model teaches a low-bit student
 
     The teacher runs in eval mode and without gradients and is never changed, unless `train_teacher`; it does not run at
     all where no loss needs it. Adapters of feature losses (regressors, projection heads) belong to the distiller: they
