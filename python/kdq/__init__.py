@@ -1,11 +1,25 @@
 """kdq: distil a teacher into a low-bit student, and run it on integer and binary kernels."""
 
 from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
-from kdq.distill import Distiller, Hint, SoftTargets
+from kdq.distill import Distiller, History
 from kdq.io import load, save
 from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
 from kdq.layers.qat_methods import pact_penalty
+from kdq.losses import (
+    AttentionTransfer,
+    ContrastiveKD,
+    CrossEntropy,
+    DecoupledKD,
+    FeatureLoss,
+    Hint,
+    LogitRegression,
+    RelationalKD,
+    SoftTargets,
+    Weighted,
+)
 from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
+from kdq.phases import Phase, qkd_phases
+from kdq.progressive import lower_precision_
 from kdq.ptq import (
     ToolReport,
     correct_bias_,
@@ -17,38 +31,55 @@ from kdq.ptq import (
 )
 from kdq.quantize import ConversionReport, convert_, prepare_qat_, quantize_
 from kdq.reporting import Report, report
+from kdq.teacher_cache import CachedTeacher
+from kdq.teachers import TeacherEnsemble, self_teacher
 
 __all__ = [
+    "AttentionTransfer",
     "Binary",
     "BinaryLinear",
+    "CachedTeacher",
+    "ContrastiveKD",
     "ConversionReport",
+    "CrossEntropy",
+    "DecoupledKD",
     "Distiller",
+    "FeatureLoss",
     "Hint",
+    "History",
     "Int8Dynamic",
     "Int8Linear",
     "Int8Static",
     "Int8WeightOnly",
     "KLHistogram",
+    "LogitRegression",
     "LowBit",
     "LowBitLinear",
     "MeanSquaredError",
     "MinMax",
     "MovingAverage",
     "Percentile",
+    "Phase",
+    "RelationalKD",
     "Report",
     "SoftTargets",
+    "TeacherEnsemble",
     "ToolReport",
+    "Weighted",
     "convert_",
     "correct_bias_",
     "equalize_",
     "fold_batch_norm_",
     "load",
+    "lower_precision_",
     "pact_penalty",
     "prepare_qat_",
+    "qkd_phases",
     "quantize_",
     "reconstruct_",
     "reestimate_batch_norm_",
     "report",
     "save",
+    "self_teacher",
     "smooth_",
 ]

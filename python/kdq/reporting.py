@@ -18,10 +18,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.distill import mean_kl
 from kdq.layers.base import ACTIVATION_FUNCTIONS, InferenceLinear, fused_activation
 from kdq.layers.qat import QATLinear
-from kdq.observe import captured_outputs, check_same_shape, evaluating, parse_batch, rows_of
+from kdq.losses import mean_kl
+from kdq.observe import Batch, captured_outputs, check_same_shape, evaluating, parse_batch, rows_of
 
 ROUNDS = 15
 ROUND_SECONDS = 0.01
@@ -133,7 +133,7 @@ def report(
     if not batches:
         raise ValueError("loader: expected at least one batch, got none")
     with evaluating(student, teacher), torch.no_grad():
-        outputs = [_outputs(student, teacher, batch) for batch in batches]
+        outputs = [compared_outputs(student, teacher, parse_batch(batch)) for batch in batches]
         layers = layer_errors(student, teacher if reference is None else reference, batches[0])
         first = parse_batch(batches[0])
         times = interleaved_latency(
@@ -235,12 +235,11 @@ def sqnr_db(output: Tensor, reference: Tensor) -> float:
     return float("inf") if noise == 0 else float(20 * torch.log10(signal / noise))
 
 
-def _outputs(student: nn.Module, teacher: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def compared_outputs(student: nn.Module, teacher: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits `[rows, classes]` of both models and the target `[rows]`, without rows whose target is -100."""
-    parsed = parse_batch(batch)
-    ours, theirs = parsed.logits(student, "student"), parsed.logits(teacher, "teacher")
+    ours, theirs = batch.logits(student, "student"), batch.logits(teacher, "teacher")
     check_same_shape(ours, theirs)
-    rows, target, kept = rows_of(ours, parsed.target)
+    rows, target, kept = rows_of(ours, batch.target)
     teacher_rows = theirs.reshape(-1, theirs.shape[-1])
     return rows[kept], teacher_rows[kept], None if target is None else target[kept]
 

@@ -1,0 +1,43 @@
+"""lower_precision_: a student in training goes on at another precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kdq.configs import ConfigMap
+from kdq.layers.qat import QATLinear
+from kdq.quantize import ConversionReport, _plan, _Target, _training_twin
+
+
+def lower_precision_(student: nn.Module, config: ConfigMap) -> ConversionReport:
+    """Rebuilds the training twins of a prepared student at a new precision, in place and all or nothing.
+
+    Float weights and biases stay the parameters they are; scales are learned anew: those of the weights start from the
+    weights as they now are, those of the activations from the next batch. Make the optimizer after this call. Going
+    down in steps (8, 4, 2 bits) is progressive quantization (Zhuang et al.: Towards Effective Low-bitwidth
+    Convolutional Neural Networks, 2018).
+
+    Args:
+        student: after `prepare_qat_`.
+        config: one config for all twins, or a mapping of name patterns to configs; twins without a match stay.
+
+    Raises:
+        TypeError: config is not one of kdq's.
+        ValueError: the student has no training twin that config is for, or a weight is not finite.
+    """
+    plan = _plan(student, config, None, _why_not_twin)
+    if not plan.chosen:
+        raise ValueError("student: expected a training twin that config is for; call prepare_qat_ first")
+    return plan.carry_out(student, _rebuilt)
+
+
+def _why_not_twin(module: nn.Module) -> str | None:
+    return None if isinstance(module, QATLinear) else "not prepared by prepare_qat_"
+
+
+def _rebuilt(_name: str, target: _Target) -> nn.Module:
+    linear = target.module.to_float()
+    if not torch.isfinite(linear.weight).all():
+        raise ValueError("its weight contains NaN or inf; nothing was changed")
+    return _training_twin(linear, target.config)

@@ -1,0 +1,150 @@
+"""The loop inside `Distiller.fit`: epochs over a loader, and the optimizer's steps with accumulation and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdq.teacher_cache import CachedTeacher
+
+if TYPE_CHECKING:
+    from kdq.distill import Distiller
+
+
+class Steps:
+    """Takes a step every `accumulate` losses, on the mean of their gradients."""
+
+    def __init__(
+        self, optimizer: Optimizer, scheduler: LRScheduler | None, clip_grad_norm: float | None, accumulate: int
+    ) -> None:
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.clip_grad_norm = clip_grad_norm
+        self.accumulate = accumulate
+        self.pending = 0
+        self.taken = 0
+        optimizer.zero_grad()
+
+    def add(self, loss: Tensor) -> None:
+        """Adds the gradients of one batch's loss."""
+        loss.backward()
+        self.pending += 1
+        if self.pending == self.accumulate:
+            self.step()
+
+    def step(self) -> None:
+        """Takes the step of what has been added, if anything has."""
+        if self.pending == 0:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.pending > 1:
+            for parameter in parameters:
+                parameter.grad.div_(self.pending)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.pending = 0
+        self.taken += 1
+
+
+@dataclass
+class Loop:
+    """Epochs of a distiller over a loader. `batches` is how many an epoch has, once that is known."""
+
+    distiller: Distiller
+    loader: Iterable[Any]
+    epochs: int
+    steps_for: Callable[[Tensor], Steps]  # made once the first loss has shown what there is to train
+
+    def __post_init__(self) -> None:
+        self.batches = len(self.loader) if isinstance(self.loader, Sized) else None
+        self.first_epoch: int | None = None
+        self.steps: Steps | None = None
+
+    def epoch(self, epoch: int, advance: Callable[[float], None]) -> float:
+        """Trains on all batches once; returns the mean loss. `advance` is told each.
+
+        Raises:
+            ValueError: the loader gives nothing, or another number of batches than in the first epoch.
+            RuntimeError: a loss is not finite.
+        """
+        losses: list[float] = []
+        with _watched(self.distiller.teacher, repeats=epoch > 0):
+            for batch in self.loader:
+                self.distiller.progress = self._progress(epoch, len(losses))
+                loss = self.distiller.loss(batch)
+                if self.steps is None:
+                    self.steps = self.steps_for(loss)
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]):
+                    where = f"epoch {epoch + 1}, step {len(losses)}"
+                    raise RuntimeError(f"the loss is {losses[-1]} at {where}: lower the learning rate, check the data")
+                self.steps.add(loss)
+                advance(losses[-1])
+        if not losses or self.steps is None:
+            raise ValueError(f"loader: it gave no batch in epoch {epoch + 1} (an iterator can be used only once)")
+        self.steps.step()
+        if self.first_epoch is None:
+            self.batches = self.first_epoch = len(losses)
+        if len(losses) != self.first_epoch:
+            raise ValueError(
+                f"loader: expected {self.first_epoch} batches as in the first epoch, got {len(losses)} in epoch "
+                f"{epoch + 1}"
+            )
+        return sum(losses) / len(losses)
+
+    def _progress(self, epoch: int, batch: int) -> float:
+        within = min(batch / self.batches, 1.0) if self.batches else 0.0
+        return (epoch + within) / self.epochs
+
+
+@contextmanager
+def _watched(teacher: nn.Module, repeats: bool) -> Iterator[None]:
+    """Lets every `CachedTeacher` in the teacher judge an epoch that repeats another."""
+    caches = [module for module in teacher.modules() if isinstance(module, CachedTeacher)]
+    before = [(cache.hits, cache.misses) for cache in caches]
+    yield
+    for cache, (hits, misses) in zip(caches, before, strict=True):
+        if repeats:
+            cache.judge(cache.hits - hits, cache.misses - misses)
+
+
+@contextmanager
+def training(*models: nn.Module) -> Iterator[None]:
+    """train() inside; afterwards every submodule is back in the mode it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def progress_bar(progress: bool | Progress, total: int | None) -> Iterator[Callable[[float], None]]:
+    """A function that advances a bar and shows the loss; a Progress of the caller's stays, without our task."""
+    bar = progress if isinstance(progress, Progress) else Progress(disable=not progress)
+    task = bar.add_task("distil", total=total)
+    if bar is not progress:
+        bar.start()
+    try:
+        yield lambda loss: bar.update(task, advance=1, description=f"distil, loss {loss:.4f}")
+    finally:
+        if bar is progress:
+            bar.remove_task(task)
+        else:
+            bar.stop()

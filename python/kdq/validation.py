@@ -1,0 +1,112 @@
+"""What a fit looks at after each epoch: the student on held-out batches, its best weights, a teacher that is worse."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq.observe import device_of, evaluating, parse_batch
+from kdq.reporting import compared_outputs, teacher_kl
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Both models on held-out batches.
+
+    Attributes:
+        accuracy, teacher_accuracy: shares of right rows, or None without labels.
+        teacher_kl: KL(teacher || student), mean over the rows, in nats.
+        lead: by how much the student is ahead of the teacher in accuracy, in standard errors of the paired difference
+            over the rows; None without labels.
+    """
+
+    accuracy: float | None
+    teacher_accuracy: float | None
+    teacher_kl: float
+    lead: float | None
+
+    def better_than(self, other: Validation) -> bool:
+        """By accuracy, if there are labels; then by KL to the teacher."""
+        return (self.accuracy or 0.0, -self.teacher_kl) > (other.accuracy or 0.0, -other.teacher_kl)
+
+    def warn_of_worse_teacher(self) -> bool:
+        """Gives a UserWarning where the student is ahead by more than two standard errors; says whether it did."""
+        if self.lead is None or self.lead <= 2:
+            return False
+        warnings.warn(
+            f"the teacher is worse than the student on the validation labels: accuracy {self.teacher_accuracy:.2%}, "
+            f"the student's {self.accuracy:.2%}; it may hold the student back",
+            UserWarning,
+            stacklevel=3,
+        )
+        return True
+
+
+def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> Validation:
+    """Runs both models, in eval mode and without gradients, over a loader's batches.
+
+    Rows whose target is -100 are left out.
+
+    Raises:
+        ValueError: the loader gives no row, or the outputs' shapes differ.
+    """
+    divergence, rows, labelled = 0.0, 0, True
+    right: list[Tensor] = []  # [2, rows] a batch: student, teacher
+    with evaluating(student, teacher), torch.no_grad():
+        for batch in loader:
+            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, device_of(student)))
+            if len(ours) == 0:
+                continue
+            divergence += teacher_kl(ours, theirs) * len(ours)
+            rows += len(ours)
+            if target is None:
+                labelled = False
+            else:
+                right.append(torch.stack([ours.argmax(-1) == target, theirs.argmax(-1) == target]).double().cpu())
+    if rows == 0:
+        raise ValueError("validation: expected at least one batch with a row that counts, got none")
+    if not labelled:
+        return Validation(None, None, divergence / rows, None)
+    student_right, teacher_right = torch.cat(right, 1)
+    return Validation(
+        float(student_right.mean()), float(teacher_right.mean()), divergence / rows, _lead(student_right, teacher_right)
+    )
+
+
+def _lead(student: Tensor, teacher: Tensor) -> float:
+    """The paired difference of two 0/1 rows in its standard errors; infinite if it is the same at every row."""
+    difference = student - teacher
+    mean = float(difference.mean())
+    if mean == 0:
+        return 0.0
+    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    return math.copysign(math.inf, mean) if error == 0 else mean / error
+
+
+class BestWeights:
+    """Keeps the weights of the best epoch, and counts how long ago it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.best: Validation | None = None
+        self.epoch: int | None = None
+        self.epochs_since = 0
+        self.state: dict[str, Any] = {}
+
+    def see(self, validation: Validation, epoch: int) -> None:
+        if self.best is not None and not validation.better_than(self.best):
+            self.epochs_since += 1
+            return
+        self.best, self.epoch, self.epochs_since = validation, epoch, 0
+        self.state = copy.deepcopy(self.model.state_dict())
+
+    def put_back(self) -> None:
+        if self.state:
+            self.model.load_state_dict(self.state)
