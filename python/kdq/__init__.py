@@ -4,8 +4,10 @@ from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, Hint, SoftTargets
 from kdq.io import load, save
 from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
-from kdq.quantize import ConversionReport, convert_, prepare_qat_, quantize_
+from kdq.quantize import ConversionReport, convert_, prepare_qat_, prepare_switchable_, quantize_
 from kdq.reporting import Report, report
+from kdq.switch import extract, precision_of, precisions, set_precision_
+from kdq.switchable_distill import SwitchableDistiller
 
 __all__ = [
     "Binary",
@@ -21,10 +23,16 @@ __all__ = [
     "LowBitLinear",
     "Report",
     "SoftTargets",
+    "SwitchableDistiller",
     "convert_",
+    "extract",
     "load",
+    "precision_of",
+    "precisions",
     "prepare_qat_",
+    "prepare_switchable_",
     "quantize_",
     "report",
     "save",
+    "set_precision_",
 ]

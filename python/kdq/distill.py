@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import kdq_kernels as kk
 from kdq.observe import (
+    Batch,
     captured_outputs,
     check_same_shape,
     device_of,
@@ -250,23 +251,31 @@ class Distiller:
             TypeError: the batch or an output is of an unknown kind.
         """
         parsed = parse_batch(batch, device_of(self.student))
+        teacher, taught = self._ask_teacher(parsed)
+        return self._compare(parsed, teacher, taught)[0]
+
+    def _ask_teacher(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits, and the features that the hints want of it."""
         with (
             torch.no_grad(),
             evaluating(self.teacher),
             captured_outputs(self.teacher, [theirs for _, theirs in self.pairs], "teacher") as taught,
         ):
-            teacher = parsed.logits(self.teacher, "teacher")
+            return batch.logits(self.teacher, "teacher"), taught
+
+    def _compare(self, batch: Batch, teacher: Tensor, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Runs the student: the loss against the given logits and features, and the student's logits."""
         with captured_outputs(self.student, [ours for ours, _ in self.pairs], "student") as learned:
-            student = parsed.logits(self.student, "student")
+            student = batch.logits(self.student, "student")
         check_same_shape(student, teacher)
         self._add_regressors(learned, taught)
         terms = [
             loss(self._adapted(loss, learned), taught)
             if isinstance(loss, Hint)
-            else loss(student, teacher, parsed.target)
+            else loss(student, teacher, batch.target)
             for loss in self.losses
         ]
-        return torch.stack([term.to(terms[0].dtype) for term in terms]).sum()
+        return torch.stack([term.to(terms[0].dtype) for term in terms]).sum(), student
 
     def _add_regressors(self, learned: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> None:
         for ours, theirs in self.pairs:

@@ -1,4 +1,4 @@
-"""quantize_, prepare_qat_, convert_: replace a model's linear layers, in place and all or nothing.
+"""quantize_, prepare_qat_, prepare_switchable_, convert_: replace a model's layers, in place and all or nothing.
 
 Each call first decides about every layer and builds all replacements; only then does it touch the model. An error on
 the way leaves the model as it was.
@@ -6,7 +6,7 @@ the way leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kdq.calibrate import Observer, observe_inputs
-from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for
+from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for, normalize
 from kdq.layers.base import InferenceLinear
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
+from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
 
+SWITCHABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 FilterFn = Callable[[nn.Module, str], bool]
 
 
@@ -98,11 +100,48 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
     return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
 
 
-def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> ConversionReport:
-    """Replaces training twins by the layers that run on the real kernels, in place.
+def prepare_switchable_(
+    model: nn.Module, precisions: Sequence[Config], filter_fn: FilterFn | None = None
+) -> ConversionReport:
+    """Makes a model trainable at several precisions at once, in place: one student for all of them.
+
+    Linear layers keep one float weight for all precisions and get scales and activation grids for each; batch norms
+    (1d and 2d) and layer norms get statistics and affine parameters for each. Train it with a `SwitchableDistiller`
+    (make the optimizer after this call), choose with `set_precision_`, deploy with `extract` or `convert_`. Layers that
+    shall have one precision only: leave them to `prepare_qat_` with filter_fn.
 
     Args:
-        model: after `prepare_qat_` and training.
+        precisions: two or more configs, in any order; the widest is active at first.
+        filter_fn: `filter_fn(module, name)`; only linear layers and norms for which it is true are changed.
+
+    Returns:
+        What was changed (with the precision that is active), and what was left and why.
+
+    Raises:
+        TypeError: precisions is not a sequence of configs.
+        ValueError: there are fewer than two, or two are equal; or as for `quantize_`.
+    """
+    if isinstance(precisions, str) or not isinstance(precisions, Sequence):
+        raise TypeError(f"precisions: expected a list of configs, got {precisions!r}")
+    configs = tuple(normalize(config) for config in precisions)
+    if len(configs) < 2 or len(set(configs)) < len(configs):
+        raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
+    plan = _plan(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
+
+    def build(_: str, p: _Target) -> Switchable:
+        if isinstance(p.module, nn.Linear):
+            return SwitchableLinear(p.module, {config: _training_twin(p.module, config) for config in configs})
+        return SwitchableNorm(p.module, configs)
+
+    return plan.carry_out(model, build)
+
+
+def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> ConversionReport:
+    """Replaces training twins by the layers that run on the real kernels, in place; of switchable layers and norms
+    their active precision.
+
+    Args:
+        model: after `prepare_qat_` or `prepare_switchable_` and training.
         plan: also quantizes plain nn.Linear layers whose names match, as `quantize_` does without calibration.
 
     Raises:
@@ -111,7 +150,7 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
     """
 
     def why_not(module: nn.Module) -> str | None:
-        return None if isinstance(module, QATLinear) else "not prepared by prepare_qat_"
+        return None if isinstance(module, QATLinear | SwitchableNorm) else "not prepared by prepare_qat_"
 
     prepared = _plan(model, {}, None, why_not, config_of=lambda module: module.config)
     if plan is not None:
@@ -126,9 +165,9 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
     def build(_: str, p: _Target) -> nn.Module:
-        return (
-            p.module.to_inference() if isinstance(p.module, QATLinear) else _inference_layer(p.module, p.config, None)
-        )
+        if isinstance(p.module, QATLinear | SwitchableNorm):
+            return p.module.to_inference()
+        return _inference_layer(p.module, p.config, None)
 
     return prepared.carry_out(model, build)
 
@@ -169,6 +208,15 @@ def _why_not_linear(module: nn.Module) -> str | None:
     if module.in_features == 0 or module.out_features == 0:
         return "it has no weights"
     return None
+
+
+def _why_not_switchable(module: nn.Module) -> str | None:
+    """The reason why a module cannot be made switchable; None if it can."""
+    if isinstance(module, SwitchableNorm):
+        return "already switchable"
+    if type(module) in SWITCHABLE_NORMS:
+        return None
+    return _why_not_linear(module)
 
 
 def _check_weight(name: str, linear: nn.Linear) -> None:
@@ -250,21 +298,29 @@ def _plan(
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | QATLinear | InferenceLinear) or next(module.children(), None) is None
+    return (
+        isinstance(module, nn.Linear | QATLinear | SwitchableNorm | InferenceLinear)
+        or next(module.children(), None) is None
+    )
 
 
 def _inside_layer(model: nn.Module, name: str) -> bool:
     """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
-    return any(isinstance(module, nn.Linear | QATLinear) for module in above)
+    return any(isinstance(module, nn.Linear | QATLinear | SwitchableNorm) for module in above)
 
 
 def _disable_fused_transformer_layers(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer has a fused inference path that reads the float weights of its linear layers; this
-    flag, which nothing else reads, makes it call the layers instead."""
+    """nn.TransformerEncoderLayer has a fused inference path that reads the float weights of its linear layers and
+    norms; this flag, which nothing else reads, makes it call the layers instead. nn.TransformerEncoder packs padded
+    batches for that path, and only for it, into nested tensors."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and not (
-            type(module.linear1) is nn.Linear and type(module.linear2) is nn.Linear
-        ):
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_replaced_layers(module):
             module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(map(_has_replaced_layers, module.layers)):
+            module.use_nested_tensor = False
+
+
+def _has_replaced_layers(module: nn.Module) -> bool:
+    return any(isinstance(part, InferenceLinear | QATLinear | SwitchableNorm) for part in module.modules())
