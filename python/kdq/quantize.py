@@ -119,7 +119,7 @@ def prepare_switchable_(
 
     Raises:
         TypeError: precisions is not a sequence of configs.
-        ValueError: there are fewer than two, or two are equal; or as for `quantize_`.
+        ValueError: there are fewer than two, two are equal, or only norms would change; or as for `quantize_`.
     """
     if isinstance(precisions, str) or not isinstance(precisions, Sequence):
         raise TypeError(f"precisions: expected a list of configs, got {precisions!r}")
@@ -127,6 +127,10 @@ def prepare_switchable_(
     if len(configs) < 2 or len(set(configs)) < len(configs):
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
     plan = _plan(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
+    leading = [t.module for t in plan.chosen.values() if isinstance(t.module, nn.Linear)]
+    leading += [module for module in model.modules() if isinstance(module, SwitchableLinear)]
+    if plan.chosen and not leading:
+        raise ValueError("model: no linear layer of it becomes switchable, and its norms alone have nothing to follow")
 
     def build(_: str, p: _Target) -> Switchable:
         if isinstance(p.module, nn.Linear):

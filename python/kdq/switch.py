@@ -40,19 +40,19 @@ def set_precision_(model: nn.Module, precision: ConfigMap) -> None:
             precision. Nothing is changed.
     """
     layers = _layers(model)
-    chosen = _chosen(layers, precision)
-    switches: dict[str, tuple[Switchable, Config]] = {name: (layers[name], chosen[name]) for name in layers}
-    order = [name for name, module in model.named_modules() if isinstance(module, Switchable)]
-    for name in order:
-        module = model.get_submodule(name)
-        if isinstance(module, SwitchableNorm):
-            switches[name] = (module, chosen[_layer_beside(name, order, layers)])
-    for name, (module, config) in switches.items():
-        if config not in module.precisions:
+    switches = {name: module for name, module in model.named_modules() if isinstance(module, Switchable)}
+    if isinstance(precision, Mapping):
+        chosen = _chosen(layers, precision)
+        norms = [name for name, module in switches.items() if isinstance(module, SwitchableNorm)]
+        chosen |= {norm: chosen[_layer_beside(norm, list(switches), layers)] for norm in norms}
+    else:
+        chosen = dict.fromkeys(switches, normalize(precision))
+    for name, module in switches.items():
+        if chosen[name] not in module.precisions:
             has = ", ".join(map(str, module.precisions))
-            raise ValueError(f"precision: {name!r} has {has}, but not {config}; nothing was changed")
-    for module, config in switches.values():
-        module.config = config
+            raise ValueError(f"precision: {name!r} has {has}, but not {chosen[name]}; nothing was changed")
+    for name, module in switches.items():
+        module.config = chosen[name]
 
 
 def precisions(model: nn.Module) -> tuple[Config, ...]:
@@ -93,11 +93,12 @@ def extract(model: nn.Module, precision: ConfigMap) -> nn.Module:
 @contextmanager
 def keeping_precision(model: nn.Module) -> Iterator[None]:
     """Gives the present precision back on exit."""
-    before = precision_of(model)
+    before = [(module, module.config) for module in model.modules() if isinstance(module, Switchable)]
     try:
         yield
     finally:
-        set_precision_(model, before)
+        for module, config in before:
+            module.config = config
 
 
 def _layers(model: nn.Module) -> dict[str, SwitchableLinear]:
@@ -107,10 +108,8 @@ def _layers(model: nn.Module) -> dict[str, SwitchableLinear]:
     return layers
 
 
-def _chosen(layers: Mapping[str, SwitchableLinear], precision: ConfigMap) -> dict[str, Config]:
+def _chosen(layers: Mapping[str, SwitchableLinear], precision: Mapping[str, Config]) -> dict[str, Config]:
     """The precision of every layer: that of the plan, or its present one."""
-    if not isinstance(precision, Mapping):
-        return dict.fromkeys(layers, normalize(precision))
     plan = {pattern: normalize(config) for pattern, config in precision.items()}
     patterns = [pattern for pattern in plan if pattern not in layers]
     for pattern in patterns:

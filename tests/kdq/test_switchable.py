@@ -93,6 +93,8 @@ def test_filter_and_weights_that_are_not_finite() -> None:
     report = kdq.prepare_switchable_(model, PRECISIONS, lambda module, name: name != "5")
     assert report.left == {"5": "filter_fn is false"}
     assert type(model[5]) is nn.Linear
+    with pytest.raises(ValueError, match="no linear layer"):
+        kdq.prepare_switchable_(mlp(), PRECISIONS, lambda module, _: not isinstance(module, nn.Linear))
     broken: Any = mlp()
     broken[5].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="5: its weight"):
@@ -125,7 +127,7 @@ def test_computes_as_a_dedicated_student(plan: Any) -> None:
     kdq.set_precision_(model, plan)
     own = mlp()
     kdq.prepare_qat_(own, plan)
-    state = {name: t for name, t in own.state_dict().items() if name.count(".") > 9}
+    state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, SwitchableNorm):
             state |= {f"{name}.{key}": t for key, t in module.variant().state_dict().items()}
@@ -178,6 +180,14 @@ def test_precisions_differ() -> None:
     means = [norm.running_mean for norm in model[3].variants.values()]
     for values in (outputs, means):
         assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(values) for b in values[:i])
+
+
+def test_batch_norms_of_a_mixed_plan_are_re_estimated_as_documented() -> None:
+    real: Any = kdq.extract(switchable(), MIXED)
+    loader = [randn(64, 12, seed=s) * 3 - 1 for s in range(3)]
+    torch.optim.swa_utils.update_bn(loader, real)
+    inputs = [real[:3](x) for x in loader]
+    torch.testing.assert_close(real[3].running_mean, torch.cat(inputs).mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_extract_before_any_batch_is_an_error() -> None:
@@ -397,14 +407,15 @@ def test_compiles_at_every_precision() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("layers", ["all", "norms"])
+@pytest.mark.parametrize("only", ["", "norm"])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_layers_run_the_active_norms(layers: str, norm_first: bool) -> None:
+def test_transformer_layers_run_the_active_norms(only: str, norm_first: bool) -> None:
     """Not the fused path, which would read parameters beside the switch, with and without padding."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
-    kdq.prepare_switchable_(model, PRECISIONS, lambda m, _: layers == "all" or isinstance(m, nn.LayerNorm))
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(8, 3)}).eval()
+    kdq.prepare_switchable_(model, PRECISIONS, lambda _, name: only in name or name == "head")
     norms = [module for module in model.modules() if isinstance(module, SwitchableNorm)]
     assert len(norms) == 4
     x, padded = randn(2, 5, 8), torch.arange(5).expand(2, 5) >= torch.tensor([[3], [5]])
@@ -414,8 +425,7 @@ def test_transformer_layers_run_the_active_norms(layers: str, norm_first: bool) 
     with torch.no_grad():
         for mask in (None, padded):
             seen.clear()
-            assert torch.isfinite(model(x, src_key_padding_mask=mask)).all()
+            assert torch.isfinite(encoder(x, src_key_padding_mask=mask)).all()
             assert set(seen) == set(norms)
-        if layers == "all":
-            real = kdq.extract(model, INT8)
-            torch.testing.assert_close(real(x), model(x), rtol=1e-4, atol=1e-4)
+        real: Any = kdq.extract(model, INT8)
+        torch.testing.assert_close(real["encoder"](x), encoder(x), rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear
+from kdq.layers.switchable import SwitchableLinear, SwitchableNorm
 
 __all__ = [
     "BinaryLinear",
@@ -12,4 +13,6 @@ __all__ = [
     "Int8QATLinear",
     "LowBitLinear",
     "LowBitQATLinear",
+    "SwitchableLinear",
+    "SwitchableNorm",
 ]
