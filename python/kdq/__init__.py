@@ -29,8 +29,10 @@ from kdq.ptq import (
     reestimate_batch_norm_,
     smooth_,
 )
-from kdq.quantize import ConversionReport, convert_, prepare_qat_, quantize_
+from kdq.quantize import ConversionReport, convert_, prepare_qat_, prepare_switchable_, quantize_
 from kdq.reporting import Report, report
+from kdq.switch import extract, precision_of, precisions, set_precision_
+from kdq.switchable_distill import SwitchableDistiller
 from kdq.teacher_cache import CachedTeacher
 from kdq.teachers import TeacherEnsemble, self_teacher
 
@@ -63,17 +65,22 @@ __all__ = [
     "RelationalKD",
     "Report",
     "SoftTargets",
+    "SwitchableDistiller",
     "TeacherEnsemble",
     "ToolReport",
     "Weighted",
     "convert_",
     "correct_bias_",
     "equalize_",
+    "extract",
     "fold_batch_norm_",
     "load",
     "lower_precision_",
     "pact_penalty",
+    "precision_of",
+    "precisions",
     "prepare_qat_",
+    "prepare_switchable_",
     "qkd_phases",
     "quantize_",
     "reconstruct_",
@@ -81,5 +88,6 @@ __all__ = [
     "report",
     "save",
     "self_teacher",
+    "set_precision_",
     "smooth_",
 ]

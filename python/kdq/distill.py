@@ -147,8 +147,12 @@ class Distiller:
         """
         parsed = parse_batch(batch, device_of(self.student))
         teacher, taught = self._run_teacher(parsed)
+        return self._compare(parsed, teacher, taught)[0]
+
+    def _compare(self, batch: Batch, teacher: Tensor | None, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Runs the student: the loss against the given logits and features, and the student's logits."""
         with captured_outputs(self.student, [ours for ours, _ in self._pairs], "student") as learned:
-            student = parsed.logits(self.student, "student")
+            student = batch.logits(self.student, "student")
         if teacher is None:
             teacher = student.detach()  # nobody reads it
         check_same_shape(student, teacher)
@@ -160,13 +164,13 @@ class Distiller:
                 continue
             if isinstance(term.loss, FeatureLoss):
                 adapters = {layer: module for (of, layer), module in self.adapters.items() if of == i}
-                terms.append(weight * term.loss(learned, taught, parsed.target, adapters))
+                terms.append(weight * term.loss(learned, taught, batch.target, adapters))
                 continue
-            terms.append(weight * term.loss(student, teacher.detach(), parsed.target))
+            terms.append(weight * term.loss(student, teacher.detach(), batch.target))
             if self.train_teacher:
-                terms.append(weight * term.loss(teacher, student.detach(), parsed.target))
+                terms.append(weight * term.loss(teacher, student.detach(), batch.target))
         dtype = torch.promote_types(student.dtype, torch.float32)
-        return torch.stack([term.to(dtype) for term in terms]).sum()
+        return torch.stack([term.to(dtype) for term in terms]).sum(), student
 
     def _run_teacher(self, batch: Batch) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Its logits and features; None if no loss needs it."""

@@ -1,4 +1,4 @@
-"""quantize_, prepare_qat_, convert_: replace a model's linear layers, in place and all or nothing.
+"""quantize_, prepare_qat_, prepare_switchable_, convert_: replace a model's layers, in place and all or nothing.
 
 Each call first decides about every layer and activation and builds all replacements; only then does it touch the model.
 An error on the way leaves the model as it was.
@@ -6,7 +6,7 @@ An error on the way leaves the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kdq.calibrate import observe_inputs
-from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for
+from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for, normalize
 from kdq.fuse import find_fusions
 from kdq.layers.base import InferenceLinear, PackedInt8Linear
 from kdq.layers.binary_linear import BinaryLinear
@@ -25,9 +25,11 @@ from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
 from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
+from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
 from kdq.observers import DEFAULT_OBSERVER, Observer, ObserverState, check_observer
 from kdq.transformer import run_layers_of_transformers
 
+SWITCHABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 FilterFn = Callable[[nn.Module, str], bool]
 
 
@@ -118,16 +120,57 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
     batch.
     """
     plan = _plan(model, config, filter_fn, _why_not_linear)
-    return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config), fuse_activations=False)
+    return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
+
+
+def prepare_switchable_(
+    model: nn.Module, precisions: Sequence[Config], filter_fn: FilterFn | None = None
+) -> ConversionReport:
+    """Makes a model trainable at several precisions at once, in place: one student for all of them.
+
+    Linear layers keep one float weight for all precisions and get scales and activation grids for each; batch norms
+    (1d and 2d) and layer norms get statistics and affine parameters for each. Train it with a `SwitchableDistiller`
+    (make the optimizer after this call), choose with `set_precision_`, deploy with `extract` or `convert_`. Layers that
+    shall have one precision only: leave them to `prepare_qat_` with filter_fn.
+
+    Args:
+        precisions: two or more configs, in any order; the widest is active at first.
+        filter_fn: `filter_fn(module, name)`; only linear layers and norms for which it is true are changed.
+
+    Returns:
+        What was changed (with the precision that is active), and what was left and why.
+
+    Raises:
+        TypeError: precisions is not a sequence of configs.
+        ValueError: there are fewer than two, two are equal, or only norms would change; or as for `quantize_`.
+    """
+    if isinstance(precisions, str) or not isinstance(precisions, Sequence):
+        raise TypeError(f"precisions: expected a list of configs, got {precisions!r}")
+    configs = tuple(normalize(config) for config in precisions)
+    if len(configs) < 2 or len(set(configs)) < len(configs):
+        raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
+    plan = _plan(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
+    leading: list[Any] = [t.module for t in plan.chosen.values() if isinstance(t.module, nn.Linear)]
+    leading += [module for module in model.modules() if isinstance(module, SwitchableLinear)]
+    if plan.chosen and not leading:
+        raise ValueError("model: no linear layer of it becomes switchable, and its norms alone have nothing to follow")
+
+    def build(_: str, p: _Target) -> Switchable:
+        if isinstance(p.module, nn.Linear):
+            return SwitchableLinear(p.module, {config: _training_twin(p.module, config) for config in configs})
+        return SwitchableNorm(p.module, configs)
+
+    return plan.carry_out(model, build)
 
 
 def convert_(
     model: nn.Module, plan: Mapping[str, Config] | None = None, *, fuse_activations: bool = True
 ) -> ConversionReport:
-    """Replaces training twins by the layers that run on the real kernels, in place.
+    """Replaces training twins by the layers that run on the real kernels, in place; of switchable layers and norms
+    their active precision.
 
     Args:
-        model: after `prepare_qat_` and training.
+        model: after `prepare_qat_` or `prepare_switchable_` and training.
         plan: also quantizes plain nn.Linear layers whose names match, as `quantize_` does without calibration.
         fuse_activations: as for `quantize_`.
 
@@ -137,7 +180,7 @@ def convert_(
     """
 
     def why_not(module: nn.Module) -> str | None:
-        return None if isinstance(module, QATLinear) else "not prepared by prepare_qat_"
+        return None if isinstance(module, QATLinear | SwitchableNorm) else "not prepared by prepare_qat_"
 
     prepared = _plan(model, {}, None, why_not, config_of=lambda module: module.config)
     if plan is not None:
@@ -152,9 +195,9 @@ def convert_(
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
     def build(_: str, p: _Target) -> nn.Module:
-        return (
-            p.module.to_inference() if isinstance(p.module, QATLinear) else _inference_layer(p.module, p.config, None)
-        )
+        if isinstance(p.module, QATLinear | SwitchableNorm):
+            return p.module.to_inference()
+        return _inference_layer(p.module, p.config, None)
 
     return prepared.carry_out(model, build, fuse_activations)
 
@@ -199,6 +242,15 @@ def _why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
+def _why_not_switchable(module: nn.Module) -> str | None:
+    """The reason why a module cannot be made switchable; None if it can."""
+    if isinstance(module, SwitchableNorm):
+        return "already switchable"
+    if type(module) in SWITCHABLE_NORMS:
+        return None
+    return _why_not_linear(module)
+
+
 def _check_weight(name: str, linear: nn.Linear) -> None:
     """Conditions that a user must mend: raising beats leaving the layer."""
     if linear.weight.device.type != "cpu":
@@ -232,7 +284,7 @@ class _Plan:
     left: dict[str, str] = field(default_factory=dict)
 
     def carry_out(
-        self, model: nn.Module, build: Callable[[str, _Target], nn.Module], fuse_activations: bool
+        self, model: nn.Module, build: Callable[[str, _Target], nn.Module], fuse_activations: bool = False
     ) -> ConversionReport:
         """Builds every replacement, then puts them in. A module that is used under two names is built once."""
         built: dict[int, nn.Module] = {}
@@ -296,11 +348,14 @@ def _plan(
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | QATLinear | InferenceLinear) or next(module.children(), None) is None
+    return (
+        isinstance(module, nn.Linear | QATLinear | SwitchableNorm | InferenceLinear)
+        or next(module.children(), None) is None
+    )
 
 
 def _inside_layer(model: nn.Module, name: str) -> bool:
     """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
-    return any(isinstance(module, nn.Linear | QATLinear) for module in above)
+    return any(isinstance(module, nn.Linear | QATLinear | SwitchableNorm) for module in above)

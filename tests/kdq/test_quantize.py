@@ -198,6 +198,21 @@ def test_a_bare_linear_layer_is_an_error() -> None:
         kdq.quantize_(nn.Linear(3, 3), kdq.Int8Dynamic())
 
 
+def test_quantized_transformers_take_padding() -> None:
+    """nn.TransformerEncoder would pack the batch into a nested tensor for its fused path."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, padded = torch.randn(2, 5, 16), torch.arange(5).expand(2, 5) >= torch.tensor([[3], [5]])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padded)
+        nested = nn.TransformerEncoder(layer, 2).eval()
+        nested.load_state_dict(model.state_dict())
+        kdq.quantize_(nested, kdq.Int8Dynamic())
+        got = nested(x, src_key_padding_mask=padded)
+    assert (got - expected)[~padded].norm() / expected[~padded].norm() < 0.02
+
+
 def test_convert_before_any_batch_is_an_error() -> None:
     m = model()
     kdq.prepare_qat_(m, kdq.LowBit(weight_bits=4, act_bits=4))

@@ -5,6 +5,7 @@ from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear
 from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
+from kdq.layers.switchable import SwitchableLinear, SwitchableNorm
 
 __all__ = [
     "BinaryLinear",
@@ -15,4 +16,6 @@ __all__ = [
     "LowBitLinear",
     "LowBitQATLinear",
     "PACTQATLinear",
+    "SwitchableLinear",
+    "SwitchableNorm",
 ]

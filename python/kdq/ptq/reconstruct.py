@@ -21,7 +21,8 @@ from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat_product import fake_input
 from kdq.observers import DEFAULT_OBSERVER, Observer
 from kdq.ptq.tool_report import ToolReport
-from kdq.quantize import FilterFn, _disable_fused_transformer_layers, _plan, _why_not_linear, check_post_training
+from kdq.quantize import FilterFn, _plan, _why_not_linear, check_post_training
+from kdq.transformer import run_layers_of_transformers
 
 ROWS = 4096  # of a layer's inputs, kept to learn from
 BATCH = 256
@@ -114,8 +115,8 @@ def reconstruct_(
             if same.module is target.module:
                 parent, _, key = other.rpartition(".")
                 setattr(student.get_submodule(parent), key, built[id(target.module)])
-        _disable_fused_transformer_layers(student)
-    report = plan.carry_out(model, lambda name, target: _of(built, name, target.module))
+        run_layers_of_transformers(student)
+    report = plan.carry_out(model, lambda name, target: _of(built, name, target.module), True)
     return ToolReport({n: f"{c}, {errors.get(n, 'shared')}" for n, c in report.changed.items()}, report.left)
 
 

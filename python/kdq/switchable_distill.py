@@ -1,0 +1,84 @@
+"""SwitchableDistiller: distils one student at all of its precisions at once.
+
+prepare_switchable_(student, [Int8Dynamic(), LowBit(weight_bits=4, act_bits=4), Binary()])
+SwitchableDistiller(teacher, student, [SoftTargets(T=4)]).fit(loader, epochs=20)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdq.configs import Config
+from kdq.distill import Distiller
+from kdq.losses import Loss
+from kdq.observe import device_of, parse_batch
+from kdq.switch import keeping_precision, precisions, set_precision_
+
+
+class SwitchableDistiller(Distiller):
+    """Trains a switchable student on a teacher, several precisions in each step.
+
+    A step runs the widest precision, the narrowest, and some random ones between them (the sandwich rule: Yu, Huang:
+    Universally Slimmable Networks, 2019), sums their losses and takes one optimizer step. Recursively distilled, the
+    widest learns from the teacher, and each narrower one from the logits of the next wider one that the step ran
+    (Yu, Li, Shi, Wen, Shen: Any-Precision Deep Neural Networks, 2021). Labels and hints are the same for all.
+
+    `loss(batch)` is such a step's loss, `fit` and everything else is as in `Distiller`. Each call of `loss` draws anew,
+    and leaves the student at the precision that it found, so that activations cannot be recomputed in the backward pass
+    (`torch.utils.checkpoint`).
+
+    Args:
+        teacher, losses: as for `Distiller`.
+        student: after `prepare_switchable_`.
+        sandwich: how many random precisions a step runs between the widest and the narrowest; all, if there are no
+            more.
+        recursive: False: all precisions learn from the teacher.
+        seed: of the random choice; ranks that train together need the same one.
+
+    Raises:
+        ValueError: the student has no switchable layers, or sandwich is below 1; or as for `Distiller`.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        losses: Sequence[Loss],
+        *,
+        sandwich: int = 1,
+        recursive: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(teacher, student, losses)
+        if sandwich < 1:
+            raise ValueError(
+                f"sandwich: expected 1 or more, got {sandwich}: without, the middle precisions never train"
+            )
+        self.precisions = precisions(student)
+        self.sandwich = sandwich
+        self.recursive = recursive
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> list[Config]:
+        """The precisions of one step, from the widest to the narrowest."""
+        last = len(self.precisions) - 1
+        between = torch.randperm(max(last - 1, 0), generator=self.generator)[: self.sandwich] + 1
+        return [self.precisions[i] for i in sorted({0, last, *between.tolist()})]
+
+    def loss(self, batch: Any) -> Tensor:
+        """The sum of the losses of the precisions that are drawn for this step. Errors as for `Distiller.loss`."""
+        parsed = parse_batch(batch, device_of(self.student))
+        goal, taught = self._run_teacher(parsed)
+        terms = []
+        with keeping_precision(self.student):
+            for precision in self.draw():
+                set_precision_(self.student, precision)
+                term, logits = self._compare(parsed, goal, taught)
+                terms.append(term)
+                if self.recursive:
+                    goal = logits.detach()
+        return torch.stack(terms).sum()
