@@ -150,9 +150,9 @@ def prepare_switchable_(
     if len(configs) < 2 or len(set(configs)) < len(configs):
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
     plan = _plan(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
-    leading: list[Any] = [t.module for t in plan.chosen.values() if isinstance(t.module, nn.Linear)]
-    leading += [module for module in model.modules() if isinstance(module, SwitchableLinear)]
-    if plan.chosen and not leading:
+    linear_chosen = any(isinstance(target.module, nn.Linear) for target in plan.chosen.values())
+    linear_there = any(isinstance(module, SwitchableLinear) for module in model.modules())
+    if plan.chosen and not (linear_chosen or linear_there):
         raise ValueError("model: no linear layer of it becomes switchable, and its norms alone have nothing to follow")
 
     def build(_: str, p: _Target) -> Switchable:
