@@ -72,7 +72,7 @@ def low_bit_weight_integers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def dorefa_weight(weight: Tensor) -> Tensor:
-    """`tanh(w) / max|tanh w|`, float32: the weight that DoReFa-Net (Zhou et al. 2016) rounds, in [-1, 1]."""
+    """`tanh(w) / max|tanh w|`, float32: the weight that DoReFa-Net (Zhou et al. 2016) rounds. Zeros stay."""
     bounded = weight.float().tanh()
     largest = bounded.abs().amax()
     return bounded / torch.where(largest > 0, largest, 1.0)

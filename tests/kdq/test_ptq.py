@@ -21,7 +21,7 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).detach().norm() / expected.norm())
+    return float(((got - expected).norm() / expected.norm()).detach())
 
 
 def quantized_error(model: nn.Module, config: Config, x: Tensor, expected: Tensor) -> float:
