@@ -55,6 +55,7 @@ class SoftTargets:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a `Distiller` has to run the teacher for this loss."""
         return self.alpha > 0
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kdq.losses.features import FeatureLoss
 
-# Beside the features' losses, any function of (student logits, teacher logits, target) is a loss.
+# Beside the features' losses, any function of (student logits, teacher logits, target) is a loss. One that has an
+# attribute `needs_teacher` which is False does not make the `Distiller` run the teacher.
 LogitLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Loss: TypeAlias = FeatureLoss | LogitLoss
 Schedule: TypeAlias = Callable[[float], float]
