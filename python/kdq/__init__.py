@@ -6,10 +6,12 @@ from kdq.io import load, save
 from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
 from kdq.quantize import ConversionReport, convert_, prepare_qat_, quantize_
 from kdq.reporting import Report, report
+from kdq.search import Budget, Plan, Precision, search_precision
 
 __all__ = [
     "Binary",
     "BinaryLinear",
+    "Budget",
     "ConversionReport",
     "Distiller",
     "Hint",
@@ -19,6 +21,8 @@ __all__ = [
     "Int8WeightOnly",
     "LowBit",
     "LowBitLinear",
+    "Plan",
+    "Precision",
     "Report",
     "SoftTargets",
     "convert_",
@@ -27,4 +31,5 @@ __all__ = [
     "quantize_",
     "report",
     "save",
+    "search_precision",
 ]

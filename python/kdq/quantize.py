@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kdq.calibrate import Observer, observe_inputs
-from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for
+from kdq.configs import Binary, Config, ConfigMap, Int8Dynamic, Int8Static, LayerConfigs, LowBit, config_for
 from kdq.layers.base import InferenceLinear
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
@@ -73,7 +73,7 @@ def quantize_(
         ValueError: calibration is missing or empty, a weight is not finite, or the model itself is the only linear
             layer.
     """
-    plan = _plan(model, config, filter_fn, _why_not_linear)
+    plan = _plan(model, config, filter_fn, why_not_linear)
     static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
     observers: dict[str, Observer] = {}
     if static:
@@ -84,7 +84,7 @@ def quantize_(
                 "pass some batches as calibration=, or use Int8Dynamic, which needs none"
             )
         observers = observe_inputs(model, static, calibration)
-    return plan.carry_out(model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)))
+    return plan.carry_out(model, lambda name, p: inference_layer(p.module, p.config, observers.get(name)))
 
 
 def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None = None) -> ConversionReport:
@@ -94,7 +94,7 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
     Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first
     batch.
     """
-    plan = _plan(model, config, filter_fn, _why_not_linear)
+    plan = _plan(model, config, filter_fn, why_not_linear)
     return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
 
 
@@ -115,7 +115,7 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
 
     prepared = _plan(model, {}, None, why_not, config_of=lambda module: module.config)
     if plan is not None:
-        planned = _plan(model, plan, None, _why_not_linear)
+        planned = _plan(model, plan, None, why_not_linear)
         for name, target in planned.chosen.items():
             if isinstance(target.config, Int8Static | LowBit):
                 raise ValueError(
@@ -126,9 +126,7 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
     def build(_: str, p: _Target) -> nn.Module:
-        return (
-            p.module.to_inference() if isinstance(p.module, QATLinear) else _inference_layer(p.module, p.config, None)
-        )
+        return p.module.to_inference() if isinstance(p.module, QATLinear) else inference_layer(p.module, p.config, None)
 
     return prepared.carry_out(model, build)
 
@@ -136,7 +134,8 @@ def convert_(model: nn.Module, plan: Mapping[str, Config] | None = None) -> Conv
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _inference_layer(linear: Any, config: Config, observer: Observer | None) -> InferenceLinear:
+def inference_layer(linear: Any, config: Config, observer: Observer | None) -> InferenceLinear:
+    """The layer that `quantize_` puts in an nn.Linear's place; observer is needed where the config fixes the scale."""
     if isinstance(config, Binary):
         return BinaryLinear.from_float(linear, config)
     if isinstance(config, LowBit):
@@ -154,7 +153,7 @@ def _training_twin(linear: Any, config: Config) -> QATLinear:
     return Int8QATLinear(linear, config)
 
 
-def _why_not_linear(module: nn.Module) -> str | None:
+def why_not_linear(module: nn.Module) -> str | None:
     """The reason why a module cannot be quantized; None if it can."""
     if isinstance(module, InferenceLinear | QATLinear):
         return f"already quantized ({type(module).__name__})"
@@ -246,7 +245,20 @@ def _plan(
         if isinstance(module, nn.Linear):
             _check_weight(name, module)
         plan.chosen[name] = _Target(module, config)
+    if isinstance(configs, LayerConfigs):
+        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        if lacking := [name for name in configs if name not in names]:
+            raise ValueError(f"plan: it names layers that the model lacks: {', '.join(map(repr, lacking[:5]))}")
     return plan
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that `quantize_` replaces when one config is given for all, by name; a shared one under each name.
+
+    Raises:
+        ValueError: as for `quantize_`.
+    """
+    return {name: t.module for name, t in _plan(model, Int8Dynamic(), None, why_not_linear).chosen.items()}
 
 
 def _is_leaf(module: nn.Module) -> bool:
