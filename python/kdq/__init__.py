@@ -31,6 +31,7 @@ from kdq.ptq import (
 )
 from kdq.quantize import ConversionReport, convert_, prepare_qat_, prepare_switchable_, quantize_
 from kdq.reporting import Report, report
+from kdq.search import Budget, Plan, Precision, search_precision
 from kdq.switch import extract, precision_of, precisions, set_precision_
 from kdq.switchable_distill import SwitchableDistiller
 from kdq.teacher_cache import CachedTeacher
@@ -40,6 +41,7 @@ __all__ = [
     "AttentionTransfer",
     "Binary",
     "BinaryLinear",
+    "Budget",
     "CachedTeacher",
     "ContrastiveKD",
     "ConversionReport",
@@ -62,6 +64,8 @@ __all__ = [
     "MovingAverage",
     "Percentile",
     "Phase",
+    "Plan",
+    "Precision",
     "RelationalKD",
     "Report",
     "SoftTargets",
@@ -87,6 +91,7 @@ __all__ = [
     "reestimate_batch_norm_",
     "report",
     "save",
+    "search_precision",
     "self_teacher",
     "set_precision_",
     "smooth_",

@@ -1,4 +1,4 @@
-"""The `kdq` command: demo, study, bench, report, info."""
+"""The `kdq` command: demo, search, study, bench, report, info."""
 
 from __future__ import annotations
 
@@ -112,6 +112,36 @@ def report(
         result.save_json(json_path)
     if plot is not None:
         result.plot(plot)
+
+
+@app.command()
+def search(
+    student: Annotated[Path, typer.Argument(help="The float student's checkpoint, which kdq.load can rebuild.")],
+    teacher: Annotated[Path, typer.Argument(help="The teacher's checkpoint.")],
+    data: Annotated[str, typer.Option(help="module:function that returns the batches to measure on.")],
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass on the first batch.")] = None,
+    size_bytes: Annotated[int | None, typer.Option(help="Bytes of the converted model's tensors.")] = None,
+    average_bits: Annotated[float | None, typer.Option(help="Bits a weight, averaged.")] = None,
+    sensitivity: Annotated[str, typer.Option(help="teacher_kl, label_loss or weight_sqnr.")] = "teacher_kl",
+    refine: Annotated[int, typer.Option(help="Times to measure again around the plan.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the plan, for kdq.Plan.load.")] = None,
+) -> None:
+    """Choose each layer's precision: nearest to the teacher within a budget."""
+    import kdq
+
+    budget = kdq.Budget(latency_ms=latency_ms, size_bytes=size_bytes, average_bits=average_bits)
+    batches = import_function(data)()
+    plan = kdq.search_precision(
+        kdq.load(student),
+        kdq.load(teacher),
+        batches,
+        budget=budget,
+        sensitivity=sensitivity,  # type: ignore[arg-type]  # checked there
+        refine=refine,
+    )
+    console.print(plan)
+    if json_path is not None:
+        plan.save(json_path)
 
 
 @app.command()

@@ -76,6 +76,11 @@ CONFIGS: dict[str, type[Config]] = {
     cls.__name__: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, LowBit, Binary)
 }
 
+
+class LayerConfigs(Mapping[str, Config]):
+    """Base of mappings whose keys are layer names, taken as they are: `[`, `*` and `?` mean themselves."""
+
+
 # One config for every layer, or the first whose pattern (as in fnmatch: "encoder.*.fc1") matches the module's name.
 ConfigMap: TypeAlias = Config | Mapping[str, Config]
 
@@ -95,6 +100,8 @@ def config_for(configs: ConfigMap, name: str) -> Config | None:
     """The config that applies to the module of that name; None if no pattern matches."""
     if not isinstance(configs, Mapping):
         return normalize(configs)
+    if isinstance(configs, LayerConfigs):
+        return normalize(configs[name]) if name in configs else None
     for pattern, config in configs.items():
         if fnmatch.fnmatchcase(name, pattern):
             return normalize(config)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kdq.calibrate import observe_inputs
-from kdq.configs import Binary, Config, ConfigMap, Int8Static, LowBit, config_for, normalize
+from kdq.configs import Binary, Config, ConfigMap, Int8Dynamic, Int8Static, LayerConfigs, LowBit, config_for, normalize
 from kdq.fuse import find_fusions
 from kdq.layers.base import InferenceLinear, PackedInt8Linear
 from kdq.layers.binary_linear import BinaryLinear
@@ -94,7 +94,7 @@ def quantize_(
         ValueError: calibration is missing or empty, a config's method is one of training, a weight is not finite, or
             the model itself is the only linear layer.
     """
-    plan = _plan(model, config, filter_fn, _why_not_linear)
+    plan = _plan(model, config, filter_fn, why_not_linear)
     static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
     check_observer(observer)
     check_post_training(plan)
@@ -108,7 +108,7 @@ def quantize_(
             )
         observers = observe_inputs(model, static, calibration, observer)
     return plan.carry_out(
-        model, lambda name, p: _inference_layer(p.module, p.config, observers.get(name)), fuse_activations
+        model, lambda name, p: inference_layer(p.module, p.config, observers.get(name)), fuse_activations
     )
 
 
@@ -119,7 +119,7 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
     Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first
     batch.
     """
-    plan = _plan(model, config, filter_fn, _why_not_linear)
+    plan = _plan(model, config, filter_fn, why_not_linear)
     return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
 
 
@@ -184,7 +184,7 @@ def convert_(
 
     prepared = _plan(model, {}, None, why_not, config_of=lambda module: module.config)
     if plan is not None:
-        planned = _plan(model, plan, None, _why_not_linear)
+        planned = _plan(model, plan, None, why_not_linear)
         for name, target in planned.chosen.items():
             if isinstance(target.config, Int8Static | LowBit):
                 raise ValueError(
@@ -197,7 +197,7 @@ def convert_(
     def build(_: str, p: _Target) -> nn.Module:
         if isinstance(p.module, QATLinear | SwitchableNorm):
             return p.module.to_inference()
-        return _inference_layer(p.module, p.config, None)
+        return inference_layer(p.module, p.config, None)
 
     return prepared.carry_out(model, build, fuse_activations)
 
@@ -205,7 +205,8 @@ def convert_(
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _inference_layer(linear: Any, config: Config, observer: ObserverState | None) -> InferenceLinear:
+def inference_layer(linear: Any, config: Config, observer: ObserverState | None) -> InferenceLinear:
+    """The layer that `quantize_` puts in an nn.Linear's place; observer is needed where the config fixes the scale."""
     if isinstance(config, Binary):
         return BinaryLinear.from_float(linear, config)
     if isinstance(config, LowBit):
@@ -225,7 +226,7 @@ def _training_twin(linear: Any, config: Config) -> QATLinear:
     return Int8QATLinear(linear, config)
 
 
-def _why_not_linear(module: nn.Module) -> str | None:
+def why_not_linear(module: nn.Module) -> str | None:
     """The reason why a module cannot be quantized; None if it can."""
     if isinstance(module, InferenceLinear | QATLinear):
         return f"already quantized ({type(module).__name__})"
@@ -248,7 +249,7 @@ def _why_not_switchable(module: nn.Module) -> str | None:
         return "already switchable"
     if type(module) in SWITCHABLE_NORMS:
         return None
-    return _why_not_linear(module)
+    return why_not_linear(module)
 
 
 def _check_weight(name: str, linear: nn.Linear) -> None:
@@ -344,7 +345,20 @@ def _plan(
         if isinstance(module, nn.Linear):
             _check_weight(name, module)
         plan.chosen[name] = _Target(module, config)
+    if isinstance(configs, LayerConfigs):
+        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        if lacking := [name for name in configs if name not in names]:
+            raise ValueError(f"plan: it names layers that the model lacks: {', '.join(map(repr, lacking[:5]))}")
     return plan
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that `quantize_` replaces when one config is given for all, by name; a shared one under each name.
+
+    Raises:
+        ValueError: as for `quantize_`.
+    """
+    return {name: t.module for name, t in _plan(model, Int8Dynamic(), None, why_not_linear).chosen.items()}
 
 
 def _is_leaf(module: nn.Module) -> bool:

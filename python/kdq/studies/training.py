@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdq.distill import Distiller, Loss, SoftTargets
+from kdq.distill import Distiller
+from kdq.losses import Loss, SoftTargets
 from kdq.observe import evaluating
 from kdq.reporting import accuracy, teacher_kl
 from kdq.studies.tasks import Data, Task

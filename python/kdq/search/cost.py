@@ -1,0 +1,139 @@
+"""What a layer costs at a precision: bits and bytes by arithmetic, milliseconds by measurement.
+
+Layers are timed inside the model's own forward pass, one uniform precision after the other, so that each meets the
+caches as its neighbours leave them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdq.configs import Binary, Config, Int8Static, LowBit
+from kdq.observe import Batch
+from kdq.reporting import ROUND_SECONDS
+from kdq.search.precision import Precision, all_at
+
+
+def weight_bits(linear: nn.Linear, config: Config | None) -> int:
+    """Bits of one weight; None is the float layer as it is."""
+    if config is None:
+        return 8 * linear.weight.element_size()
+    if isinstance(config, Binary):
+        return 1
+    return config.weight_bits if isinstance(config, LowBit) else 8
+
+
+def layer_bytes(linear: nn.Linear, config: Config | None) -> int:
+    """Bytes of the layer's tensors as `kdq.save` writes them."""
+    n, k = linear.weight.shape
+    if config is None:
+        return linear.weight.nbytes + (0 if linear.bias is None else linear.bias.nbytes)
+    row = (k + 63) // 64 * 8 if isinstance(config, Binary) else (k * weight_bits(linear, config) + 7) // 8
+    grid = 8 if isinstance(config, Int8Static | LowBit) else 0  # input_scale and input_zero_point
+    return n * (row + 4 + (0 if linear.bias is None else 4)) + grid
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a state dict's tensors, shared ones under each name, as `kdq.save` writes them."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """`layers[config][name]` and `fixed`, the rest of the model: milliseconds of one forward pass."""
+
+    layers: Mapping[Config | None, Mapping[str, float]]
+    fixed: float
+
+
+def input_rows(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, list[int]]:
+    """For each layer, the number of rows (product of all axes but the last) of every call in one forward pass."""
+    rows: dict[str, list[int]] = {name: [] for name in names}
+
+    def hook_for(name: str) -> Any:
+        return lambda _module, args: rows[name].append(math.prod(args[0].shape[:-1]))
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    try:
+        batch.logits(model, "student")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+def measure(
+    model: nn.Module,
+    precision: Precision,
+    names: Sequence[str],
+    candidates: Sequence[Config | None],
+    batch: Batch,
+    rounds: int,
+) -> Timing:
+    """Times every layer at every precision, and the model without its layers: medians of interleaved rounds.
+
+    The time between a layer's pre-hook and its hook is the layer's; what calls it belongs to the rest, which is the
+    whole model's time, without hooks, less its layers'. The rest is taken from the models at the candidates too, not
+    from the float model alone: beside large float products it would drown in their noise.
+    """
+    configs = list(dict.fromkeys(candidates))
+    spans: dict[Config | None, dict[str, list[float]]] = {c: {n: [] for n in names} for c in configs}
+    rests: list[float] = []
+    repeats = {}
+    for config in configs:
+        with all_at(precision, dict.fromkeys(names, config)):
+            repeats[config] = max(1, round(ROUND_SECONDS / max(min(_seconds(model, batch, 1) for _ in range(3)), 1e-7)))
+    for _ in range(rounds):
+        for config in configs:
+            with all_at(precision, dict.fromkeys(names, config)):
+                total = _seconds(model, batch, repeats[config])
+                with _stopwatch(model, names) as watch:
+                    _seconds(model, batch, repeats[config])
+            for name in names:
+                spans[config][name].append(watch[name] / repeats[config])
+            rests.append(total - math.fsum(watch.values()) / repeats[config])
+    medians = {c: {n: 1e3 * statistics.median(s) for n, s in by_name.items()} for c, by_name in spans.items()}
+    return Timing(medians, max(1e3 * statistics.median(rests), 0.0))
+
+
+def _seconds(model: nn.Module, batch: Batch, repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        model(*batch.args, **batch.kwargs)
+    return (time.perf_counter() - start) / repeat
+
+
+@contextmanager
+def _stopwatch(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, float]]:
+    """Fills a dict with the seconds that the named layers take inside."""
+    seconds = dict.fromkeys(names, 0.0)
+    started = dict.fromkeys(names, 0.0)
+
+    def before(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            started[name] = time.perf_counter()
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, _output: Tensor) -> None:
+            seconds[name] += time.perf_counter() - started[name]
+
+        return hook
+
+    layers = {name: model.get_submodule(name) for name in names}
+    handles = [layer.register_forward_pre_hook(before(name)) for name, layer in layers.items()]
+    handles += [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()

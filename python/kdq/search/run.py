@@ -1,0 +1,214 @@
+"""search_precision: measure what each layer's precision costs and what it saves, and choose the best plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+from kdq.configs import Binary, Config, Int8Dynamic, LowBit, normalize
+from kdq.observe import Batch, evaluating, parse_batch
+from kdq.reporting import ROUNDS
+from kdq.search.budget import Budget
+from kdq.search.cost import input_rows, layer_bytes, measure, tensor_bytes, weight_bits
+from kdq.search.plan import Option, Plan, PlannedLayer
+from kdq.search.precision import BuiltLayers, Precision, all_at, unfused
+from kdq.search.sensitivity import SENSITIVITIES, Distance, Sensitivity, Table, finite, increases, weight_noise
+from kdq.search.solve import Limit, solve
+
+CANDIDATES: tuple[Config | None, ...] = (
+    Int8Dynamic(),
+    LowBit(weight_bits=4, act_bits=8),
+    LowBit(weight_bits=2, act_bits=8),
+    Binary(),
+)
+
+
+def search_precision(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    loader: Iterable[Any],
+    *,
+    budget: Budget,
+    candidates: Sequence[Config | None] = CANDIDATES,
+    sensitivity: Sensitivity = "teacher_kl",
+    refine: int = 0,
+    rounds: int = ROUNDS,
+    precision: Precision | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Chooses a precision for every linear layer: the least distance to the teacher that the budget allows.
+
+    One layer at a time is set to each candidate while the others stay in float; the increases of the distance are
+    taken to add up, and an integer programme chooses (as in Dong et al.: HAWQ-V2, 2020, with measured increases in
+    place of Hessian traces). At few bits they do not quite add up: `refine` measures them again around the plan chosen.
+
+    The student ends as it was. All of the loader's batches are kept in memory. Without a latency budget the result is
+    deterministic; times are those of this machine, at this number of threads, on the loader's first batch.
+
+    Args:
+        student: a float model, in any mode; measured in eval mode.
+        teacher: outputs logits of the same shape; may be None unless sensitivity is "teacher_kl".
+        loader: batches (tensors, `(inputs, target)` tuples or dicts). They calibrate the activations' scales too.
+        budget: what the converted model may cost.
+        candidates: configs to choose from; None among them allows a layer to stay in float.
+        sensitivity: "teacher_kl": increase of KL(teacher || student); "label_loss": increase of the cross-entropy, both
+            in nats a row; "weight_sqnr": noise power of the rounded weight over its power, which sees no data.
+        refine: how many times to measure again around the current plan, with all other layers at their chosen
+            precision, and to solve again. The plan whose measured distance is least is kept.
+        rounds: of timing; the medians count.
+        precision: how to set a layer's precision, for models that can do it by themselves; None builds the layers.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: the loader is empty, labels are missing, no layer can be quantized, the outputs do not match, a
+            distance is NaN or infinite, or no plan meets the budget (the message names the smallest value reachable).
+        TypeError: a candidate or a batch is of an unknown kind.
+    """
+    options = _checked(candidates, sensitivity, refine, rounds)
+    batches = list(loader)
+    if not batches:
+        raise ValueError("loader: expected at least one batch, got none")
+    parsed = [parse_batch(batch) for batch in batches]
+    models = [student] if teacher is None else [student, teacher]
+    with evaluating(*models), torch.no_grad(), unfused(student), Progress(disable=not progress, transient=True) as bar:
+        distance = None
+        if sensitivity != "weight_sqnr":
+            distance = Distance(student, teacher, parsed, "kl" if sensitivity == "teacher_kl" else "label")
+            finite(distance(), "the float student")  # before layers are built: it shows outputs that do not match
+        if precision is None:
+            precision = BuiltLayers(student, batches)
+        search = _Search(student, precision, options, budget, sensitivity, parsed[0], rounds)
+        if distance is None:
+            table = weight_noise(student, precision, search.names, options)
+            return search.plan(table, 0.0, None)
+        task = bar.add_task("sensitivities", total=(refine + 1) * len(search.names) * len(options))
+        return search.by_distance(distance, refine, lambda: bar.advance(task))
+
+
+def _checked(
+    candidates: Sequence[Config | None], sensitivity: str, refine: int, rounds: int
+) -> tuple[Config | None, ...]:
+    if sensitivity not in SENSITIVITIES:
+        raise ValueError(f"sensitivity: expected one of {', '.join(SENSITIVITIES)}, got {sensitivity!r}")
+    if not candidates:
+        raise ValueError("candidates: expected at least one config, got none")
+    if refine < 0 or rounds < 1:
+        raise ValueError(f"refine, rounds: expected at least 0 and 1, got {refine} and {rounds}")
+    if refine and sensitivity == "weight_sqnr":
+        raise ValueError('refine: the noise of weights adds up exactly, "weight_sqnr" leaves nothing to refine')
+    return tuple(dict.fromkeys(None if c is None else normalize(c) for c in candidates))
+
+
+class _Search:
+    """What stays the same while plans are tried: layers, costs and budget."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        precision: Precision,
+        candidates: tuple[Config | None, ...],
+        budget: Budget,
+        sensitivity: Sensitivity,
+        batch: Batch,
+        rounds: int,
+    ) -> None:
+        self.precision, self.candidates, self.budget, self.sensitivity = precision, candidates, budget, sensitivity
+        self.aliases: dict[str, tuple[str, ...]] = {}
+        for linear in precision.layers.values():
+            same = tuple(n for n, other in precision.layers.items() if other is linear)
+            self.aliases[same[0]] = same
+        self.names = list(self.aliases)
+        timing = measure(student, precision, self.names, candidates, batch, rounds)
+        self.fixed_ms = timing.fixed
+        with all_at(precision, dict.fromkeys(self.names)):
+            rows = input_rows(student, self.names, batch)
+        in_float = sum(len(self.aliases[n]) * layer_bytes(precision.layers[n], None) for n in self.names)
+        self.fixed_bytes = tensor_bytes(student) - in_float
+        self.layers = [
+            PlannedLayer(
+                names=self.aliases[name],
+                in_features=precision.layers[name].in_features,
+                out_features=precision.layers[name].out_features,
+                rows=sum(rows[name]),
+                calls=len(rows[name]),
+                options=tuple(self._option(name, config, timing.layers[config][name]) for config in candidates),
+                chosen=0,
+            )
+            for name in self.names
+        ]
+
+    def _option(self, name: str, config: Config | None, latency_ms: float) -> Option:
+        linear = self.precision.layers[name]
+        return Option(
+            config=config,
+            weight_bits=weight_bits(linear, config),
+            size_bytes=len(self.aliases[name]) * layer_bytes(linear, config),
+            latency_ms=latency_ms,
+            sensitivity=0.0,
+        )
+
+    def plan(self, table: Table, base: float, measured: float | None) -> Plan:
+        """The best plan by the table of sensitivities."""
+        layers = [
+            replace(layer, options=tuple(replace(o, sensitivity=table[name][o.config]) for o in layer.options))
+            for name, layer in zip(self.names, self.layers, strict=True)
+        ]
+        choice = solve(
+            [[o.sensitivity for o in layer.options] for layer in layers],
+            [[o.size_bytes for o in layer.options] for layer in layers],
+            self._limits(),
+        )
+        return Plan(
+            layers=tuple(replace(layer, chosen=index) for layer, index in zip(layers, choice, strict=True)),
+            fixed_bytes=self.fixed_bytes,
+            fixed_ms=self.fixed_ms,
+            base_distance=base,
+            measured_distance=measured,
+            sensitivity=self.sensitivity,
+            budget=self.budget,
+        )
+
+    def _limits(self) -> list[Limit]:
+        budget, limits = self.budget, []
+        if budget.latency_ms is not None:
+            times = [[o.latency_ms for o in layer.options] for layer in self.layers]
+            limits.append(Limit("latency_ms", times, budget.latency_ms, self.fixed_ms))
+        if budget.size_bytes is not None:
+            sizes = [[o.size_bytes for o in layer.options] for layer in self.layers]
+            limits.append(Limit("size_bytes", sizes, budget.size_bytes, self.fixed_bytes))
+        if budget.average_bits is not None:
+            weights = sum(layer.weights for layer in self.layers)
+            bits = [[o.weight_bits * layer.weights / weights for o in layer.options] for layer in self.layers]
+            limits.append(Limit("average_bits", bits, budget.average_bits))
+        return limits
+
+    def by_distance(self, distance: Distance, refine: int, step: Callable[[], Any]) -> Plan:
+        """Solves with the increases around the float model, then `refine` times around the plan before."""
+        around: Mapping[str, Config | None] = dict.fromkeys(self.names)
+        best: Plan | None = None
+        tried: list[Mapping[str, Config | None]] = []
+        for _ in range(refine + 1):
+            with all_at(self.precision, around):
+                base = finite(distance(), "the student")
+                table = increases(distance, self.precision, self.names, self.candidates, around, base, step)
+            plan = self.plan(table, base, None)
+            around = {layer.names[0]: layer.option.config for layer in plan.layers}
+            if around in tried:
+                break
+            tried.append(around)
+            with all_at(self.precision, around):
+                plan = replace(plan, measured_distance=finite(distance(), "the student at the plan's precisions"))
+            if best is None or _measured(plan) < _measured(best):
+                best = plan
+        assert best is not None  # the first round always gives one
+        return best
+
+
+def _measured(plan: Plan) -> float:
+    assert plan.measured_distance is not None
+    return plan.measured_distance
