@@ -1,8 +1,8 @@
 // The fake-quant loops, written once against Vec. An ISA file includes its vec_*.h first, then this.
 //
-// The results have the reference's bits on every ISA: nothing that is stored is contracted into a fused multiply-add,
-// and where the order of the arithmetic is not the reference's, it says why that makes no difference. The sums behind
-// the gradients of scale and zero point are equal up to rounding only.
+// The results have the reference's bits on every ISA: nothing that is stored is contracted into a fused multiply-add
+// that would round otherwise, and where the order of the arithmetic is not the reference's, it says why that makes no
+// difference. The sums behind the gradients of scale and zero point are equal up to rounding only.
 #pragma once
 
 #include "core/fake_quant_kernels.h"
@@ -49,8 +49,9 @@ struct Loops {
   // q - zero_point, which may be -0.
   static F clamp(F rounded, const Grid& g) { return Vec::at_most(g.high, Vec::at_least(g.low, rounded)); }
   static F centred(F x, const Grid& g) { return clamp(Vec::round(Vec::mul(x, g.inverse)), g); }
-  // + 0 turns -0 into the +0 that an integer would be.
-  static F fake(F q, const Grid& g) { return Vec::mul(Vec::add(q, Vec::zero()), g.scale); }
+  // + 0 turns the product of a -0 into the +0 that an integer would give, and changes no other: fused, it rounds once,
+  // as the product alone does.
+  static F fake(F q, const Grid& g) { return Vec::fma(q, g.scale, Vec::zero()); }
 
   // A field of the grids of elements i ... i + 2 kLanes - 1, in the order of a pair of T.
   template <class T, GridForm kForm>
