@@ -136,7 +136,7 @@ inline size_t element_size(ScalarType type) {
 
 // True: *handle is an uninitialised CPU tensor of that many bytes, on 2 MiB pages. With pages of 4 KiB, the page faults
 // of a fresh result take several times as long as computing it: 1.3 ms for 4 MiB on a virtual machine, against 0.1 ms.
-// Up to 64 MiB of freed results are kept for the next ones, which then fault not at all. False: it is too small for
+// Up to 256 MiB of freed results are kept for the next ones, which then fault not at all. False: it is too small for
 // that to pay, or torch (2.10) has no way to do it. In torch_memory.cpp.
 bool allocate_large(const Sizes& sizes, const Sizes& strides, int32_t dtype, size_t bytes, AtenTensorHandle* handle);
 

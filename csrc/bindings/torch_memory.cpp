@@ -27,7 +27,8 @@ namespace kdq::bindings {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kKept = size_t{64} << 20;  // as much as the C library's allocator keeps of freed blocks at most
+// A training step holds a result and a gradient at once, of 64 MiB each for 16 million float32.
+constexpr size_t kKept = size_t{256} << 20;
 
 struct Block {
   void* data;

@@ -43,11 +43,13 @@ Status fake_quantize(DType dtype, const void* x, void* y, const QuantShape& shap
   if (!status.ok()) return status;
   const RunLayout& layout = prepared.layout;
   const size_t size = dtype_size(dtype);
-  const auto loop = kernels->forward[static_cast<int>(dtype)][layout.form][worth_streaming(layout, x, y, size)];
-  for_each_run(layout, parallel_for, [&](int64_t row, int64_t offset, int64_t n) {
-    const int64_t first = row * layout.row_length + offset;
-    loop(at(x, first, size), at(y, first, size), n, prepared.at(row, offset));
-  });
+  const bool streamed = worth_streaming(layout, x, y, size);
+  const auto loop = kernels->forward[static_cast<int>(dtype)][layout.form][streamed];
+  for_each_tile(layout, streamed ? kStreamedPiece : kEachPiece, parallel_for,
+                [&](int64_t row, int64_t offset, int64_t n, int64_t rows) {
+                  const int64_t first = row * layout.row_length + offset;
+                  loop(at(x, first, size), at(y, first, size), n, prepared.at(row, offset), rows, layout.row_length);
+                });
   return status;
 }
 

@@ -62,23 +62,36 @@ void for_each_piece(const RunLayout& layout, int64_t piece, int64_t height, cons
   });
 }
 
-// All elements, in pieces of runs: body(row, offset, n). With a scale an element, a piece goes down several rows before
-// the next one starts, so that its part of the grid stays in the first-level cache.
+// Elements of a piece of a run with a scale an element: few, so that its part of the grid stays in the first-level
+// cache. Many where the result goes past the caches: the grid then comes from the second level, but each jump to
+// another run leaves the memory idle for a while.
+constexpr int64_t kEachPiece = 2048;
+constexpr int64_t kStreamedPiece = 16384;
+
+// All elements: body(row, offset, n, rows) for pieces of n elements in each of `rows` runs from `row` on, which share
+// their grid: one run, or several with a scale an element, in pieces of each_piece.
 template <class Body>
-void for_each_run(const RunLayout& layout, const ParallelFor& parallel_for, Body&& body) {
+void for_each_tile(const RunLayout& layout, int64_t each_piece, const ParallelFor& parallel_for, Body&& body) {
   constexpr int64_t kPiece = 16384;  // makes the call free, and is few enough to share a run among threads
-  constexpr int64_t kEachPiece = 2048;
   constexpr int64_t kEachRows = 16;
   if (layout.form == kUniform) {
     for_each_piece(layout, kPiece, 1, parallel_for,
-                   [&](int64_t row, int64_t offset, int64_t n, int64_t) { body(row, offset, n); });
+                   [&](int64_t row, int64_t offset, int64_t n, int64_t) { body(row, offset, n, int64_t{1}); });
     return;
   }
   RunLayout tiles = layout;
   tiles.rows = (layout.rows + kEachRows - 1) / kEachRows;
-  for_each_piece(tiles, kEachPiece, kEachRows, parallel_for, [&](int64_t tile, int64_t offset, int64_t n, int64_t) {
-    const int64_t last = std::min(layout.rows, (tile + 1) * kEachRows);
-    for (int64_t row = tile * kEachRows; row < last; ++row) body(row, offset, n);
+  for_each_piece(tiles, each_piece, kEachRows, parallel_for, [&](int64_t tile, int64_t offset, int64_t n, int64_t) {
+    const int64_t row = tile * kEachRows;
+    body(row, offset, n, std::min(layout.rows - row, kEachRows));
+  });
+}
+
+// The same, one run at a time: body(row, offset, n).
+template <class Body>
+void for_each_run(const RunLayout& layout, const ParallelFor& parallel_for, Body&& body) {
+  for_each_tile(layout, kEachPiece, parallel_for, [&](int64_t first, int64_t offset, int64_t n, int64_t rows) {
+    for (int64_t row = first; row < first + rows; ++row) body(row, offset, n);
   });
 }
 

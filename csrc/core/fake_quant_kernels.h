@@ -24,7 +24,8 @@ struct RunGrid {
 // Indexed [DType], [QType] and [GridForm]; the last index of forward and backward is 1 for a result that goes past the
 // caches: its address is then a multiple of kStreamAlignment.
 struct FakeQuantKernels {
-  void (*forward[3][2][2])(const void* x, void* y, int64_t n, const RunGrid& grid);
+  // `rows` runs of n elements, `stride` elements from one to the next, all on the same grid.
+  void (*forward[3][2][2])(const void* x, void* y, int64_t n, const RunGrid& grid, int64_t rows, int64_t stride);
 
   // grad_x may be null, or grad_y. kUniform: writes one sum to each of scale_sum and zero_point_sum (n <=
   // kBackwardBlock, so that float32 sums stay accurate). kEach: adds to scale_sum[i] and zero_point_sum[i].

@@ -36,10 +36,13 @@ float fake(float q, const Grid& g) { return (q - g.zero_point) * g.scale; }
 
 struct Loops {
   template <class T, GridForm kForm, bool>
-  static void forward(const void* x, void* y, int64_t n, const RunGrid& grid) {
-    for (int64_t i = 0; i < n; ++i) {
-      const Grid g = at<kForm>(grid, i);
-      store(static_cast<T*>(y) + i, fake(clamp(unclamped(load(static_cast<const T*>(x) + i), g), g), g));
+  static void forward(const void* x, void* y, int64_t n, const RunGrid& grid, int64_t rows, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < n; ++i) {
+        const Grid g = at<kForm>(grid, i);
+        const float value = load(static_cast<const T*>(x) + row * stride + i);
+        store(static_cast<T*>(y) + row * stride + i, fake(clamp(unclamped(value, g), g), g));
+      }
     }
   }
 

@@ -1,8 +1,8 @@
 // The fake-quant loops, written once against Vec. An ISA file includes its vec_*.h first, then this.
 //
-// The results have the reference's bits on every ISA: nothing that is stored is contracted into a fused multiply-add,
-// and where the order of the arithmetic is not the reference's, it says why that makes no difference. The sums behind
-// the gradients of scale and zero point are equal up to rounding only.
+// The results have the reference's bits on every ISA: nothing that is stored is contracted into a fused multiply-add
+// that would round otherwise, and where the order of the arithmetic is not the reference's, it says why that makes no
+// difference. The sums behind the gradients of scale and zero point are equal up to rounding only.
 #pragma once
 
 #include "core/fake_quant_kernels.h"
@@ -36,51 +36,76 @@ struct Loops {
   // compiler keeps the fields in registers then, where a copy of the struct would go through memory in every step.
   template <GridForm kForm>
   static Grid grid_at(const Grid& uniform, const RunGrid& g, int64_t i, int n) {
-    const F zero_point = kForm == kUniform ? uniform.zero_point : load(g.zero_point + i, n);
-    return {kForm == kUniform ? uniform.scale : load(g.scale + i, n),
-            kForm == kUniform ? uniform.inverse : load(g.inverse + i, n), zero_point,
-            kForm == kUniform ? uniform.low : Vec::sub(Vec::set(g.quant_min), zero_point),
+    return grid_of<kForm>(uniform, g, kForm == kUniform ? uniform.scale : load(g.scale + i, n),
+                          kForm == kUniform ? uniform.inverse : load(g.inverse + i, n),
+                          kForm == kUniform ? uniform.zero_point : load(g.zero_point + i, n));
+  }
+  template <GridForm kForm>
+  static Grid grid_of(const Grid& uniform, const RunGrid& g, F scale, F inverse, F zero_point) {
+    return {scale, inverse, zero_point, kForm == kUniform ? uniform.low : Vec::sub(Vec::set(g.quant_min), zero_point),
             kForm == kUniform ? uniform.high : Vec::sub(Vec::set(g.quant_max), zero_point)};
   }
 
   // q - zero_point, which may be -0.
   static F clamp(F rounded, const Grid& g) { return Vec::at_most(g.high, Vec::at_least(g.low, rounded)); }
   static F centred(F x, const Grid& g) { return clamp(Vec::round(Vec::mul(x, g.inverse)), g); }
-  // + 0 turns -0 into the +0 that an integer would be.
-  static F fake(F q, const Grid& g) { return Vec::mul(Vec::add(q, Vec::zero()), g.scale); }
+  // + 0 turns the product of a -0 into the +0 that an integer would give, and changes no other: fused, it rounds once,
+  // as the product alone does.
+  static F fake(F q, const Grid& g) { return Vec::fma(q, g.scale, Vec::zero()); }
 
+  // A field of the grids of elements i ... i + 2 kLanes - 1, in the order of a pair of T.
+  template <class T, GridForm kForm>
+  static Vec::Pair pair_of(F uniform, const float* each, int64_t i) {
+    if (kForm == kUniform) return {uniform, uniform};
+    return Vec::load_pair_for(static_cast<const T*>(nullptr), each + i);
+  }
+
+  // With a scale an element, several rows share what is loaded of the grid: each alone would spend more on the grid
+  // than on x. Two while everything lies in caches, where more streams at once are slower; eight from memory.
   template <class T, GridForm kForm, bool kStream>
-  static void forward(const void* x_raw, void* y_raw, int64_t count, const RunGrid& run) {
+  static void forward(const void* x_raw, void* y_raw, int64_t count, const RunGrid& grid, int64_t rows,
+                      int64_t stride) {
+    constexpr int kAtOnce = kForm == kUniform ? 1 : kStream ? 8 : 2;
     const T* x = static_cast<const T*>(x_raw);
     T* y = static_cast<T*>(y_raw);
-    const RunGrid grid = run;
-    const Grid uniform = uniform_grid(grid);
-    const int64_t done = kForm == kUniform ? forward_pairs<kStream>(x, y, count, uniform) : 0;
-    for_each_vector(count - done, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const Grid g = grid_at<kForm>(uniform, grid, i, n);
-      put<kStream>(y + done + i, fake(centred(load(x + done + i, n), g), g), n);
-    });
+    int64_t row = 0;
+    for (; row + kAtOnce <= rows; row += kAtOnce) {
+      forward_rows<T, kForm, kStream, kAtOnce>(x + row * stride, y + row * stride, stride, count, grid);
+    }
+    for (; row < rows; ++row) {
+      forward_rows<T, kForm, kStream, 1>(x + row * stride, y + row * stride, stride, count, grid);
+    }
     if (kStream) _mm_sfence();
   }
 
-  // As many elements as pairs of vectors hold; only bfloat16 has them.
-  template <bool kStream, class T>
-  static int64_t forward_pairs(const T*, T*, int64_t, const Grid&) {
-    return 0;
-  }
-  template <bool kStream>
-  static int64_t forward_pairs(const BFloat16* x, BFloat16* y, int64_t count, const Grid& g) {
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-      const Vec::Pair value = Vec::load_pair(x + i);
-      const Vec::Pair result = {fake(centred(value.even, g), g), fake(centred(value.odd, g), g)};
-      if (kStream) {
-        Vec::stream_pair(y + i, result);
-      } else {
-        Vec::store_pair(y + i, result);
+  template <class T, GridForm kForm, bool kStream, int kRows>
+  static void forward_rows(const T* x, T* y, int64_t stride, int64_t count, const RunGrid& run) {
+    const RunGrid grid = run;
+    const Grid uniform = uniform_grid(grid);
+    int64_t done = 0;
+    for (; done + 2 * kLanes <= count; done += 2 * kLanes) {
+      const Vec::Pair scale = pair_of<T, kForm>(uniform.scale, grid.scale, done);
+      const Vec::Pair inverse = pair_of<T, kForm>(uniform.inverse, grid.inverse, done);
+      const Vec::Pair zero_point = pair_of<T, kForm>(uniform.zero_point, grid.zero_point, done);
+      const Grid first = grid_of<kForm>(uniform, grid, scale.first, inverse.first, zero_point.first);
+      const Grid second = grid_of<kForm>(uniform, grid, scale.second, inverse.second, zero_point.second);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t i = r * stride + done;
+        // Several rows are streams enough to keep the memory busy.
+        if (kStream && kRows == 1) prefetch_ahead(x + i, 2 * kLanes);
+        const Vec::Pair value = Vec::load_pair(x + i);
+        put_pair<kStream>(y + i,
+                          {fake(centred(value.first, first), first), fake(centred(value.second, second), second)});
       }
     }
-    return i;
+    for_each_vector(count - done, [&](int64_t offset, int n) __attribute__((always_inline)) {
+      const Grid g = grid_at<kForm>(uniform, grid, done + offset, n);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t i = r * stride + done + offset;
+        put<kStream>(y + i, fake(centred(load(x + i, n), g), g), n);
+      }
+    });
   }
 
   // (fake - x) / scale is summed as q - x * (1 / scale): as close to the truth, and shorter.

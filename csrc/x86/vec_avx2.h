@@ -19,8 +19,8 @@ struct Vec {
   using Int = __m256i;
   using Mask = __m256;
   struct Pair {
-    Float even;
-    Float odd;
+    Float first;
+    Float second;
   };
 
   static Float set(float value) { return _mm256_set1_ps(value); }
@@ -53,18 +53,47 @@ struct Vec {
   static void stream(BFloat16* p, Float v) { stream_16bit(p, narrow_bf16(v)); }
   static void stream(Float16* p, Float v) { stream_16bit(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
-  // 2 kLanes bfloat16 as the elements of even and of odd index: no lane crosses another's path, which halves the
-  // instructions of load and store. For values that are NaN only where a bfloat16 was: the payload of another NaN may
-  // overflow when it is rounded.
+  // 2 kLanes elements as two vectors: bfloat16 as the elements of even and of odd index, since then no lane crosses
+  // another's path, which halves the instructions of load and store; others in their order. A pair of bfloat16 may be
+  // stored where values are NaN only where a bfloat16 was: the payload of another NaN may overflow when it is rounded.
+  static Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+  static Pair load_pair(const Float16* p) { return {load(p), load(p + kLanes)}; }
   static Pair load_pair(const BFloat16* p) {
     const Int v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {as_float(_mm256_slli_epi32(v, 16)), as_float(int_and(v, upper_halves()))};
   }
-  static Int narrow_pair(Pair v) {
-    return _mm256_blend_epi16(_mm256_srli_epi32(round_bf16(as_int(v.even)), 16), round_bf16(as_int(v.odd)), 0xAA);
+  // 2 kLanes floats in the order of load_pair() of the first argument's type.
+  template <class T>
+  static Pair load_pair_for(const T*, const float* p) {
+    return load_pair(p);
   }
-  static void store_pair(BFloat16* p, Pair v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(v)); }
-  static void stream_pair(BFloat16* p, Pair v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(v)); }
+  static Pair load_pair_for(const BFloat16*, const float* p) {
+    const Pair v = load_pair(p);
+    return {in_order(_mm256_shuffle_ps(v.first, v.second, 0x88)), in_order(_mm256_shuffle_ps(v.first, v.second, 0xDD))};
+  }
+  static Int narrow_pair(const BFloat16*, Pair v) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(round_bf16(as_int(v.first)), 16), round_bf16(as_int(v.second)), 0xAA);
+  }
+  static Int narrow_pair(const Float16*, Pair v) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm256_cvtps_ph(v.first, _MM_FROUND_TO_NEAREST_INT)),
+                                   _mm256_cvtps_ph(v.second, _MM_FROUND_TO_NEAREST_INT), 1);
+  }
+  template <class Half>
+  static void store_pair(Half* p, Pair v) {
+    store_whole(p, narrow_pair(p, v));
+  }
+  static void store_pair(float* p, Pair v) {
+    store(p, v.first);
+    store(p + kLanes, v.second);
+  }
+  template <class Half>
+  static void stream_pair(Half* p, Pair v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(p, v));
+  }
+  static void stream_pair(float* p, Pair v) {
+    stream(p, v.first);
+    stream(p + kLanes, v.second);
+  }
 
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
@@ -175,6 +204,8 @@ struct Vec {
   }
 
  private:
+  // What a shuffle, which works on 128-bit halves, leaves of two vectors.
+  static Float in_order(Float v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xD8)); }
   static void store_whole(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static __m128i low(Int v) { return _mm256_castsi256_si128(v); }
   static __m128i high(Int v) { return _mm256_extracti128_si256(v, 1); }

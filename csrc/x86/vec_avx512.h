@@ -15,8 +15,8 @@ struct Vec {
   using Int = __m512i;
   using Mask = __mmask16;
   struct Pair {
-    Float even;
-    Float odd;
+    Float first;
+    Float second;
   };
 
   static Float set(float value) { return _mm512_set1_ps(value); }
@@ -44,16 +44,46 @@ struct Vec {
   static void stream(BFloat16* p, Float v) { stream_16bit(p, narrow_bf16(v)); }
   static void stream(Float16* p, Float v) { stream_16bit(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
+  static Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+  static Pair load_pair(const Float16* p) { return {load(p), load(p + kLanes)}; }
   static Pair load_pair(const BFloat16* p) {
     const Int v = _mm512_loadu_si512(p);
     return {as_float(_mm512_slli_epi32(v, 16)), as_float(int_and(v, upper_halves()))};
   }
-  static Int narrow_pair(Pair v) {
-    return _mm512_mask_blend_epi16(0xAAAAAAAAU, _mm512_srli_epi32(round_bf16(as_int(v.even)), 16),
-                                   round_bf16(as_int(v.odd)));
+  template <class T>
+  static Pair load_pair_for(const T*, const float* p) {
+    return load_pair(p);
   }
-  static void store_pair(BFloat16* p, Pair v) { _mm512_storeu_si512(p, narrow_pair(v)); }
-  static void stream_pair(BFloat16* p, Pair v) { _mm512_stream_si512(reinterpret_cast<Int*>(p), narrow_pair(v)); }
+  static Pair load_pair_for(const BFloat16*, const float* p) {
+    const Int even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const Pair v = load_pair(p);
+    return {_mm512_permutex2var_ps(v.first, even, v.second),
+            _mm512_permutex2var_ps(v.first, int_add(even, int_set(1)), v.second)};
+  }
+  static Int narrow_pair(const BFloat16*, Pair v) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAAU, _mm512_srli_epi32(round_bf16(as_int(v.first)), 16),
+                                   round_bf16(as_int(v.second)));
+  }
+  static Int narrow_pair(const Float16*, Pair v) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(v.first, _MM_FROUND_TO_NEAREST_INT)),
+                              _mm512_cvtps_ph(v.second, _MM_FROUND_TO_NEAREST_INT), 1);
+  }
+  template <class Half>
+  static void store_pair(Half* p, Pair v) {
+    _mm512_storeu_si512(p, narrow_pair(p, v));
+  }
+  static void store_pair(float* p, Pair v) {
+    store(p, v.first);
+    store(p + kLanes, v.second);
+  }
+  template <class Half>
+  static void stream_pair(Half* p, Pair v) {
+    _mm512_stream_si512(reinterpret_cast<Int*>(p), narrow_pair(p, v));
+  }
+  static void stream_pair(float* p, Pair v) {
+    stream(p, v.first);
+    stream(p + kLanes, v.second);
+  }
 
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
