@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <string>
 
 #include "core/binary_gemm_kernels.h"
@@ -92,11 +91,12 @@ void run_direct(const Call& call, const uint64_t* a, const ParallelFor& parallel
   });
 }
 
-// prepare(row, buffer): the row's bits.
+// prepare(row, buffer): the row's steps.
 template <class Prepare>
 Status run_tiled(const Call& call, const ParallelFor& parallel_for, Prepare&& prepare) {
   const BinaryTile& size = call.kernels->size;
-  const int64_t row_bytes = call.words * static_cast<int64_t>(sizeof(uint64_t));
+  const int64_t steps = call.words * 64 / size.step_bits;
+  const int64_t row_bytes = steps * size.step_bytes;
   const int64_t panel_bytes = std::max<int64_t>(1, row_bytes * size.nr);
   const int64_t panels = (call.n + size.nr - 1) / size.nr;
   const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelBytes / panel_bytes));
@@ -118,8 +118,8 @@ Status run_tiled(const Call& call, const ParallelFor& parallel_for, Prepare&& pr
     const ProductShape shape = {call.m, row_bytes, size.mr, count, panel_words, kWordsWorthAThread};
     Status status = run_product(shape, parallel_for, prepare, [&](const RowTile& rows, int64_t group) {
       const int64_t channel = (first + group) * size.nr;
-      call.kernels->tile({rows.rows, rows.stride, interleaved + group * panel_bytes, row_bytes / size.word_bytes,
-                          call.epilogue_at(channel), call.output_at(rows.first, rows.count, channel, size.nr)});
+      call.kernels->tile({rows.rows, rows.stride, interleaved + group * panel_bytes, steps, call.epilogue_at(channel),
+                          call.output_at(rows.first, rows.count, channel, size.nr)});
     });
     if (!status.ok()) return status;
   }
@@ -181,7 +181,7 @@ Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, 
     return {};
   }
   return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
-    std::memcpy(buffer, a_bits + row * call.words, static_cast<size_t>(call.words) * sizeof(uint64_t));
+    kernels->spread(a_bits + row * call.words, call.words, buffer);
     return 1.0F;
   });
 }
@@ -218,9 +218,12 @@ Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) 
   }
   const auto pack_row = kernels->pack_row[static_cast<int>(args.dtype)];
   const size_t row_bytes = static_cast<size_t>(args.k) * dtype_size(args.dtype);
+  const int64_t steps_bytes = call.words * 64 / kernels->size.step_bits * kernels->size.step_bytes;
   return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
     const char* x = static_cast<const char*>(args.x) + static_cast<size_t>(row) * row_bytes;
-    pack_row(x, args.k, reinterpret_cast<uint64_t*>(buffer));
+    uint64_t* bits = reinterpret_cast<uint64_t*>(buffer + steps_bytes) - call.words;  // the end of the buffer
+    pack_row(x, args.k, bits);
+    kernels->spread(bits, call.words, buffer);
     return 1.0F;
   });
 }
