@@ -83,7 +83,11 @@ struct Loops {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kCols; ++v) B::add_widened(total[r][v], sum[r][v]);
+        for (int v = 0; v < kCols; ++v) {
+          pin(sum[r][v]);  // one sum after the other: gathered, their halves would not fit into the registers
+          B::add_widened(total[r][v], sum[r][v]);
+          __asm__("" : "+m"(total[r][v]));
+        }
       }
     }
     for (int r = 0; r < kRows; ++r) {
