@@ -2,9 +2,11 @@
 #include "kdq/binary_gemm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <cstring>
+#include <new>
 #include <string>
+#include <thread>
 
 #include "core/binary_gemm_kernels.h"
 #include "core/format.h"
@@ -92,34 +94,67 @@ void run_direct(const Call& call, const uint64_t* a, const ParallelFor& parallel
   });
 }
 
-// prepare(row, buffer): the row's bits.
+// The interleaved weights of a call, shared by its threads: whoever first comes to need a panel makes it, and others
+// wait for it. Panels are so made inside the product's parallel region; one of their own would cost a second waking of
+// the threads, which takes as long as a small product. A maker waits for nothing, so waiting for it ends.
+class Panels {
+ public:
+  static size_t bytes(int64_t count, int64_t panel_bytes) {
+    return static_cast<size_t>(count) * (static_cast<size_t>(panel_bytes) + sizeof(State));
+  }
+  Panels(char* memory, int64_t count, int64_t panel_bytes)
+      : panel_bytes_(panel_bytes), panels_(memory), states_(reinterpret_cast<State*>(memory + count * panel_bytes)) {
+    for (int64_t i = 0; i < count; ++i) new (states_ + i) State(kMissing);
+  }
+
+  // make(panel): writes it.
+  template <class Make>
+  const char* get(int64_t i, Make&& make) {
+    char* panel = panels_ + i * panel_bytes_;
+    State& state = states_[i];
+    int seen = state.load(std::memory_order_acquire);
+    if (seen == kMissing && state.compare_exchange_strong(seen, kBeingMade, std::memory_order_acquire)) {
+      make(panel);
+      state.store(kMade, std::memory_order_release);
+      return panel;
+    }
+    while (state.load(std::memory_order_acquire) != kMade) std::this_thread::yield();
+    return panel;
+  }
+
+ private:
+  enum : int { kMissing, kBeingMade, kMade };
+  using State = std::atomic<int>;
+
+  int64_t panel_bytes_;
+  char* panels_;
+  State* states_;
+};
+
+// prepare(row, buffer): the row's steps.
 template <class Prepare>
 Status run_tiled(const Call& call, const ParallelFor& parallel_for, Prepare&& prepare) {
   const BinaryTile& size = call.kernels->size;
-  const int64_t row_bytes = call.words * static_cast<int64_t>(sizeof(uint64_t));
-  const int64_t panel_bytes = std::max<int64_t>(1, row_bytes * size.nr);
+  const int64_t steps = call.words * 64 / size.step_bits;
+  const int64_t row_bytes = steps * size.step_bytes;
+  const int64_t panel_bytes = std::max<int64_t>(sizeof(uint64_t), row_bytes * size.nr);
   const int64_t panels = (call.n + size.nr - 1) / size.nr;
   const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelBytes / panel_bytes));
-  Scratch scratch(static_cast<size_t>(chunk * panel_bytes));
+  Scratch scratch(Panels::bytes(chunk, panel_bytes));
   if (scratch.data() == nullptr) return Status::internal("out of memory for the interleaved weights");
-  char* interleaved = scratch.data();
 
   for (int64_t first = 0; first < panels; first += chunk) {
     const int64_t count = std::min(chunk, panels - first);
-    const int64_t panel_words = size.nr * (call.words + 1);
-    parallel_range(parallel_for, count, kWordsWorthAThread / panel_words + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t channel = (first + i) * size.nr;
-        const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
-        call.kernels->interleave(call.weight_bits + channel * call.words, call.words, channels,
-                                 interleaved + i * panel_bytes);
-      }
-    });
-    const ProductShape shape = {call.m, row_bytes, size.mr, count, panel_words, kWordsWorthAThread};
+    Panels shared(scratch.data(), count, panel_bytes);
+    const ProductShape shape = {call.m, row_bytes, size.mr, count, size.nr * (call.words + 1), kWordsWorthAThread};
     Status status = run_product(shape, parallel_for, prepare, [&](const RowTile& rows, int64_t group) {
       const int64_t channel = (first + group) * size.nr;
-      call.kernels->tile({rows.rows, rows.stride, interleaved + group * panel_bytes, row_bytes / size.word_bytes,
-                          call.epilogue_at(channel), call.output_at(rows.first, rows.count, channel, size.nr)});
+      const char* panel = shared.get(group, [&](char* made) {
+        const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
+        call.kernels->interleave(call.weight_bits + channel * call.words, call.words, channels, made);
+      });
+      call.kernels->tile({rows.rows, rows.stride, panel, steps, call.epilogue_at(channel),
+                          call.output_at(rows.first, rows.count, channel, size.nr)});
     });
     if (!status.ok()) return status;
   }
@@ -181,7 +216,7 @@ Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, 
     return {};
   }
   return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
-    std::memcpy(buffer, a_bits + row * call.words, static_cast<size_t>(call.words) * sizeof(uint64_t));
+    kernels->spread(a_bits + row * call.words, call.words, buffer);
     return 1.0F;
   });
 }
@@ -218,9 +253,12 @@ Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) 
   }
   const auto pack_row = kernels->pack_row[static_cast<int>(args.dtype)];
   const size_t row_bytes = static_cast<size_t>(args.k) * dtype_size(args.dtype);
+  const int64_t steps_bytes = call.words * 64 / kernels->size.step_bits * kernels->size.step_bytes;
   return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
     const char* x = static_cast<const char*>(args.x) + static_cast<size_t>(row) * row_bytes;
-    pack_row(x, args.k, reinterpret_cast<uint64_t*>(buffer));
+    uint64_t* bits = reinterpret_cast<uint64_t*>(buffer + steps_bytes) - call.words;  // the end of the buffer
+    pack_row(x, args.k, bits);
+    kernels->spread(bits, call.words, buffer);
     return 1.0F;
   });
 }

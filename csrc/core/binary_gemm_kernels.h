@@ -1,8 +1,8 @@
 // What an ISA provides for the binary family: the register tile, and plain functions on raw pointers.
 //
-// With many rows, weights are interleaved into panels of `nr` channels, word by word, so that vector lanes are channels
-// and one word of an activation row is broadcast: no sum crosses a lane. With few rows that interleaving would cost
-// more than it gains, and `direct` runs along K on the row-major weights instead.
+// With many rows, weights are interleaved into panels of `nr` channels, step by step along K, so that vector lanes are
+// channels and one step of an activation row is broadcast: no sum crosses a lane. With few rows that interleaving would
+// cost more than it gains, and `direct` runs along K on the row-major weights instead.
 #pragma once
 
 #include <cstdint>
@@ -24,16 +24,17 @@ struct BinaryEpilogue {
 struct BinaryTile {
   int mr;           // rows of a full tile
   int nr;           // channels of a panel
-  int word_bytes;   // of the words in a panel: 4 or 8
+  int step_bits;    // bits of a row that one step along K takes
+  int step_bytes;   // what they take in a prepared row, and a channel's in a panel
   int direct_rows;  // up to this many rows, `direct` is faster
 };
 
 // A tile: out.rows rows (at most size.mr) times one panel.
 struct BinaryTileCall {
-  const char* rows;    // bits
+  const char* rows;    // prepared by `spread`
   int64_t row_stride;  // bytes
-  const char* panel;   // [words, nr]
-  int64_t words;       // of word_bytes
+  const char* panel;   // [steps, nr]
+  int64_t steps;
   BinaryEpilogue epilogue;
   TileOutput out;
 };
@@ -49,6 +50,9 @@ struct BinaryKernels {
   // Row-major channels, at most nr of `words` 64-bit words each, -> a panel; missing channels are zero.
   void (*interleave)(const uint64_t* b, int64_t words, int channels, char* panel);
 
+  // A row's bits, of `words` 64-bit words, -> its steps. The bits may be the end of `steps`' memory.
+  void (*spread)(const uint64_t* bits, int64_t words, char* steps);
+
   void (*tile)(const BinaryTileCall& call);
 
   // One row of `words` 64-bit words against out.cols row-major channels, at most kDirectChannels.
@@ -62,8 +66,8 @@ template <class L>
 constexpr BinaryKernels make_binary_kernels(const BinaryTile& size) {
   return {
       size,          {L::template pack_row<float>, L::template pack_row<BFloat16>, L::template pack_row<Float16>},
-      L::interleave, L::tile,
-      L::direct,
+      L::interleave, L::spread,
+      L::tile,       L::direct,
   };
 }
 

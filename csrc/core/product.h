@@ -5,6 +5,8 @@
 //     if the range has not prepared the block:      prepare its rows, into the thread's own scratch (L2)
 //     for each tile of the block:                   the group's panels stay in L1 or L2
 //
+// Each block begins with another group, so that threads work on different ones at a time.
+//
 // There is one parallel region and no barrier. A block on the border between two threads is prepared by both: cheaper
 // than waiting for each other, and as preparation is deterministic, it makes the same bits.
 #pragma once
@@ -83,7 +85,9 @@ Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, P
     char* rows = scratch.data() + scales_bytes;
     int64_t prepared = -1;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / shape.groups * block_rows;
+      const int64_t block = i / shape.groups;
+      const int64_t group = (i + block * shape.groups / blocks) % shape.groups;
+      const int64_t first = block * block_rows;
       const int64_t count = std::min(block_rows, shape.m - first);
       if (prepared != first) {
         for (int64_t r = 0; r < count; ++r) scales[r] = prepare(first + r, rows + r * stride);
@@ -91,7 +95,7 @@ Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, P
       }
       for (int64_t r = 0; r < count;) {
         const int height = static_cast<int>(next_tile(count - r, shape.mr));
-        tile(RowTile{rows + r * stride, stride, scales + r, first + r, height}, i % shape.groups);
+        tile(RowTile{rows + r * stride, stride, scales + r, first + r, height}, group);
         r += height;
       }
     }

@@ -30,8 +30,12 @@ struct Loops {
     std::memcpy(panel, b, static_cast<size_t>(words) * sizeof(uint64_t));
   }
 
+  static void spread(const uint64_t* bits, int64_t words, char* steps) {
+    std::memmove(steps, bits, static_cast<size_t>(words) * sizeof(uint64_t));
+  }
+
   static void tile(const BinaryTileCall& call) {
-    direct(reinterpret_cast<const uint64_t*>(call.rows), reinterpret_cast<const uint64_t*>(call.panel), call.words,
+    direct(reinterpret_cast<const uint64_t*>(call.rows), reinterpret_cast<const uint64_t*>(call.panel), call.steps,
            call.epilogue, call.out);
   }
 
@@ -51,6 +55,6 @@ struct Loops {
 
 }  // namespace
 
-const BinaryKernels kBinaryReference = make_binary_kernels<Loops>({1, 1, 8, 0});
+const BinaryKernels kBinaryReference = make_binary_kernels<Loops>({1, 1, 64, 8, 0});
 
 }  // namespace kdq

@@ -45,11 +45,9 @@ struct Bits {
   static Words zero() { return _mm512_setzero_si512(); }
   static Words load(const Word* p) { return _mm512_loadu_si512(p); }
   static Words set(Word word) { return _mm512_set1_epi32(static_cast<int>(word)); }
-  static Words differ(Words a, Words b) { return _mm512_xor_si512(a, b); }
-  static Words add(Words sum, Words v) { return _mm512_add_epi32(sum, _mm512_popcnt_epi32(v)); }
-  static Words add_widened(Words total, Words sum) { return _mm512_add_epi32(total, sum); }
-  static __m512i narrow(Words total, Words) { return total; }
-  static int64_t sum_lanes(Words total) { return _mm512_reduce_add_epi32(total); }
+  static void add(Words& sum, Words row, Words weights) {
+    sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(row, weights)));
+  }
 
   // [2 * words][nr] words of 32 bits.
   static void interleave(const uint64_t* b, int64_t words, int channels, int nr, char* panel) {
@@ -74,6 +72,23 @@ struct Bits {
       }
     }
   }
+  static void spread(const uint64_t* bits, int64_t words, char* steps) {
+    if (reinterpret_cast<const char*>(bits) != steps)
+      memcpy(steps, bits, static_cast<size_t>(words) * sizeof(uint64_t));
+  }
+};
+
+struct RowBits {
+  using Words = __m512i;
+  static constexpr int64_t kFlush = 0;
+
+  static Words zero() { return _mm512_setzero_si512(); }
+  static Words differ(const uint64_t* a, const uint64_t* b) {
+    return _mm512_xor_si512(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
+  }
+  static Words add(Words sum, Words v) { return _mm512_add_epi32(sum, _mm512_popcnt_epi32(v)); }
+  static Words add_widened(Words total, Words sum) { return _mm512_add_epi32(total, sum); }
+  static int64_t sum_lanes(Words total) { return _mm512_reduce_add_epi32(total); }
 };
 
 }  // namespace
@@ -83,6 +98,6 @@ struct Bits {
 
 namespace kdq {
 
-extern const BinaryKernels kBinaryAvx512Vpopcntdq = make_binary_kernels<Loops>({Bits::kRows, Loops::kPanel, 4, 2});
+extern const BinaryKernels kBinaryAvx512Vpopcntdq = make_binary_kernels<Loops>({Bits::kRows, Loops::kPanel, 32, 4, 2});
 
 }  // namespace kdq

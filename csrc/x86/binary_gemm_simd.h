@@ -1,9 +1,11 @@
-// The binary family's loops, written once. An ISA file includes its vec_*.h, defines `struct Bits` (vectors of words,
-// how it counts bits, its register tile), and then includes this.
+// The binary family's loops, written once. An ISA file includes its vec_*.h, defines `struct Bits` (the steps along K,
+// how they are counted, the register tile) and `struct RowBits` (as much for the row-major `direct`), and then includes
+// this.
 //
-// Lanes are output channels: each step along K loads the vectors of weights and broadcasts one word of each activation
-// row, so no sum ever crosses a lane. Bits::add(sum, v) adds the number of set bits of v to running sums; where these
-// are narrower than a word, Bits::add_widened takes them into whole words every Bits::kFlush steps (0: never).
+// Lanes are output channels: each step along K loads the vectors of weights and takes one Word of each activation row,
+// so no sum ever crosses a lane. Bits::add(sum, Bits::set(word), weights) adds the number of differing bits to running
+// sums. These are int32 results at once (Bits::kFlush = 0), or bytes that Bits::add_widened takes into 16 bits every
+// Bits::kFlush steps.
 #pragma once
 
 #include "core/binary_gemm_kernels.h"
@@ -16,9 +18,8 @@ struct Loops {
   using W = Bits::Words;
   using Word = Bits::Word;
   using I = Vec::Int;
-  static constexpr int kLanes = Vec::kLanes;                    // channels of a vector of results
-  static constexpr int kWide = sizeof(Word) / sizeof(int32_t);  // vectors of words that it takes
-  static constexpr int kPanel = Bits::kCols * kLanes;           // channels of a panel
+  static constexpr int kLanes = Vec::kLanes;                 // channels of a vector of results
+  static constexpr int kPanel = Bits::kCols * Bits::kLanes;  // channels of a panel
 
   template <class T>
   static void pack_row(const void* x_raw, int64_t k, uint64_t* bits) {
@@ -42,30 +43,56 @@ struct Loops {
   static void interleave(const uint64_t* b, int64_t words, int channels, char* panel) {
     Bits::interleave(b, words, channels, kPanel, panel);
   }
+  static void spread(const uint64_t* bits, int64_t words, char* steps) { Bits::spread(bits, words, steps); }
 
   // ---- tile ----
 
-  // kCols: vectors of results.
+  // kCols: vectors of weights.
   template <int kRows, int kCols>
   static void tile_of(const BinaryTileCall& call) {
-    constexpr int kVectors = kCols * kWide;
-    W total[kRows][kVectors];
-    clear(total);
     if constexpr (Bits::kFlush == 0) {
-      count(call, 0, call.words, total);
+      W sum[kRows][kCols];
+      clear(sum);
+      count(call, 0, call.steps, sum);
+      finish<kRows, kCols>(sum, call);
     } else {
-      for (int64_t first = 0; first < call.words; first += Bits::kFlush) {
-        W sum[kRows][kVectors];
-        clear(sum);
-        count(call, first, call.words - first < Bits::kFlush ? call.words : first + Bits::kFlush, sum);
+      alignas(64) int32_t counts[kRows][kCols * Bits::kLanes];
+      constexpr int64_t kSpan = 65535 / 255 * Bits::kFlush;  // steps that 16 bits hold
+      int64_t first = 0;
+      do {
+        count_span<Bits>(call, first, call.steps - first < kSpan ? call.steps : first + kSpan, counts);
+        first += kSpan;
+      } while (first < call.steps);
+      store_counts(counts[0], kCols * Bits::kLanes, call.epilogue, call.out);
+    }
+  }
+
+  // Sets (first = 0) or adds to the counts what steps [first, last) differ in. B: Bits, a parameter since those that do
+  // not count in bytes lack what is used here.
+  template <class B, int kRows, int kChannels>
+  static inline __attribute__((always_inline)) void count_span(const BinaryTileCall& call, int64_t first, int64_t last,
+                                                               int32_t (&counts)[kRows][kChannels]) {
+    constexpr int kCols = kChannels / B::kLanes;
+    const bool add = first > 0;
+    W total[kRows][kCols][2];
+    for (auto& row : total) clear(row);
+    for (; first < last; first += B::kFlush) {
+      W sum[kRows][kCols];
+      clear(sum);
+      count(call, first, last - first < B::kFlush ? last : first + B::kFlush, sum);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-          for (int v = 0; v < kVectors; ++v) total[r][v] = Bits::add_widened(total[r][v], sum[r][v]);
+        for (int v = 0; v < kCols; ++v) {
+          pin(sum[r][v]);  // one sum after the other: gathered, their halves would not fit into the registers
+          B::add_widened(total[r][v], sum[r][v]);
+          __asm__("" : "+m"(total[r][v]));
         }
       }
     }
-    finish<kRows, kCols>(total, call);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kCols; ++v) B::put_widened(total[r][v], add, counts[r] + v * B::kLanes);
+    }
   }
 
   template <int kRows, int kVectors>
@@ -77,7 +104,7 @@ struct Loops {
     }
   }
 
-  // Adds the bits in which words [first, last) differ to the sums.
+  // Adds the bits in which steps [first, last) differ to the sums.
   template <int kRows, int kVectors>
   static inline __attribute__((always_inline)) void count(const BinaryTileCall& call, int64_t first, int64_t last,
                                                           W (&sum)[kRows][kVectors]) {
@@ -94,7 +121,7 @@ struct Loops {
         const W broadcast = Bits::set(word);
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
-          sum[r][v] = Bits::add(sum[r][v], Bits::differ(broadcast, weights[v]));
+          Bits::add(sum[r][v], broadcast, weights[v]);
           pin(sum[r][v]);
         }
       }
@@ -110,7 +137,7 @@ struct Loops {
   template <int kRows, int kCols>
   static void choose_cols(const BinaryTileCall& call) {
     if constexpr (kCols > 1) {
-      if (call.out.cols <= (kCols - 1) * kLanes) return choose_cols<kRows, kCols - 1>(call);
+      if (call.out.cols <= (kCols - 1) * Bits::kLanes) return choose_cols<kRows, kCols - 1>(call);
     }
     tile_of<kRows, kCols>(call);
   }
@@ -122,46 +149,42 @@ struct Loops {
   // buffer.
 
   template <int kRows, int kCols>
-  static inline __attribute__((always_inline)) void finish(const W (&total)[kRows][kCols * kWide],
-                                                           const BinaryTileCall& call) {
+  static inline __attribute__((always_inline)) void finish(const W (&count)[kRows][kCols], const BinaryTileCall& call) {
     const TileOutput& out = call.out;
     const bool whole = out.cols == kCols * kLanes;
     if (whole && out.type == Result::kInt32) {
-      out.place == Place::kMemory ? store_whole_int32<true, kRows, kCols>(total, call)
-                                  : store_whole_int32<false, kRows, kCols>(total, call);
+      out.place == Place::kMemory ? store_whole_int32<true, kRows, kCols>(count, call)
+                                  : store_whole_int32<false, kRows, kCols>(count, call);
     } else if (whole && out.type == Result::kFloat32) {
-      out.place == Place::kMemory ? store_whole_float32<true, kRows, kCols>(total, call)
-                                  : store_whole_float32<false, kRows, kCols>(total, call);
+      out.place == Place::kMemory ? store_whole_float32<true, kRows, kCols>(count, call)
+                                  : store_whole_float32<false, kRows, kCols>(count, call);
     } else {
       alignas(64) int32_t counts[kRows * kCols * kLanes];
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kCols; ++v)
-          Vec::store_int(counts + (r * kCols + v) * kLanes,
-                         Bits::narrow(total[r][v * kWide], total[r][v * kWide + kWide - 1]));
+        for (int v = 0; v < kCols; ++v) Vec::store_int(counts + (r * kCols + v) * kLanes, count[r][v]);
       }
       store_counts(counts, kCols * kLanes, call.epilogue, out);
     }
   }
 
   template <bool kStream, int kRows, int kCols>
-  static inline __attribute__((always_inline)) void store_whole_int32(const W (&total)[kRows][kCols * kWide],
+  static inline __attribute__((always_inline)) void store_whole_int32(const W (&count)[kRows][kCols],
                                                                       const BinaryTileCall& call) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       float* y = static_cast<float*>(call.out.y) + r * call.out.y_stride;  // 32 bits are moved, whatever they mean
 #pragma GCC unroll 16
       for (int v = 0; v < kCols; ++v) {
-        const I count = Bits::narrow(total[r][v * kWide], total[r][v * kWide + kWide - 1]);
-        put<kStream>(y + v * kLanes, Vec::as_float(dots(count, call.epilogue.k)), kLanes);
+        put<kStream>(y + v * kLanes, Vec::as_float(dots(count[r][v], call.epilogue.k)), kLanes);
       }
     }
     if (kStream) _mm_sfence();
   }
 
   template <bool kStream, int kRows, int kCols>
-  static inline __attribute__((always_inline)) void store_whole_float32(const W (&total)[kRows][kCols * kWide],
+  static inline __attribute__((always_inline)) void store_whole_float32(const W (&count)[kRows][kCols],
                                                                         const BinaryTileCall& call) {
 #pragma GCC unroll 16
     for (int v = 0; v < kCols; ++v) {
@@ -169,8 +192,7 @@ struct Loops {
       float* y = static_cast<float*>(call.out.y) + v * kLanes;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const I count = Bits::narrow(total[r][v * kWide], total[r][v * kWide + kWide - 1]);
-        put<kStream>(y + r * call.out.y_stride, scaled(count, call.epilogue.k, c), kLanes);
+        put<kStream>(y + r * call.out.y_stride, scaled(count[r][v], call.epilogue.k, c), kLanes);
       }
     }
     if (kStream) _mm_sfence();
@@ -191,34 +213,41 @@ struct Loops {
 
   // counts: rows of `width`.
   static void store_counts(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
+    out.place == Place::kMemory ? store_counts_to<true>(counts, width, e, out)
+                                : store_counts_to<false>(counts, width, e, out);
+    if (out.place == Place::kMemory) _mm_sfence();
+  }
+  template <bool kStream>
+  static void store_counts_to(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
     switch (out.type) {
       case Result::kFloat32:
-        return store_linear<float>(counts, width, e, out);
+        return store_linear<kStream, float>(counts, width, e, out);
       case Result::kBFloat16:
-        return store_linear<BFloat16>(counts, width, e, out);
+        return store_linear<kStream, BFloat16>(counts, width, e, out);
       case Result::kFloat16:
-        return store_linear<Float16>(counts, width, e, out);
+        return store_linear<kStream, Float16>(counts, width, e, out);
       case Result::kInt32:
-        return store_int32(counts, width, e, out);
+        return store_int32<kStream>(counts, width, e, out);
     }
   }
 
+  template <bool kStream>
   static void store_int32(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
-    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      for (int r = 0; r < out.rows; ++r) {
-        int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
-        store_integers(y + i, dots(load_int(counts + r * width + i, n), e.k), n);
-      }
-    });
+    for (int r = 0; r < out.rows; ++r, counts += width) {
+      float* y = static_cast<float*>(out.y) + r * out.y_stride;  // as in store_whole_int32
+      for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+        put<kStream>(y + i, Vec::as_float(dots(load_int(counts + i, n), e.k)), n);
+      });
+    }
   }
 
-  template <class T>
+  template <bool kStream, class T>
   static void store_linear(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
       const Channels c = channels_at(e, i, n);
       for (int r = 0; r < out.rows; ++r) {
         T* y = static_cast<T*>(out.y) + r * out.y_stride;
-        store(y + i, scaled(load_int(counts + r * width + i, n), e.k, c), n);
+        put<kStream>(y + i, scaled(load_int(counts + r * width + i, n), e.k, c), n);
       }
     });
   }
@@ -234,20 +263,18 @@ struct Loops {
   }
 
   static int32_t differing_bits(const uint64_t* a, const uint64_t* b, int64_t words) {
-    constexpr int64_t kStep = sizeof(W) / sizeof(uint64_t);
-    constexpr int64_t kFlush = Bits::kFlush == 0 ? int64_t{1} << 40 : Bits::kFlush;
+    using R = RowBits::Words;
+    constexpr int64_t kStep = sizeof(R) / sizeof(uint64_t);
+    constexpr int64_t kFlush = RowBits::kFlush == 0 ? int64_t{1} << 40 : RowBits::kFlush;
     const int64_t whole = words / kStep * kStep;
-    W total = Bits::zero();
+    R total = RowBits::zero();
     for (int64_t first = 0; first < whole; first += kFlush * kStep) {
       const int64_t last = whole - first < kFlush * kStep ? whole : first + kFlush * kStep;
-      W sum = Bits::zero();
-      for (int64_t w = first; w < last; w += kStep) {
-        sum = Bits::add(sum, Bits::differ(Bits::load(reinterpret_cast<const Word*>(a + w)),
-                                          Bits::load(reinterpret_cast<const Word*>(b + w))));
-      }
-      total = Bits::add_widened(total, sum);
+      R sum = RowBits::zero();
+      for (int64_t w = first; w < last; w += kStep) sum = RowBits::add(sum, RowBits::differ(a + w, b + w));
+      total = RowBits::add_widened(total, sum);
     }
-    int64_t count = Bits::sum_lanes(total);
+    int64_t count = RowBits::sum_lanes(total);
     for (int64_t w = whole; w < words; ++w) count += __builtin_popcountll(a[w] ^ b[w]);
     return static_cast<int32_t>(count);
   }

@@ -20,28 +20,15 @@ struct Int8 {
   }
 };
 
-// xor, then the half-byte table of binary_gemm_avx2.cpp; vpsadbw, once in 31 words, is left out.
+// A lookup and an addition for four bits in each byte, as in nibble_steps.h; widening, once in 63 steps, is left out.
 struct Binary {
   using Vector = __m256i;
-  static constexpr int kSums = 8;
-  static constexpr double kOperations = 512;
+  static constexpr int kSums = 12;
+  static constexpr double kOperations = 256;
   static Vector initial(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
   static void step(Vector& sum, Vector a, Vector b) {
-    Vector low;
-    Vector high;
-    const Vector mask = _mm256_set1_epi8(15);
-    const Vector table = _mm256_set1_epi8(1);
-    __asm__ volatile(
-        "vpxor %3, %4, %1\n\t"
-        "vpsrld $4, %1, %2\n\t"
-        "vpand %5, %1, %1\n\t"
-        "vpand %5, %2, %2\n\t"
-        "vpshufb %1, %6, %1\n\t"
-        "vpshufb %2, %6, %2\n\t"
-        "vpaddb %1, %2, %1\n\t"
-        "vpaddb %1, %0, %0"
-        : "+x"(sum), "=&x"(low), "=&x"(high)
-        : "x"(a), "x"(b), "x"(mask), "x"(table));
+    Vector count;
+    __asm__ volatile("vpshufb %2, %3, %1\n\tvpaddb %1, %0, %0" : "+x"(sum), "=&x"(count) : "x"(a), "x"(b));
   }
 };
 
