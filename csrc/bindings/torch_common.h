@@ -76,6 +76,12 @@ inline Sizes sizes_of(const Tensor& t) {
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// A contiguous CPU tensor.
+inline Tensor expect_cpu(const char* name, const Tensor& t) {
+  if (!t.is_cpu()) invalid(std::string(name) + ": expected a CPU tensor, like x");
+  return dense(t);
+}
+
 // A contiguous CPU tensor of exactly this dtype; ndim < 0 allows any number of axes.
 inline Tensor expect(const char* name, const Tensor& t, ScalarType type, int64_t ndim = -1) {
   if (!t.is_cpu()) invalid(std::string(name) + ": expected a CPU tensor, like x");
@@ -113,7 +119,9 @@ inline DType float_dtype(const char* name, const Tensor& t) {
 // The rows of x [..., k]: every leading axis folded into one.
 inline int64_t rows_of(const char* name, const Tensor& x) {
   if (x.dim() < 1) invalid(std::string(name) + ": expected at least one axis, got a 0-d tensor");
-  return product(sizes_of(x), 0, static_cast<size_t>(x.dim() - 1));
+  int64_t rows = 1;
+  for (int64_t axis = 0; axis + 1 < x.dim(); ++axis) rows *= x.size(axis);
+  return rows;
 }
 
 inline size_t element_size(ScalarType type) {

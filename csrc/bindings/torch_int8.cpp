@@ -16,8 +16,7 @@ struct Packed {
 };
 
 Packed parse_packed(const char* name, const Tensor& packed) {
-  Packed p;
-  p.blob = expect(name, packed, ScalarType::Byte, 2);
+  Packed p{expect(name, packed, ScalarType::Byte, 2), {}};
   check(packed_array_shape(p.blob.const_data_ptr(), p.blob.size(0), p.blob.size(1), &p.shape));
   return p;
 }
@@ -44,7 +43,7 @@ Tensor run_linear(const Tensor& x_in, const Tensor& packed, const Tensor& weight
   Int8Linear args;
   args.dtype = float_dtype("x", x_in);
   args.m = rows_of("x", x_in);
-  const Tensor x = expect("x", x_in, x_in.scalar_type());
+  const Tensor x = expect_cpu("x", x_in);
   const Packed p = parse_packed("packed", packed);
   const Tensor weight_scale = expect_vector("weight_scale", weight_scale_in, p.shape.n);
   OptionalTensor bias;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "core/format.h"
@@ -68,8 +69,9 @@ Status check_linear(const Int8Linear& args, const PackedWeight& weight, int64_t 
   return check_weight_scale(args.weight_scale, weight.n);
 }
 
-// Multiply-accumulates below which waking another thread costs more than it saves (some 5 to 10 us of work).
-constexpr int64_t kProductsWorthAThread = 1 << 20;
+// Multiply-accumulates that each thread must find to do: some 3 us of work, or waking a second one costs more than it
+// saves.
+constexpr int64_t kProductsWorthAThread = 3 << 18;
 
 // What is the same in every tile of a call.
 struct Call {
@@ -131,7 +133,8 @@ Status run(Call& call, int64_t m, int64_t element_bytes, int (*at_once)(int, int
   shape.mr = size.mr;
   shape.groups = (weight.panels + panels - 1) / panels;
   shape.row_work = panels * size.nr * weight.k;
-  shape.grain = kProductsWorthAThread;
+  const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
+  shape.grain = is_shared ? kProductsWorthAThread : std::numeric_limits<int64_t>::max() - 1;
   return run_product(shape, parallel_for, prepare, [&](const RowTile& rows, int64_t group) {
     int64_t panel = group * panels;
     if (panel + panels <= weight.panels) return tile(call.tile(rows, panel, panels));

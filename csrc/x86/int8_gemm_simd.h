@@ -37,19 +37,21 @@ struct Loops {
     pad(row, k);
   }
 
-  // row[i] = quantize(i, n), integers that fit: a full vector of Prepared at a time, then the rest.
-  template <class Quantize>
-  static inline __attribute__((always_inline)) void quantize_row(Prepared* row, int64_t k, Quantize quantize) {
-    constexpr int kStep = 4 / sizeof(Prepared);  // vectors of int32 that narrow to one
+  // row[i] = round(value(i, n)) + kOffset, which fits: a full vector of Prepared at a time, then the rest.
+  template <int kOffset, class Value>
+  static inline __attribute__((always_inline)) void quantize_row(Prepared* row, int64_t k, Value value) {
+    constexpr int kStep = 4 / sizeof(Prepared);  // vectors of float32 that narrow to one
     int64_t i = 0;
     for (; i + kStep * kLanes <= k; i += kStep * kLanes) {
-      I q[kStep];
+      F v[kStep];
 #pragma GCC unroll 4
-      for (int j = 0; j < kStep; ++j) q[j] = quantize(i + j * kLanes, kLanes);
-      Vec::store_narrowed(row + i, q);
+      for (int j = 0; j < kStep; ++j) v[j] = value(i + j * kLanes, kLanes);
+      Vec::store_rounded<kOffset>(row + i, v);
     }
-    for_each_vector(k - i, [&](int64_t j, int n)
-                               __attribute__((always_inline)) { store_integers(row + i + j, quantize(i + j, n), n); });
+    const I offset = Vec::int_set(kOffset);
+    for_each_vector(k - i, [&](int64_t j, int n) __attribute__((always_inline)) {
+      store_integers(row + i + j, Vec::int_add(Vec::to_int(value(i + j, n)), offset), n);
+    });
     pad(row, k);
   }
 
@@ -60,9 +62,8 @@ struct Loops {
     const float scale = symmetric_scale(x, k);
     const bool finite = scale <= kFloatMax;
     const F inverse = Vec::set(finite ? 1.0F / scale : 0.0F);
-    const I offset = Vec::int_set(Dot::kOffset);
-    quantize_row(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
-      return Vec::int_add(Vec::to_int(Vec::mul(load(x + i, n), inverse)), offset);
+    quantize_row<Dot::kOffset>(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
+      return Vec::mul(load(x + i, n), inverse);
     });
     return finite ? scale : __builtin_nanf("");
   }
@@ -74,11 +75,11 @@ struct Loops {
     const F zero_point = Vec::set(grid.zero_point);
     const F quant_max = Vec::set(grid.quant_max);
     uint32_t nan_lanes = 0;
-    quantize_row(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
+    quantize_row<0>(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
       const F value = load(x + i, n);
       nan_lanes |= Vec::bits(Vec::is_nan(value));
       const F q = Vec::add(Vec::round(Vec::mul(value, inverse)), zero_point);
-      return Vec::to_int(Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q)));
+      return Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q));
     });
     return nan_lanes != 0 ? __builtin_nanf("") : scale;
   }
@@ -219,16 +220,17 @@ struct Loops {
   // ---- epilogue ----
   // Vectors of channels outside, rows inside: what belongs to a channel is read once a tile.
 
-  // The usual cases are done in registers. What is left (a last vector of channels that is not full, 16-bit results,
-  // activation functions of many instructions) goes through a buffer, so that its code is not unrolled for every tile.
+  // The usual cases are done in registers. What is left (16-bit results, activation functions of many instructions,
+  // panels side by side of which the last has vectors without channels) goes through a buffer, so that its code is not
+  // unrolled for every tile.
   template <int kRows, int kVectors>
   static inline __attribute__((always_inline)) void finish(const I (&sum)[kRows][kVectors], const Int8TileCall& call) {
     const TileOutput& out = call.out;
-    const bool whole = out.cols == kVectors * kLanes;
-    if (whole && out.type == Result::kInt32) {
-      store_whole_int32(sum, call);
-    } else if (whole && out.type == Result::kFloat32 && call.epilogue.activation <= Activation::kRelu) {
-      store_whole_float32(sum, call);
+    const int last = out.cols - (kVectors - 1) * kLanes;  // channels of the last vector
+    if (last > 0 && out.type == Result::kInt32) {
+      last == kLanes ? store_int32(sum, kLanes, call) : store_int32(sum, last, call);
+    } else if (last > 0 && out.type == Result::kFloat32 && call.epilogue.activation <= Activation::kRelu) {
+      last == kLanes ? store_float32(sum, kLanes, call) : store_float32(sum, last, call);
     } else {
       alignas(64) int32_t spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 16
@@ -241,30 +243,32 @@ struct Loops {
   }
 
   template <int kRows, int kVectors>
-  static inline __attribute__((always_inline)) void store_whole_int32(const I (&sum)[kRows][kVectors],
-                                                                      const Int8TileCall& call) {
+  static inline __attribute__((always_inline)) void store_int32(const I (&sum)[kRows][kVectors], int last,
+                                                                const Int8TileCall& call) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      const I off = correction(call.epilogue, v * kLanes, kLanes);
+      const int n = v == kVectors - 1 ? last : kLanes;
+      const I off = correction(call.epilogue, v * kLanes, n);
       int32_t* y = static_cast<int32_t*>(call.out.y) + v * kLanes;
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) Vec::store_int(y + r * call.out.y_stride, Vec::int_sub(sum[r][v], off));
+      for (int r = 0; r < kRows; ++r) store_integers(y + r * call.out.y_stride, Vec::int_sub(sum[r][v], off), n);
     }
   }
 
   template <int kRows, int kVectors>
-  static inline __attribute__((always_inline)) void store_whole_float32(const I (&sum)[kRows][kVectors],
-                                                                        const Int8TileCall& call) {
+  static inline __attribute__((always_inline)) void store_float32(const I (&sum)[kRows][kVectors], int last,
+                                                                  const Int8TileCall& call) {
     const F floor = Vec::set(call.epilogue.activation == Activation::kRelu ? 0.0F : -__builtin_inff());
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      const I off = correction(call.epilogue, v * kLanes, kLanes);
-      const Channels c = channels_at(call.epilogue, v * kLanes, kLanes);
+      const int n = v == kVectors - 1 ? last : kLanes;
+      const I off = correction(call.epilogue, v * kLanes, n);
+      const Channels c = channels_at(call.epilogue, v * kLanes, n);
       float* y = static_cast<float*>(call.out.y) + v * kLanes;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const F exact = Vec::to_float(Vec::int_sub(sum[r][v], off));
-        Vec::store(y + r * call.out.y_stride, Vec::at_least(floor, scaled(exact, call.row_scale[r], c)));
+        const F y_r = scaled(Vec::to_float(Vec::int_sub(sum[r][v], off)), call.row_scale[r], c);
+        store(y + r * call.out.y_stride, Vec::at_least(floor, y_r), n);
       }
     }
   }

@@ -99,11 +99,22 @@ constexpr float kFloatMax = 3.40282347e+38F;
 // their sign bit, float32 patterns order as integers do, and NaN > inf > finite.
 template <class T>
 float symmetric_scale(const T* x, int64_t count) {
-  Vec::Int largest = Vec::int_zero();
-  for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
-    largest = Vec::int_max(largest, Vec::as_int(Vec::abs(load(x + i, n))));
+  constexpr int kChains = 4;  // of maxima: one would wait for each before the next
+  constexpr int kStep = kChains * Vec::kLanes;
+  Vec::Int largest[kChains];
+  for (Vec::Int& chain : largest) chain = Vec::int_zero();
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) {
+      largest[j] = Vec::int_max(largest[j], Vec::as_int(Vec::abs(load(x + i + j * Vec::kLanes, Vec::kLanes))));
+    }
+  }
+  for_each_vector(count - i, [&](int64_t j, int n) __attribute__((always_inline)) {
+    largest[0] = Vec::int_max(largest[0], Vec::as_int(Vec::abs(load(x + i + j, n))));
   });
-  const int32_t bits = Vec::max_lane(largest);
+  const int32_t bits =
+      Vec::max_lane(Vec::int_max(Vec::int_max(largest[0], largest[1]), Vec::int_max(largest[2], largest[3])));
   float magnitude = 0;
   memcpy(&magnitude, &bits, sizeof(magnitude));
   const float scale = magnitude / 127.0F;

@@ -188,12 +188,15 @@ struct Vec {
     const __m128i words = _mm_packs_epi32(low(v), high(v));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
   }
-  // As many vectors as narrow to a full one. The packs work on 128-bit halves, hence the permutation.
-  static void store_narrowed(int16_t* p, const Int (&v)[2]) {
-    store_whole(p, _mm256_permute4x64_epi64(_mm256_packs_epi32(v[0], v[1]), 0xD8));
+  // round(v) + kOffset, which fits, half to even: as many vectors as narrow to a full one. The packs work on 128-bit
+  // halves, hence the permutation.
+  template <int kOffset>
+  static void store_rounded(int16_t* p, const Float (&v)[2]) {
+    store_whole(p, _mm256_permute4x64_epi64(rounded_words<kOffset>(v[0], v[1]), 0xD8));
   }
-  static void store_narrowed(uint8_t* p, const Int (&v)[4]) {
-    const Int bytes = _mm256_packus_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  template <int kOffset>
+  static void store_rounded(uint8_t* p, const Float (&v)[4]) {
+    const Int bytes = _mm256_packus_epi16(rounded_words<kOffset>(v[0], v[1]), rounded_words<kOffset>(v[2], v[3]));
     store_whole(p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
   }
   template <class Out>
@@ -206,6 +209,10 @@ struct Vec {
  private:
   // What a shuffle, which works on 128-bit halves, leaves of two vectors.
   static Float in_order(Float v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xD8)); }
+  template <int kOffset>
+  static Int rounded_words(Float a, Float b) {
+    return _mm256_add_epi16(_mm256_packs_epi32(to_int(a), to_int(b)), _mm256_set1_epi16(kOffset));
+  }
   static void store_whole(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static __m128i low(Int v) { return _mm256_castsi256_si128(v); }
   static __m128i high(Int v) { return _mm256_extracti128_si256(v, 1); }

@@ -166,13 +166,24 @@ struct Vec {
   }
   static void store_int(int8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static void store_int(uint8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
-  static void store_narrowed(int16_t* p, const Int (&v)[2]) {
-    const Int order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packs_epi32(v[0], v[1])));
+  template <int kOffset>
+  static void store_rounded(int16_t* p, const Float (&v)[2]) {
+    Int q[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) q[i] = int_add(to_int(v[i]), int_set(kOffset));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(even_then_odd(), _mm512_packs_epi32(q[0], q[1])));
   }
-  static void store_narrowed(uint8_t* p, const Int (&v)[4]) {
-    _mm512_storeu_si512(p,
-                        in_order(_mm512_packus_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]))));
+  // Adding 1.5 * 2^23 leaves an integer in the low bits: one addition rounds and takes the offset in, where a
+  // conversion would only round. The 16 low bits are all that is looked at.
+  template <int kOffset>
+  static void store_rounded(uint8_t* p, const Float (&v)[4]) {
+    static_assert(kOffset % 2 == 0, "ties must go to the same side as without the offset");
+    const Float to_low_bits = set(12582912.0F + kOffset);
+    Int q[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) q[i] = as_int(add(v[i], to_low_bits));
+    const Int words = _mm512_packus_epi16(low_halves(q[0], q[1]), low_halves(q[2], q[3]));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi64(even_then_odd(), words));
   }
   static void store_int_part(int32_t* p, Int v, int n) { _mm512_mask_storeu_epi32(p, lanes_below(n), v); }
   static void store_int_part(int16_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi16(p, lanes_below(n), v); }
@@ -183,6 +194,13 @@ struct Vec {
   // What two levels of packs, which work on 128-bit quarters, leave of four vectors of int32.
   static Int in_order(Int bytes) {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+  }
+  static Int even_then_odd() { return _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7); }
+  // The low 16 bits of the lanes of a, then those of b.
+  static Int low_halves(Int a, Int b) {
+    const Int even_words = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26,
+                                            24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutex2var_epi16(a, even_words, b);
   }
   static Mask lanes_below(int n) { return static_cast<Mask>((1U << n) - 1U); }
   static __m128i load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
