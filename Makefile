@@ -28,6 +28,8 @@ bench: build
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt
 	$(BIN)/kdq bench --threads 1 --threads 2 --json benchmarks/results.json --markdown benchmarks/RESULTS.md \
 		--plot benchmarks/results.png --scaling benchmarks/scaling.png
+	KDQ_ISA=avx2 $(BIN)/kdq bench --family int8_matmul --family binary_matmul --threads 1 \
+		--markdown benchmarks/RESULTS-avx2.md
 
 lint: build $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdq.configs import Binary, Config, Int8WeightOnly, LowBit
+from kdq.configs import Binary, Config, Int8WeightOnly, LowBit, config_to_json
 from kdq.layers.qat import QATLinear
 
 
@@ -29,7 +28,7 @@ def bits_of(config: Config) -> tuple[int, int]:
 
 def precision_key(config: Config) -> str:
     """The precision's part of a state dict's keys: `LowBit_4_8`. It tells a checkpoint's precisions apart."""
-    return "_".join([type(config).__name__, *map(str, astuple(config))]).replace(".", "_")
+    return "_".join(map(str, config_to_json(config).values())).replace(".", "_")
 
 
 class Switchable(nn.Module):

@@ -36,12 +36,7 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
             is not finite. All biases are then as they were.
     """
     layers: dict[str, Any] = {n: m for n, m in quantized.named_modules() if isinstance(m, InferenceLinear)}
-    left = {
-        name: "its output is after an activation, whose mean a bias does not shift evenly; correct before fusing"
-        for name, layer in layers.items()
-        if getattr(layer, "activation", None) is not None
-    }
-    twins = {name: find_layer(reference, name, "reference") for name in layers if name not in left}
+    twins = {name: find_layer(reference, name, "reference") for name in layers}
     batches = list(loader)
     expected = _mean_outputs(reference, twins, batches)
     saved = {name: layer.bias for name, layer in layers.items()}
@@ -61,17 +56,20 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
         for name, layer in layers.items():
             layer.bias = saved[name]
         raise
-    left |= {name: "no batch came through it" for name in twins if name not in changed}
+    left = {name: "no batch came through it" for name in twins if name not in changed}
     return ToolReport(changed, left)
 
 
 def _mean_outputs(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]) -> dict[str, Tensor]:
-    """float64 `[channels]`: the mean of each output channel over all rows; layers in the order of their first call."""
+    """float64 `[channels]`: the mean of each output channel over all rows, before a fused activation; layers in the
+    order of their first call."""
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
     def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if isinstance(module, InferenceLinear) and module.activation is not None:
+                output = module.kernel(args[0], None)
             flat = output.detach().reshape(-1, output.shape[-1]).double()
             sums[name] = sums.get(name, 0) + flat.sum(0)
             rows[name] = rows.get(name, 0) + len(flat)

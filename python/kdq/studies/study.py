@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from rich.progress import Progress
 
+from kdq.bench.runner import torch_threads
 from kdq.studies.paired import Difference, Outcome, compare
 from kdq.studies.tasks import TASKS, Task
 
@@ -55,6 +56,7 @@ class Study:
         run_seed: all outcomes of one seed of a task, trained for `steps` steps an arm; runs in a process of its own.
         steps: of an arm.
         method: paragraphs for the page.
+        appendix: a section of Markdown, made after the seeds, in this process, on one thread.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Study:
     comparisons: Sequence[Comparison]
     run_seed: Callable[[Task, int, int], list[Outcome]]
     steps: int = 600
+    appendix: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Findings:
     steps: int
     seconds: float
     processes: int
+    appendix: str
 
 
 def run_study(study: Study, seeds: int, *, quick: bool = False, processes: int | None = None) -> Findings:
@@ -119,8 +123,13 @@ def run_study(study: Study, seeds: int, *, quick: bool = False, processes: int |
             outcomes += job.result()
             progress.advance(bar)
     outcomes.sort(key=lambda o: (o.task, o.seed))
+    appendix = ""
+    if study.appendix is not None:
+        with torch_threads():
+            torch.set_num_threads(1)
+            appendix = study.appendix()
     seconds = time.perf_counter() - start
-    return Findings(study, outcomes, answer(study, outcomes), seeds, steps, seconds, workers)
+    return Findings(study, outcomes, answer(study, outcomes), seeds, steps, seconds, workers, appendix)
 
 
 def _run_job(study: Study, task: str, seed: int, steps: int, quick: bool) -> list[Outcome]:

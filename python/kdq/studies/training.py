@@ -40,12 +40,16 @@ class Batches:
 
 
 def train(student: nn.Module, teacher: nn.Module, losses: Sequence[Loss], loader: Batches, lr: float) -> None:
+    """One pass over the loader."""
+    fit(Distiller(teacher, student, losses), loader, lr)
+
+
+def fit(distiller: Distiller, loader: Batches, lr: float) -> None:
     """One pass over the loader with Adam; the learning rate falls to zero (cosine)."""
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
+    optimizer = torch.optim.Adam(list(distiller.parameters()), lr=lr, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(loader))
-    Distiller(teacher, student, losses).fit(loader, 1, optimizer, scheduler=scheduler, progress=False)
-    student.eval()
+    distiller.fit(loader, 1, optimizer, scheduler=scheduler, progress=False)
+    distiller.student.eval()
 
 
 @dataclass(frozen=True)

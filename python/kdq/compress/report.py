@@ -1,0 +1,150 @@
+"""What a compression gave: the student before and after, each choice that the switchable student offers, each layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model, evaluated as it would be deployed.
+
+    Attributes:
+        accuracy: share of right answers on the validation data; None without labels.
+        teacher_kl: KL(teacher || model), nats.
+        size_bytes: on disk.
+        latency_ms: of the first validation batch, median.
+    """
+
+    name: str
+    accuracy: float | None
+    teacher_kl: float
+    size_bytes: int
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer: its precision, and the SQNR of its output against the float model's, in dB."""
+
+    name: str
+    precision: str
+    weight_bits: int
+    act_bits: int
+    weights: int
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The mean loss of each epoch of a phase."""
+
+    phase: str
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The result of `compress`.
+
+    Attributes:
+        before, after: the float model, and the compressed one.
+        searched: the plan before its finetune.
+        choices: the switchable student at each of its precisions, without further training: what else could be had.
+        predicted: what the search expected of the plan: size_bytes, and latency_ms if the budget asked for one.
+    """
+
+    samples: int
+    before: Model
+    searched: Model
+    after: Model
+    choices: list[Model]
+    layers: list[Layer]
+    training: list[Training]
+    budget: dict[str, float]
+    predicted: dict[str, float]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, ready for json.dumps."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CompressionReport:
+        """The inverse of `to_json`."""
+        fields = dict(data)
+        for name in ("before", "searched", "after"):
+            fields[name] = Model(**fields[name])
+        fields["choices"] = [Model(**m) for m in fields["choices"]]
+        fields["layers"] = [Layer(**layer) for layer in fields["layers"]]
+        fields["training"] = [Training(**t) for t in fields["training"]]
+        return cls(**fields)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """One page that needs nothing else: tables and plots (needs matplotlib)."""
+        from kdq.compress.page import html
+
+        Path(path).write_text(html(self))
+
+    @property
+    def models(self) -> list[Model]:
+        """All that were evaluated; the compressed one last."""
+        return [self.before, *self.choices, self.searched, self.after]
+
+    def __rich__(self) -> Group:
+        models = Table(*MODEL_COLUMNS, title=f"on {self.samples} samples", title_justify="left")
+        front = pareto_front(self.models)
+        for m in self.models:
+            models.add_row(*model_cells(m, m in front), style="bold" if m is self.after else None)
+        layers = Table(*LAYER_COLUMNS, title="layers", title_justify="left")
+        for layer in self.layers:
+            layers.add_row(*layer_cells(layer))
+        return Group(models, layers)
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+MODEL_COLUMNS = ("model", "accuracy", "KL to the teacher", "bytes", "ms a batch", "Pareto front")
+LAYER_COLUMNS = ("layer", "precision", "weights", "bits", "SQNR of the output, dB")
+
+
+def model_cells(m: Model, on_front: bool) -> tuple[str, ...]:
+    """In the order of MODEL_COLUMNS."""
+    accuracy = "" if m.accuracy is None else f"{m.accuracy:.2%}"
+    return (m.name, accuracy, f"{m.teacher_kl:.4f}", f"{m.size_bytes:,}", f"{m.latency_ms:.3g}", "yes" * on_front)
+
+
+def layer_cells(layer: Layer) -> tuple[str, ...]:
+    """In the order of LAYER_COLUMNS."""
+    sqnr = "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
+    return (layer.name, layer.precision, f"{layer.weights:,}", f"{layer.weight_bits} / {layer.act_bits}", sqnr)
+
+
+def quality(m: Model) -> float:
+    """What is drawn upwards: accuracy, or the negative KL where there are no labels."""
+    return -m.teacher_kl if m.accuracy is None else m.accuracy
+
+
+def pareto_front(models: Sequence[Model]) -> list[Model]:
+    """Those that no other beats: at least as good, small and fast, and better in one of the three."""
+
+    def beats(a: Model, b: Model) -> bool:
+        ours, theirs = (-quality(a), a.size_bytes, a.latency_ms), (-quality(b), b.size_bytes, b.latency_ms)
+        return all(x <= y for x, y in zip(ours, theirs, strict=True)) and ours != theirs
+
+    return [m for m in models if not any(beats(other, m) for other in models)]
