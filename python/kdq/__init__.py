@@ -1,5 +1,6 @@
 """kdq: distil a teacher into a low-bit student, and run it on integer and binary kernels."""
 
+from kdq.compression import Compressed, CompressionReport, compress
 from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
 from kdq.io import load, save
@@ -43,6 +44,8 @@ __all__ = [
     "BinaryLinear",
     "Budget",
     "CachedTeacher",
+    "Compressed",
+    "CompressionReport",
     "ContrastiveKD",
     "ConversionReport",
     "CrossEntropy",
@@ -73,6 +76,7 @@ __all__ = [
     "TeacherEnsemble",
     "ToolReport",
     "Weighted",
+    "compress",
     "convert_",
     "correct_bias_",
     "equalize_",

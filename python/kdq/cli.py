@@ -1,4 +1,4 @@
-"""The `kdq` command: demo, search, study, bench, report, info."""
+"""The `kdq` command: compress, search, demo, study, bench, report, info."""
 
 from __future__ import annotations
 
@@ -18,6 +18,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+
+@app.command()
+def compress(
+    source: Annotated[str, typer.Argument(help="module:function that returns a dict of compress's arguments.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; call again with it to go on after an interruption.")],
+    latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass on the first batch.")] = None,
+    size_bytes: Annotated[float | None, typer.Option(help="Bytes of the saved tensors.")] = None,
+    average_bits: Annotated[float | None, typer.Option(help="Bits of a weight, on average.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the loader at every precision.")] = 20,
+    finetune_epochs: Annotated[int, typer.Option(help="Passes over the loader at the plan.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Compress a model to a budget: distil it at every precision, choose, finetune, convert, report.
+
+    The function's dict has "model" and "loader", and may have "teacher", "validation" and other arguments of
+    kdq.compress.
+    """
+    import kdq
+
+    arguments = import_function(source)()
+    if not isinstance(arguments, dict) or not {"model", "loader"} <= arguments.keys():
+        raise ValueError(f'source: expected {source} to return a dict with "model" and "loader", got {arguments!r:.80}')
+    given = {"folder": out, "epochs": epochs, "finetune_epochs": finetune_epochs, "seed": seed}
+    budget = kdq.Budget(latency_ms=latency_ms, size_bytes=size_bytes, average_bits=average_bits)
+    result = kdq.compress(**{**given, **arguments, "budget": budget})
+    console.print(result.plan)
+    console.print(result.report)
+    console.print(f"wrote {result.folder / 'model.safetensors'}, {result.folder / 'report.html'} and report.json")
 
 
 @app.command()

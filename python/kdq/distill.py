@@ -131,6 +131,26 @@ class Distiller:
             if isinstance(module, nn.Module):
                 yield from module.parameters()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The student's state, and that of the adapters and losses, for checkpoints of training; not the teacher's."""
+        own = {f"adapters.{i}.{layer}": module.state_dict() for (i, layer), module in self.adapters.items()}
+        own |= {f"losses.{i}": t.loss.state_dict() for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
+        return {"student": self.student.state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; where there are adapters, after `prepare`.
+
+        Raises:
+            RuntimeError: a part is missing or does not fit.
+        """
+        parts: dict[str, nn.Module] = {"student": self.student}
+        parts |= {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
+        parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
+        if parts.keys() != state.keys():
+            raise RuntimeError(f"state: expected {', '.join(sorted(parts))}, got {', '.join(sorted(state))}")
+        for name, module in parts.items():
+            module.load_state_dict(state[name])
+
     def prepare(self, batch: Any) -> None:
         """Makes the adapters from the shapes that one batch shows. Nothing is trained, no statistics change."""
         with torch.no_grad(), evaluating(self.student, self.teacher):
@@ -218,6 +238,7 @@ class Distiller:
         patience: int | None = None,
         clip_grad_norm: float | None = None,
         accumulate: int = 1,
+        span: tuple[float, float] = (0.0, 1.0),
         progress: bool | Progress = True,
     ) -> History:
         """Trains for some passes over the loader; the student is in training mode meanwhile.
@@ -233,6 +254,7 @@ class Distiller:
                 KL), and put the student's weights of the best epoch back at the end.
             clip_grad_norm: largest norm of all gradients of a step together.
             accumulate: batches a step; the gradient is their mean. An epoch's last step may have fewer.
+            span: the part of the whole training that this call is, for the losses' schedules.
             progress: False: no bar; a rich Progress: a task is added to it.
 
         Raises:
@@ -241,12 +263,14 @@ class Distiller:
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
         _check_fit(epochs, optimizer, scheduler, validation, patience, clip_grad_norm, accumulate)
+        if not 0 <= span[0] < span[1] <= 1:
+            raise ValueError(f"span: expected a part of 0 to 1, got {span}")
 
         def steps_for(loss: Tensor) -> Steps:
             return Steps(self._checked(optimizer, loss, lr), scheduler, clip_grad_norm, accumulate)
 
         start = time.perf_counter()
-        loop = Loop(self, loader, epochs, steps_for)
+        loop = Loop(self, loader, epochs, steps_for, span)
         best = BestWeights(self.student)
         losses: list[float] = []
         found: list[Validation] = []
@@ -265,7 +289,7 @@ class Distiller:
                     if best.epochs_since >= patience:
                         break
         best.put_back()
-        self.progress = 1.0
+        self.progress = span[1]
         steps = 0 if loop.steps is None else loop.steps.taken
         return History(losses, steps, time.perf_counter() - start, found, best.epoch)
 

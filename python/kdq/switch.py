@@ -90,6 +90,20 @@ def extract(model: nn.Module, precision: ConfigMap) -> nn.Module:
     return extracted
 
 
+def float_copy(model: nn.Module) -> nn.Module:
+    """A copy of a switchable model in float: plain linear layers and, as they now are, plain norms."""
+    copied = copy.deepcopy(model)
+    plain = {
+        name: module.to_float() if isinstance(module, SwitchableLinear) else module.to_inference()
+        for name, module in copied.named_modules(remove_duplicate=False)
+        if isinstance(module, SwitchableLinear | SwitchableNorm)
+    }
+    for name, module in plain.items():
+        parent, _, child = name.rpartition(".")
+        setattr(copied.get_submodule(parent), child, module)
+    return copied
+
+
 @contextmanager
 def keeping_precision(model: nn.Module) -> Iterator[None]:
     """Gives the present precision back on exit."""

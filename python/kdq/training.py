@@ -61,12 +61,14 @@ class Steps:
 
 @dataclass
 class Loop:
-    """Epochs of a distiller over a loader. `batches` is how many an epoch has, once that is known."""
+    """Epochs of a distiller over a loader, which are the part `span` of its whole training. `batches` is how many an
+    epoch has, once that is known."""
 
     distiller: Distiller
     loader: Iterable[Any]
     epochs: int
     steps_for: Callable[[Tensor], Steps]  # made once the first loss has shown what there is to train
+    span: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         self.batches = len(self.loader) if isinstance(self.loader, Sized) else None
@@ -107,7 +109,8 @@ class Loop:
 
     def _progress(self, epoch: int, batch: int) -> float:
         within = min(batch / self.batches, 1.0) if self.batches else 0.0
-        return (epoch + within) / self.epochs
+        start, end = self.span
+        return start + (end - start) * (epoch + within) / self.epochs
 
 
 @contextmanager

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 
 from kdq.calibrate import observe_inputs
 from kdq.configs import Config
 from kdq.layers.base import InferenceLinear
+from kdq.layers.switchable import SwitchableLinear
 from kdq.observers import DEFAULT_OBSERVER, ObserverState
 from kdq.quantize import inference_layer, quantizable_layers
+from kdq.switch import keeping_precision, precisions, set_precision_
 
 
 class Precision(Protocol):
@@ -23,6 +25,9 @@ class Precision(Protocol):
 
     layers: Mapping[str, nn.Linear]
     """name -> the float layer (its shape, dtype and weight). A shared one is there under each name."""
+
+    base: Config | None
+    """What all other layers compute at when one of them is measured first; None is float."""
 
     def at(self, name: str, config: Config | None) -> AbstractContextManager[Any]:
         """Inside, the layer computes as `config` says (None: in float); on exit it is as it was on entry. They nest."""
@@ -38,6 +43,7 @@ class BuiltLayers:
 
     def __init__(self, model: nn.Module, batches: list[Any]) -> None:
         self.model = model
+        self.base: Config | None = None
         self.layers: Mapping[str, nn.Linear] = quantizable_layers(model)
         if not self.layers:
             raise ValueError("student: it has no layer that quantize_ would replace (see its report for the reasons)")
@@ -70,6 +76,28 @@ class BuiltLayers:
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{name}: {error}") from error
         return self.built[key]
+
+
+class SwitchableLayers:
+    """`Precision` of a model after `prepare_switchable_`: nothing is built, its own precisions are set.
+
+    It cannot compute in float: layers are measured among others at the widest precision.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base: Config | None = precisions(model)[0]
+        modules = model.named_modules(remove_duplicate=False)
+        # They have what the search asks of an nn.Linear: the sides, weight and bias.
+        self.layers = cast("Mapping[str, nn.Linear]", {n: m for n, m in modules if isinstance(m, SwitchableLinear)})
+
+    @contextmanager
+    def at(self, name: str, config: Config | None) -> Iterator[None]:
+        if config is None:
+            raise ValueError("candidates: a switchable layer has no float form; leave None out")
+        with keeping_precision(self.model):
+            set_precision_(self.model, {name: config})
+            yield
 
 
 @contextmanager

@@ -11,14 +11,16 @@ from rich.progress import Progress
 from torch import nn
 
 from kdq.configs import Binary, Config, Int8Dynamic, LowBit, normalize
+from kdq.layers.switchable import SwitchableLinear
 from kdq.observe import Batch, evaluating, parse_batch
 from kdq.reporting import ROUNDS
 from kdq.search.budget import Budget
 from kdq.search.cost import input_rows, layer_bytes, measure, tensor_bytes, weight_bits
 from kdq.search.plan import Option, Plan, PlannedLayer
-from kdq.search.precision import BuiltLayers, Precision, all_at, unfused
+from kdq.search.precision import BuiltLayers, Precision, SwitchableLayers, all_at, unfused
 from kdq.search.sensitivity import SENSITIVITIES, Distance, Sensitivity, Table, finite, increases, weight_noise
 from kdq.search.solve import Limit, solve
+from kdq.switch import float_copy, precisions
 
 CANDIDATES: tuple[Config | None, ...] = (
     Int8Dynamic(),
@@ -34,7 +36,7 @@ def search_precision(
     loader: Iterable[Any],
     *,
     budget: Budget,
-    candidates: Sequence[Config | None] = CANDIDATES,
+    candidates: Sequence[Config | None] | None = None,
     sensitivity: Sensitivity = "teacher_kl",
     refine: int = 0,
     rounds: int = ROUNDS,
@@ -51,15 +53,19 @@ def search_precision(
     deterministic; times are those of this machine, at this number of threads, on the loader's first batch.
 
     Args:
-        student: a float model, in any mode; measured in eval mode.
+        student: a float model, in any mode; measured in eval mode. Or a switchable one, after `prepare_switchable_`
+            and training: its layers are measured at the precisions that it has, and its costs are those of the layers
+            that it would be converted to.
         teacher: outputs logits of the same shape; may be None unless sensitivity is "teacher_kl".
         loader: batches (tensors, `(inputs, target)` tuples or dicts). They calibrate the activations' scales too.
         budget: what the converted model may cost.
-        candidates: configs to choose from; None among them allows a layer to stay in float.
+        candidates: configs to choose from; None among them allows a layer to stay in float. Without any, int8, 4, 2
+            and 1 bits (`CANDIDATES`), or a switchable student's precisions.
         sensitivity: "teacher_kl": increase of KL(teacher || student); "label_loss": increase of the cross-entropy, both
             in nats a row; "weight_sqnr": noise power of the rounded weight over its power, which sees no data.
-        refine: how many times to measure again around the current plan, with all other layers at their chosen
-            precision, and to solve again. The plan whose measured distance is least is kept.
+        refine: how many times to measure again around the best plan so far, with all other layers at their chosen
+            precision, and to solve again; it starts from the uniform plans too. The plan whose measured distance is
+            least is kept.
         rounds: of timing; the medians count.
         precision: how to set a layer's precision, for models that can do it by themselves; None builds the layers.
         progress: whether to show a bar.
@@ -69,6 +75,9 @@ def search_precision(
             distance is NaN or infinite, or no plan meets the budget (the message names the smallest value reachable).
         TypeError: a candidate or a batch is of an unknown kind.
     """
+    switchable = precision is None and any(isinstance(module, SwitchableLinear) for module in student.modules())
+    if candidates is None:
+        candidates = precisions(student) if switchable else CANDIDATES
     options = _checked(candidates, sensitivity, refine, rounds)
     batches = list(loader)
     if not batches:
@@ -80,11 +89,14 @@ def search_precision(
         if sensitivity != "weight_sqnr":
             distance = Distance(student, teacher, parsed, "kl" if sensitivity == "teacher_kl" else "label")
             finite(distance(), "the float student")  # before layers are built: it shows outputs that do not match
-        if precision is None:
-            precision = BuiltLayers(student, batches)
-        search = _Search(student, precision, options, budget, sensitivity, parsed[0], rounds)
+        costed = float_copy(student).eval() if switchable else student
+        with unfused(costed):
+            built = BuiltLayers(costed, batches) if precision is None else precision
+            if switchable:
+                precision = SwitchableLayers(student)
+            search = _Search(costed, built, precision or built, options, budget, sensitivity, parsed[0], rounds)
         if distance is None:
-            table = weight_noise(student, precision, search.names, options)
+            table = weight_noise(costed, built, search.names, options)
             return search.plan(table, 0.0, None)
         task = bar.add_task("sensitivities", total=(refine + 1) * len(search.names) * len(options))
         return search.by_distance(distance, refine, lambda: bar.advance(task))
@@ -109,7 +121,8 @@ class _Search:
 
     def __init__(
         self,
-        student: nn.Module,
+        costed: nn.Module,
+        built: Precision,
         precision: Precision,
         candidates: tuple[Config | None, ...],
         budget: Budget,
@@ -119,21 +132,22 @@ class _Search:
     ) -> None:
         self.precision, self.candidates, self.budget, self.sensitivity = precision, candidates, budget, sensitivity
         self.aliases: dict[str, tuple[str, ...]] = {}
-        for linear in precision.layers.values():
-            same = tuple(n for n, other in precision.layers.items() if other is linear)
+        self.linears = built.layers
+        for linear in self.linears.values():
+            same = tuple(n for n, other in self.linears.items() if other is linear)
             self.aliases[same[0]] = same
         self.names = list(self.aliases)
-        timing = measure(student, precision, self.names, candidates, batch, rounds)
+        timing = measure(costed, built, self.names, candidates, batch, rounds)
         self.fixed_ms = timing.fixed
-        with all_at(precision, dict.fromkeys(self.names)):
-            rows = input_rows(student, self.names, batch)
-        in_float = sum(len(self.aliases[n]) * layer_bytes(precision.layers[n], None) for n in self.names)
-        self.fixed_bytes = tensor_bytes(student) - in_float
+        with all_at(built, dict.fromkeys(self.names)):
+            rows = input_rows(costed, self.names, batch)
+        in_float = sum(len(self.aliases[n]) * layer_bytes(self.linears[n], None) for n in self.names)
+        self.fixed_bytes = tensor_bytes(costed) - in_float
         self.layers = [
             PlannedLayer(
                 names=self.aliases[name],
-                in_features=precision.layers[name].in_features,
-                out_features=precision.layers[name].out_features,
+                in_features=self.linears[name].in_features,
+                out_features=self.linears[name].out_features,
                 rows=sum(rows[name]),
                 calls=len(rows[name]),
                 options=tuple(self._option(name, config, timing.layers[config][name]) for config in candidates),
@@ -143,7 +157,7 @@ class _Search:
         ]
 
     def _option(self, name: str, config: Config | None, latency_ms: float) -> Option:
-        linear = self.precision.layers[name]
+        linear = self.linears[name]
         return Option(
             config=config,
             weight_bits=weight_bits(linear, config),
@@ -188,25 +202,42 @@ class _Search:
         return limits
 
     def by_distance(self, distance: Distance, refine: int, step: Callable[[], Any]) -> Plan:
-        """Solves with the increases around the float model, then `refine` times around the plan before."""
-        around: Mapping[str, Config | None] = dict.fromkeys(self.names)
-        best: Plan | None = None
-        tried: list[Mapping[str, Config | None]] = []
-        for _ in range(refine + 1):
-            with all_at(self.precision, around):
-                base = finite(distance(), "the student")
-                table = increases(distance, self.precision, self.names, self.candidates, around, base, step)
-            plan = self.plan(table, base, None)
-            around = {layer.names[0]: layer.option.config for layer in plan.layers}
-            if around in tried:
+        """Solves with the increases around the float model (a switchable one at its widest precision). Then `refine`
+        times around the best plan so far, to which uniform plans within the budget belong: whoever measures must not
+        do worse than who does not choose at all."""
+        table, base = self._around(dict.fromkeys(self.names, self.precision.base), distance, step)
+        best = self._measure(self.plan(table, base, None), distance)
+        if refine:
+            uniform = [self._uniform(best, config) for config in self.candidates if config is not None]
+            best = min([best, *(self._measure(p, distance) for p in uniform if self._affordable(p))], key=_measured)
+        for _ in range(refine):
+            around = {layer.names[0]: layer.option.config for layer in best.layers}
+            table, base = self._around(around, distance, step)
+            plan = self._measure(self.plan(table, base, None), distance)
+            if _measured(plan) >= _measured(best):
                 break
-            tried.append(around)
-            with all_at(self.precision, around):
-                plan = replace(plan, measured_distance=finite(distance(), "the student at the plan's precisions"))
-            if best is None or _measured(plan) < _measured(best):
-                best = plan
-        assert best is not None  # the first round always gives one
+            best = plan
         return best
+
+    def _around(
+        self, around: Mapping[str, Config | None], distance: Distance, step: Callable[[], Any]
+    ) -> tuple[Table, float]:
+        """The increases of single layers about a plan, and its distance."""
+        with all_at(self.precision, around):
+            base = finite(distance(), "the student")
+            return increases(distance, self.precision, self.names, self.candidates, around, base, step), base
+
+    def _measure(self, plan: Plan, distance: Distance) -> Plan:
+        """The plan with its measured distance."""
+        with all_at(self.precision, {layer.names[0]: layer.option.config for layer in plan.layers}):
+            return replace(plan, measured_distance=finite(distance(), "the student at the plan's precisions"))
+
+    def _uniform(self, plan: Plan, config: Config) -> Plan:
+        return plan.replace(dict.fromkeys(self.names, config))
+
+    def _affordable(self, plan: Plan) -> bool:
+        choice = [layer.chosen for layer in plan.layers]
+        return all(limit.total(choice) <= limit.bound + limit.slack for limit in self._limits())
 
 
 def _measured(plan: Plan) -> float:

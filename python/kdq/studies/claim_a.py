@@ -103,15 +103,15 @@ STUDY = Study(
     claim="At the same bits, the same data and the same number of steps, a student that is quantized under a teacher "
     "is better than one that is quantized on labels.",
     method=f"""\
-A teacher is trained on all labels of the training data, a small float student on its few. From that float student each
-arm trains a low-bit one for the same number of steps, with its own data in an order that the seed fixes: all arms on
-the same samples see the same batches. *labels*: quantization-aware training (QAT) on the few labelled samples.
-*teacher*: the same samples, soft targets of the teacher (T = {WITH_LABELS.T:g}) and a tenth of the labels. *no labels*:
-soft targets alone. *all inputs*: all training inputs, of which only few have labels. *itself*: the float student
-teaches its own low-bit copy. *weak teacher*: the student's net trained shortly on a third of its labelled data, worse
-than the float student. *all labels*: what QAT does where labels are plentiful. 8 bits are int8 with dynamic scales,
-4 and 2 bits weights and activations with learned scales (LSQ), 1 bit is XNOR-Net. *float32* goes on training without
-quantization. Every student is converted and evaluated on the integer and binary kernels.""",
+A teacher is trained on all labels of the training data, a small float student on its few. From that float student
+each arm trains a low-bit one for the same number of steps, with its own data in an order that the seed fixes: all
+arms on the same samples see the same batches. *labels*: quantization-aware training (QAT) on the few labelled
+samples. *teacher*: the same samples, soft targets of the teacher (T = {WITH_LABELS.T:g}) and a tenth of the labels.
+*no labels*: soft targets alone. *all inputs*: all training inputs, of which only few have labels. *itself*: the float
+student teaches its own low-bit copy. *weak teacher*: the student's net trained shortly on a third of its labelled
+data, worse than the float student. *all labels*: what QAT does where labels are plentiful. 8 bits are int8 with
+dynamic scales, 4 and 2 bits weights and activations with learned scales (LSQ), 1 bit is XNOR-Net. *float32* goes on
+training without quantization. Every student is converted and evaluated on the integer and binary kernels.""",
     comparisons=(
         Comparison(
             "A teacher, same samples, same labels",

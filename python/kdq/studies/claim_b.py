@@ -116,13 +116,13 @@ STUDY = Study(
     claim="At an equal budget, bits chosen by the KL to the teacher are better than the same number everywhere, and "
     "than bits chosen by the loss on labels or by the error of the weights.",
     method=f"""\
-A student of five linear layers learns in float from the few labels and then from the teacher, on all inputs. Then each
-arm gives its layers 1 to 8 bits (weights; activations have {ACT_BITS}) at 2, 3 and 4 bits a weight on average: *uniform*
-the same to all; the others solve for the least summed sensitivity, each layer measured alone on
-{MEASURED_SAMPLES} training samples: *teacher KL* by the increase of KL(teacher || student), *label loss* by that of the cross-entropy,
-*weight SQNR* by the noise power of the rounded weights, which needs no data. *refined* measures {REFINE} times more
-around the plan found. The plans are rounded and calibrated (`quantize_`), and, *finetuned*, trained under the teacher
-without labels for half of the steps. Every student runs on the integer kernels.""",
+A student of five linear layers learns in float from the few labels and then from the teacher, on all inputs. Then
+each arm gives its layers 1 to 8 bits (weights; activations have {ACT_BITS}) at 2, 3 and 4 bits a weight on average:
+*uniform* the same to all; the others solve for the least summed sensitivity, each layer measured alone on
+{MEASURED_SAMPLES} training samples: *teacher KL* by the increase of KL(teacher || student), *label loss* by that of
+the cross-entropy, *weight SQNR* by the noise power of the rounded weights, which needs no data. *refined* measures
+{REFINE} times more around the plan found. The plans are rounded and calibrated (`quantize_`), and, *finetuned*,
+trained under the teacher without labels for half of the steps. Every student runs on the integer kernels.""",
     comparisons=(
         *against(
             "teacher KL",

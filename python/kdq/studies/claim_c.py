@@ -120,16 +120,16 @@ STUDY = Study(
     "students of the same total training cost; and it lowers the quantization error that matters, the output's "
     "distance to the teacher.",
     method=f"""\
-From one float student (trained on the few labels) each arm trains on the teacher's soft targets (T = 4, no labels, all
-training inputs). *switchable*: one student for 8, 4, 2 and 1 bits; each step runs the widest, the narrowest and one
-random precision between (sandwich rule), each learning from the next wider one (recursive distillation); weights are
-shared, scales, grids and norms are a precision's own. *all from the teacher*: without recursion. *dedicated*: a student
-a precision. A switchable step costs {RUNS} forward and backward passes, so that for the *same total* cost the {COUNT}
-dedicated students have {RUNS}/{COUNT} of its steps each; *same each* gives every one of them as many steps as the
-switchable student in all, {COUNT / RUNS:.2f} times its cost. *labels*: from the few labels, without a teacher. *{MIXED}*
-is a plan that no step of the switchable student ever ran: the first layer at 8 bits, the last at 4, those between at 2;
-*finetuned* trains it on for a {FINETUNE_SHARE}th of the steps. Every student is converted and evaluated on the integer
-and binary kernels.""",
+From one float student (trained on the few labels) each arm trains on the teacher's soft targets (T = 4, no labels,
+all training inputs). *switchable*: one student for 8, 4, 2 and 1 bits; each step runs the widest, the narrowest and
+one random precision between (sandwich rule), each learning from the next wider one (recursive distillation); weights
+are shared, scales, grids and norms are a precision's own. *all from the teacher*: without recursion. *dedicated*: a
+student a precision. A switchable step costs {RUNS} forward and backward passes, so that for the *same total* cost the
+{COUNT} dedicated students have {RUNS}/{COUNT} of its steps each; *same each* gives every one of them as many steps as
+the switchable student in all, {COUNT / RUNS:.2f} times its cost. *labels*: from the few labels, without a teacher.
+*{MIXED}* is a plan that no step of the switchable student ever ran: the first layer at 8 bits, the last at 4, those
+between at 2; *finetuned* trains it on for a {FINETUNE_SHARE}th of the steps. Every student is converted and evaluated
+on the integer and binary kernels.""",
     comparisons=(
         Comparison(
             "One switchable student against dedicated ones, same total cost",

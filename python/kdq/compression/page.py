@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
-from kdq.compress.report import (
+from kdq.compression.report import (
     LAYER_COLUMNS,
     MODEL_COLUMNS,
     CompressionReport,
@@ -33,7 +33,10 @@ tr.ours { font-weight: bold; background: #eef6ee; } img { max-width: 100%; } .wi
 def html(report: CompressionReport) -> str:
     """The page's text."""
     front = pareto_front(report.models)
-    models = table(MODEL_COLUMNS, ((model_cells(m, m in front), m is report.after) for m in report.models))
+    rows = [(model_cells(m, m in front), m is report.after) for m in report.models]
+    if report.teacher is not None:
+        rows.insert(0, (model_cells(report.teacher, False), False))
+    models = table(MODEL_COLUMNS, rows)
     layers = table(LAYER_COLUMNS, ((layer_cells(layer), False) for layer in report.layers))
     expected = ", ".join(f"{name} {value:,.4g}" for name, value in report.predicted.items())
     budget = ", ".join(f"{name} {value:,.4g}" for name, value in report.budget.items())

@@ -12,15 +12,15 @@ import torch
 
 
 @contextmanager
-def seeded(seed: int, loader: Iterable[Any] | None = None) -> Iterator[None]:
+def seeded(seed: int, loader: Iterable[Any], owner: object = None) -> Iterator[None]:
     """torch, NumPy and random start from the seed inside, and so do the generators of a DataLoader and its sampler,
-    which decide about the order; the global ones go on afterwards as if nothing had been."""
+    which decide about the order, and the owner's; the global ones go on afterwards as if nothing had been."""
     before = (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002 users' transforms use it
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
-    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        generator = getattr(owner, "generator", None)
+    for holder in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), owner):
+        generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
     try:

@@ -57,12 +57,14 @@ class CompressionReport:
 
     Attributes:
         before, after: the float model, and the compressed one.
+        teacher: where one was given.
         searched: the plan before its finetune.
         choices: the switchable student at each of its precisions, without further training: what else could be had.
         predicted: what the search expected of the plan: size_bytes, and latency_ms if the budget asked for one.
     """
 
     samples: int
+    teacher: Model | None
     before: Model
     searched: Model
     after: Model
@@ -81,8 +83,8 @@ class CompressionReport:
     def from_json(cls, data: dict[str, Any]) -> CompressionReport:
         """The inverse of `to_json`."""
         fields = dict(data)
-        for name in ("before", "searched", "after"):
-            fields[name] = Model(**fields[name])
+        for name in ("teacher", "before", "searched", "after"):
+            fields[name] = None if fields[name] is None else Model(**fields[name])
         fields["choices"] = [Model(**m) for m in fields["choices"]]
         fields["layers"] = [Layer(**layer) for layer in fields["layers"]]
         fields["training"] = [Training(**t) for t in fields["training"]]
@@ -93,18 +95,20 @@ class CompressionReport:
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """One page that needs nothing else: tables and plots (needs matplotlib)."""
-        from kdq.compress.page import html
+        from kdq.compression.page import html
 
         Path(path).write_text(html(self))
 
     @property
     def models(self) -> list[Model]:
-        """All that were evaluated; the compressed one last."""
+        """All students that were evaluated; the compressed one last."""
         return [self.before, *self.choices, self.searched, self.after]
 
     def __rich__(self) -> Group:
         models = Table(*MODEL_COLUMNS, title=f"on {self.samples} samples", title_justify="left")
         front = pareto_front(self.models)
+        if self.teacher is not None:
+            models.add_row(*model_cells(self.teacher, False), style="dim")
         for m in self.models:
             models.add_row(*model_cells(m, m in front), style="bold" if m is self.after else None)
         layers = Table(*LAYER_COLUMNS, title="layers", title_justify="left")

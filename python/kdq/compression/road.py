@@ -1,0 +1,308 @@
+"""compress: calibrate, distil at every precision, choose under a budget, finetune, convert, report; in one call.
+
+Every phase leaves its result in the run's folder. A run that is killed goes on from there when it is called again, and
+ends with what the uninterrupted run would have given: each epoch draws its random numbers from a seed of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdq.compression.evaluate import count_samples, describe_layers, evaluate
+from kdq.compression.folder import RunFolder, fingerprint, fingerprint_of
+from kdq.compression.repeatable import seeded
+from kdq.compression.report import CompressionReport, Training
+from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize
+from kdq.distill import Distiller
+from kdq.io import load, save
+from kdq.losses import Loss, SoftTargets
+from kdq.observe import device_of, evaluating, parse_batch
+from kdq.quantize import prepare_switchable_
+from kdq.search import Budget, Plan, search_precision
+from kdq.switch import extract, keeping_precision, precisions, set_precision_
+from kdq.switchable_distill import SwitchableDistiller
+from kdq.validation import validate
+
+PRECISIONS: tuple[Config, ...] = (
+    Int8Dynamic(),
+    LowBit(weight_bits=4, act_bits=8),
+    LowBit(weight_bits=2, act_bits=8),
+    LowBit(weight_bits=1, act_bits=8),
+)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` returns: the converted model in eval mode, the plan it follows, the report, and the folder with
+    `model.safetensors`, `plan.json`, `report.json` and `report.html`."""
+
+    model: nn.Module
+    plan: Plan
+    report: CompressionReport
+    folder: Path
+
+
+def compress(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    budget: Budget,
+    teacher: nn.Module | None = None,
+    validation: Iterable[Any] | None = None,
+    folder: str | os.PathLike[str] = "compressed",
+    candidates: Sequence[Config] = PRECISIONS,
+    losses: Sequence[Loss] | None = None,
+    epochs: int = 20,
+    finetune_epochs: int = 10,
+    lr: float = 1e-3,
+    refine: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Compresses a trained float model to a budget: one low-bit student, distilled, on the integer and binary kernels.
+
+    1. *distil*: a switchable student tries every precision under the teacher (`SwitchableDistiller`).
+    2. *search*: an exact plan under the budget, by teacher-KL and by sizes and times measured here
+       (`search_precision`).
+    3. *finetune*: the plan is trained on.
+    4. *convert* to the layers that run on the kernels.
+    5. *report*: before and after, every other choice the student offers, errors by layer.
+
+    Call it again with the same arguments and folder after an interruption, and it goes on where it was; with another
+    budget, and the distilled student is used again. What the loader yields cannot be compared: use a new folder for
+    new data.
+
+    Args:
+        model: trained, float; it is left as it is.
+        loader: batches to train on, as for `Distiller`; gone through once an epoch, always as many batches. A
+            DataLoader's own generator is seeded for each epoch; sources of randomness other than torch, NumPy and
+            random are not repeated after an interruption.
+        budget: what the converted model may cost.
+        teacher: outputs logits of the model's shape. None: the model itself, which needs no labels.
+        validation: batches to choose and to report on; None: the loader's. They are kept in memory.
+        folder: of the run; made if missing.
+        candidates: the precisions that the student tries and the plan may use, two or more.
+        losses: None: soft targets at temperature 4, with a tenth for labels if there are any and a teacher is given.
+        epochs, finetune_epochs: passes over the loader.
+        lr: of Adam at the start of both; falls to zero (cosine over the epochs).
+        refine: of `search_precision`.
+        progress: whether to show bars.
+
+    Raises:
+        ValueError: the budget cannot be met (the message names the smallest reachable value), the loader is empty or
+            changes its length, outputs do not match, or the folder belongs to something else.
+        RuntimeError: a loss is not finite. The checkpoint of the epoch before is kept.
+    """
+    for name, count in (("epochs", epochs), ("finetune_epochs", finetune_epochs)):
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+    source = loader if validation is None else validation
+    held = list(source)
+    if not held:
+        raise ValueError(f"{'loader' if validation is None else 'validation'}: expected at least one batch, got none")
+    labelled = parse_batch(held[0]).target is not None
+    if losses is None:
+        losses = [SoftTargets(T=4.0, alpha=0.9 if labelled and teacher is not None else 1.0)]
+    if teacher is not None:
+        validate(model, teacher, held).warn_of_worse_teacher()
+    road = _Road(
+        model=copy.deepcopy(model).eval(),
+        teacher=None if teacher is None else copy.deepcopy(teacher).eval(),
+        loader=loader,
+        held=held,
+        budget=budget,
+        folder=RunFolder(Path(folder)),
+        precisions=[normalize(config) for config in candidates],
+        losses=losses,
+        epochs=epochs,
+        finetune_epochs=finetune_epochs,
+        lr=lr,
+        refine=refine,
+        seed=seed,
+        progress=progress,
+    )
+    return road.run()
+
+
+@dataclass
+class _Road:
+    """The arguments of `compress`, and the phases."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    loader: Iterable[Any]
+    held: list[Any]
+    budget: Budget
+    folder: RunFolder
+    precisions: list[Config]
+    losses: Sequence[Loss]
+    epochs: int
+    finetune_epochs: int
+    lr: float
+    refine: int
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.goal = self.model if self.teacher is None else self.teacher  # what the student learns from
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> Compressed:
+        about = {
+            "model": fingerprint_of(self.model),
+            "teacher": fingerprint_of(self.goal),
+            "precisions": [config_to_json(config) for config in self.precisions],
+            "losses": [str(loss) for loss in self.losses],
+            "training": [self.epochs, self.lr, self.seed],
+        }
+        distilled = fingerprint(**about)
+        searched = fingerprint(after=distilled, budget=asdict(self.budget), refine=self.refine)
+        tuned = fingerprint(after=searched, epochs=self.finetune_epochs)
+        student = self.switchable()
+        if not self.folder.is_done("distil", distilled):
+            self.check_budget()
+        distiller = SwitchableDistiller(self.goal, student, self.losses, seed=self.seed)
+        self.phase("distil", distilled, partial(self.train, "distil", distiller, self.epochs))
+        distiller.load_state_dict(self.trained("distil"))
+        plan = Plan.from_json(self.phase("search", searched, partial(self.search, student))["plan"])
+        set_precision_(student, plan)
+        tuner = Distiller(self.goal, student, self.losses)
+        tuner.prepare(self.held[0])
+        self.phase("finetune", tuned, partial(self.train, "finetune", tuner, self.finetune_epochs))
+        tuner.load_state_dict(self.trained("finetune"))
+        path = self.folder.path / "model.safetensors"
+        self.phase("convert", tuned, partial(self.convert, student, plan, path))
+        final = load(path, copy.deepcopy(self.model)).eval()
+        report = self.phase("report", tuned, partial(self.report, student, final, plan))
+        return Compressed(final, plan, CompressionReport.from_json(report["report"]), self.folder.path)
+
+    def phase(self, name: str, print_: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The result of a phase, from the folder if it was finished with these inputs."""
+        if not self.folder.is_done(name, print_):
+            self.folder.begin(name, print_)
+            start = time.perf_counter()
+            result = work()
+            self.folder.finish(name, print_, {**result, "seconds": time.perf_counter() - start})
+        found = self.folder.result(name)
+        self.seconds[name] = found["seconds"]
+        return found
+
+    # ---- the phases --------------------------------------------------------------------------------------------------
+
+    def switchable(self) -> nn.Module:
+        """The student before it is trained. A batch has gone through each precision: all scales have a start."""
+        student = copy.deepcopy(self.model)
+        prepare_switchable_(student, self.precisions)
+        first = parse_batch(self.held[0], device_of(student))
+        with evaluating(student), torch.no_grad(), keeping_precision(student):
+            for config in self.precisions:
+                set_precision_(student, config)
+                first.logits(student, "model")
+        return student
+
+    def check_budget(self) -> None:
+        """Raises before hours of training what the search would raise after them."""
+        search_precision(
+            copy.deepcopy(self.model),
+            None,
+            self.held[:1],
+            budget=self.budget,
+            candidates=self.precisions,
+            sensitivity="weight_sqnr",
+            progress=False,
+        )
+
+    def train(self, phase: str, distiller: Distiller, epochs: int) -> dict[str, Any]:
+        """Epochs with a checkpoint after each; goes on from the last one."""
+        distiller.prepare(self.held[0])
+        optimizer = torch.optim.Adam(list(distiller.parameters()), lr=self.lr)
+        state = self.folder.load_state(phase)
+        losses: list[float] = []
+        steps: int | None = None
+        if state is not None:
+            distiller.load_state_dict(state["distiller"])
+            optimizer.load_state_dict(state["optimizer"])
+            losses, steps = list(state["losses"]), state["steps"]
+        for epoch in range(len(losses), epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            with seeded(seed_of(self.seed, phase, epoch), self.loader, distiller):
+                span = (epoch / epochs, (epoch + 1) / epochs)
+                history = distiller.fit(self.loader, 1, optimizer, span=span, progress=self.progress)
+            if steps is not None and history.steps != steps:
+                raise ValueError(
+                    f"loader: expected {steps} batches as in the first epoch, got {history.steps} in epoch {epoch + 1} "
+                    f"of {phase}"
+                )
+            losses, steps = [*losses, history.losses[0]], history.steps
+            self.folder.save_state(
+                phase,
+                {
+                    "distiller": distiller.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "losses": losses,
+                    "steps": steps,
+                },
+            )
+        return {"losses": losses}
+
+    def trained(self, phase: str) -> dict[str, Any]:
+        """The state in which a training phase ended."""
+        state = self.folder.load_state(phase)
+        if state is None:
+            raise ValueError(f"folder: the checkpoint {self.folder.state_file(phase)} of a finished phase is gone")
+        return state["distiller"]
+
+    def search(self, student: nn.Module) -> dict[str, Any]:
+        plan = search_precision(
+            student, self.goal, self.held, budget=self.budget, refine=self.refine, progress=self.progress
+        )
+        plan.save(self.folder.path / "plan.json")
+        return {"plan": plan.to_json()}
+
+    def convert(self, student: nn.Module, plan: Plan, path: Path) -> dict[str, Any]:
+        save(extract(student, plan), path)
+        return {"plan": str(plan)}
+
+    def report(self, student: nn.Module, final: nn.Module, plan: Plan) -> dict[str, Any]:
+        """Also what the student was before its finetune: at every precision, and at the plan."""
+        before = copy.deepcopy(student)
+        before.load_state_dict(self.trained("distil")["student"])
+        choices = {str(config): extract(before, config) for config in precisions(before)}
+        students = {"float": self.model, **choices, "plan, not finetuned": extract(before, plan), "compressed": final}
+        teachers = {} if self.teacher is None else {"teacher": self.teacher}
+        found = evaluate({**teachers, **students}, self.goal, self.held)
+        budget = {name: value for name, value in asdict(self.budget).items() if value is not None}
+        predicted = {name: getattr(plan, name) for name in ("size_bytes", "latency_ms", "average_bits")}
+        report = CompressionReport(
+            samples=count_samples(self.model, self.held),
+            teacher=found.get("teacher"),
+            before=found["float"],
+            searched=found["plan, not finetuned"],
+            after=found["compressed"],
+            choices=[found[name] for name in choices],
+            layers=describe_layers(final, self.model, self.held[0]),
+            training=[Training(phase, self.folder.result(phase)["losses"]) for phase in ("distil", "finetune")],
+            budget=budget,
+            predicted=predicted,
+            seconds=dict(self.seconds),
+        )
+        report.save_json(self.folder.path / "report.json")
+        report.save_html(self.folder.path / "report.html")
+        return {"report": report.to_json()}
+
+
+def seed_of(seed: int, phase: str, epoch: int) -> int:
+    """A seed for each epoch of each phase."""
+    return int(fingerprint(seed=seed, phase=phase, epoch=epoch)[:8], 16)
