@@ -19,7 +19,6 @@ from kdq.search.cost import input_rows, layer_bytes, measure, tensor_bytes, weig
 from kdq.search.plan import Option, Plan, PlannedLayer
 from kdq.search.precision import BuiltLayers, Precision, SwitchableLayers, all_at, unfused
 from kdq.search.sensitivity import SENSITIVITIES, Distance, Sensitivity, Table, finite, increases, weight_noise
-from kdq.search.solve import Limit, solve
 from kdq.switch import float_copy, precisions
 
 CANDIDATES: tuple[Config | None, ...] = (
@@ -172,34 +171,15 @@ class _Search:
             replace(layer, options=tuple(replace(o, sensitivity=table[name][o.config]) for o in layer.options))
             for name, layer in zip(self.names, self.layers, strict=True)
         ]
-        choice = solve(
-            [[o.sensitivity for o in layer.options] for layer in layers],
-            [[o.size_bytes for o in layer.options] for layer in layers],
-            self._limits(),
-        )
-        return Plan(
-            layers=tuple(replace(layer, chosen=index) for layer, index in zip(layers, choice, strict=True)),
+        costed = Plan(
+            layers=tuple(layers),
             fixed_bytes=self.fixed_bytes,
             fixed_ms=self.fixed_ms,
             base_distance=base,
-            measured_distance=measured,
+            measured_distance=None,
             sensitivity=self.sensitivity,
-            budget=self.budget,
         )
-
-    def _limits(self) -> list[Limit]:
-        budget, limits = self.budget, []
-        if budget.latency_ms is not None:
-            times = [[o.latency_ms for o in layer.options] for layer in self.layers]
-            limits.append(Limit("latency_ms", times, budget.latency_ms, self.fixed_ms))
-        if budget.size_bytes is not None:
-            sizes = [[o.size_bytes for o in layer.options] for layer in self.layers]
-            limits.append(Limit("size_bytes", sizes, budget.size_bytes, self.fixed_bytes))
-        if budget.average_bits is not None:
-            weights = sum(layer.weights for layer in self.layers)
-            bits = [[o.weight_bits * layer.weights / weights for o in layer.options] for layer in self.layers]
-            limits.append(Limit("average_bits", bits, budget.average_bits))
-        return limits
+        return replace(costed.under(self.budget), measured_distance=measured)
 
     def by_distance(self, distance: Distance, refine: int, step: Callable[[], Any]) -> Plan:
         """Solves with the increases around the float model (a switchable one at its widest precision). Then `refine`
@@ -209,7 +189,7 @@ class _Search:
         best = self._measure(self.plan(table, base, None), distance)
         if refine:
             uniform = [self._uniform(best, config) for config in self.candidates if config is not None]
-            best = min([best, *(self._measure(p, distance) for p in uniform if self._affordable(p))], key=_measured)
+            best = min([best, *(self._measure(p, distance) for p in uniform if p.meets(self.budget))], key=_measured)
         for _ in range(refine):
             around = {layer.names[0]: layer.option.config for layer in best.layers}
             table, base = self._around(around, distance, step)
@@ -234,10 +214,6 @@ class _Search:
 
     def _uniform(self, plan: Plan, config: Config) -> Plan:
         return plan.replace(dict.fromkeys(self.names, config))
-
-    def _affordable(self, plan: Plan) -> bool:
-        choice = [layer.chosen for layer in plan.layers]
-        return all(limit.total(choice) <= limit.bound + limit.slack for limit in self._limits())
 
 
 def _measured(plan: Plan) -> float:
