@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class Model:
     Attributes:
         accuracy: share of right answers on the validation data; None without labels.
         teacher_kl: KL(teacher || model), nats.
-        size_bytes: on disk.
+        size_bytes: of all tensors as `kdq.save` writes them, as a `Budget` counts; a file's header comes on top.
         latency_ms: of the first validation batch, median.
     """
 
@@ -60,7 +60,9 @@ class CompressionReport:
         teacher: where one was given.
         searched: the plan before its finetune.
         choices: the switchable student at each of its precisions, without further training: what else could be had.
-        predicted: what the search expected of the plan: size_bytes, and latency_ms if the budget asked for one.
+        predicted: what the search expected of the plan: size_bytes, latency_ms, average_bits.
+        file_bytes: of `model.safetensors`, with its header.
+        seconds: that each phase took, all its runs together; not the report itself.
     """
 
     samples: int
@@ -73,6 +75,7 @@ class CompressionReport:
     training: list[Training]
     budget: dict[str, float]
     predicted: dict[str, float]
+    file_bytes: int
     seconds: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -105,16 +108,17 @@ class CompressionReport:
         return [self.before, *self.choices, self.searched, self.after]
 
     def __rich__(self) -> Group:
-        models = Table(*MODEL_COLUMNS, title=f"on {self.samples} samples", title_justify="left")
+        models = Table(*MODEL_COLUMNS, title=f"on {self.samples:,} samples", title_justify="left")
         front = pareto_front(self.models)
         if self.teacher is not None:
             models.add_row(*model_cells(self.teacher, False), style="dim")
         for m in self.models:
             models.add_row(*model_cells(m, m in front), style="bold" if m is self.after else None)
-        layers = Table(*LAYER_COLUMNS, title="layers", title_justify="left")
+        layers = Table(*LAYER_COLUMNS, title="layers of the compressed model", title_justify="left")
         for layer in self.layers:
             layers.add_row(*layer_cells(layer))
-        return Group(models, layers)
+        budget = f"budget: {amounts(self.budget)}; predicted by the search: {amounts(self.predicted)}"
+        return Group(f"{summary(self)}\n{budget}", models, layers)
 
     def __str__(self) -> str:
         console = Console(width=120)
@@ -124,7 +128,29 @@ class CompressionReport:
 
 
 MODEL_COLUMNS = ("model", "accuracy", "KL to the teacher", "bytes", "ms a batch", "Pareto front")
-LAYER_COLUMNS = ("layer", "precision", "weights", "bits", "SQNR of the output, dB")
+LAYER_COLUMNS = ("layer", "precision", "weights", "weight / input bits", "output SQNR, dB")
+
+
+def times(before: float, after: float, more: str, less: str) -> str:
+    """ "8.0x smaller", or "1.2x larger"."""
+    return f"{before / after:.3g}x {less}" if after <= before else f"{after / before:.3g}x {more}"
+
+
+def summary(report: CompressionReport) -> str:
+    """One line."""
+    before, after = report.before, report.after
+    size = times(before.size_bytes, after.size_bytes, "larger", "smaller")
+    time = times(before.latency_ms, after.latency_ms, "slower", "faster")
+    parts = [f"{size} ({after.size_bytes:,} bytes)", f"{time} ({after.latency_ms:.3g} ms a batch)"]
+    if before.accuracy is not None and after.accuracy is not None:
+        parts.append(f"accuracy {after.accuracy:.2%} (before: {before.accuracy:.2%})")
+    return ", ".join([*parts, f"KL to the teacher {after.teacher_kl:.4f} (before: {before.teacher_kl:.4f})"])
+
+
+def amounts(values: Mapping[str, float]) -> str:
+    """Budgets and predictions as people read them."""
+    forms = {"size_bytes": "{:,.0f} bytes", "latency_ms": "{:.3g} ms a batch", "average_bits": "{:.3g} bits a weight"}
+    return ", ".join(forms[name].format(value) for name, value in values.items())
 
 
 def model_cells(m: Model, on_front: bool) -> tuple[str, ...]:
