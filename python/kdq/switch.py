@@ -93,11 +93,13 @@ def extract(model: nn.Module, precision: ConfigMap) -> nn.Module:
 def float_copy(model: nn.Module) -> nn.Module:
     """A copy of a switchable model in float: plain linear layers and, as they now are, plain norms."""
     copied = copy.deepcopy(model)
-    places = [(n, m) for n, m in copied.named_modules(remove_duplicate=False) if isinstance(m, Switchable)]
-    plain = {m: m.to_float() if isinstance(m, SwitchableLinear) else m.to_inference() for _, m in places}
-    for name, module in places:
-        parent, _, child = name.rpartition(".")
-        setattr(copied.get_submodule(parent), child, plain[module])
+    plain: dict[nn.Module, nn.Module] = {}  # one for a module that has several names
+    for name, module in list(copied.named_modules(remove_duplicate=False)):
+        if isinstance(module, SwitchableLinear | SwitchableNorm):
+            if module not in plain:
+                plain[module] = module.to_float() if isinstance(module, SwitchableLinear) else module.to_inference()
+            parent, _, child = name.rpartition(".")
+            setattr(copied.get_submodule(parent), child, plain[module])
     return copied
 
 

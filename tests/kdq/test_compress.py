@@ -24,6 +24,21 @@ BUDGET = kdq.Budget(average_bits=4.0)
 SETTINGS = {"candidates": CANDIDATES, "epochs": 2, "finetune_epochs": 2, "progress": False}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _short_rounds() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("kdq.search.cost", "kdq.reporting"):
+            patch.setattr(f"{module}.ROUND_SECONDS", 1e-5)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(request, monkeypatch) -> None:
+    """Drawing takes most of a small run's time; one test does it."""
+    if request.node.name != "test_the_road":
+        monkeypatch.setattr(road.CompressionReport, "save_html", lambda self, path: path.write_text(""))
+
+
 def model(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.2), nn.BatchNorm1d(16), nn.Linear(16, 4)).eval()
@@ -189,7 +204,7 @@ def test_bad_loaders(tmp_path) -> None:
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(tmp_path) -> None:
     teacher = Diverging(calls=1 + 1 + 4 + 2)  # validation, the adapters' batch, an epoch, half an epoch
     with pytest.raises(RuntimeError, match="epoch 2 of distil: the loss is nan at step 3"):
-        compressed(tmp_path, teacher=teacher)
+        compressed(tmp_path, teacher=teacher, validation=[data()[0]])
     state = torch.load(tmp_path / "distil.pt", weights_only=True)
     assert len(state["losses"]) == 1
 

@@ -206,7 +206,9 @@ def test_a_switchable_student_is_searched_at_its_own_precisions(tied: bool) -> N
     plan = search(student, teacher, data, kdq.Budget(average_bits=3))
     assert str(student) == str(before)
     assert all(module.training for module in student.modules())
-    assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), student.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.state_dict().values(), student.state_dict().values(), strict=True)
+    )
     assert all([option.config for option in layer.options] == OWN for layer in plan.layers)
     assert 1 <= plan.average_bits <= 3
     kdq.set_precision_(student, plan)

@@ -33,7 +33,7 @@ def evaluate(models: Mapping[str, nn.Module], teacher: nn.Module, batches: Seque
 
 
 def describe_layers(model: nn.Module, reference: nn.Module, batch: Any) -> list[Layer]:
-    """The quantized layers of a converted model, in order, with their error against the float model."""
+    """The quantized layers of a converted model, in order, with the error of their outputs against the reference's."""
     errors = {e.name: e.sqnr_db for e in layer_errors(model, reference, batch) if math.isfinite(e.sqnr_db)}
     layers = []
     for name, layer in model.named_modules():

@@ -41,7 +41,7 @@ def html(report: CompressionReport) -> str:
     models = table(MODEL_COLUMNS, rows)
     layers = table(LAYER_COLUMNS, ((layer_cells(layer), False) for layer in report.layers))
     bars = picture(draw_layers, report, height=1.2 + 0.45 * len(report.layers))
-    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
+    seconds = ", ".join(f"{phase} {value:.3g} s" for phase, value in report.seconds.items())
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Compression report</title><style>{STYLE}</style>
@@ -57,8 +57,8 @@ its header.</p>
 <div class="wide">{models}</div>
 <h2>Layers</h2>
 <p>Budget: {amounts(report.budget)}. Predicted by the search: {amounts(report.predicted)}. The SQNR compares a layer's
-output on the first validation batch with the same layer's in the float model, so it holds the errors of all layers
-before it, and how far the training moved the student on purpose.</p>
+output on the first validation batch with what the same trained weights give in float, so it holds the errors of all
+layers before it.</p>
 <img alt="bits and error by layer" src="{bars}">
 <div class="wide">{layers}</div>
 <h2>Training</h2>
@@ -136,14 +136,22 @@ def draw_against(panel: Any, label: str, report: CompressionReport, cost: Callab
         return m.teacher_kl if m.accuracy is None else 100 * m.accuracy
 
     others = iter(("o", "s", "^", "v", "D", "P", "X") * len(report.choices))
-    marks = {id(report.before): ("k", "o"), id(report.searched): ("tab:olive", "d"), id(report.after): ("tab:green", "*")}
+    marks = {
+        id(report.before): ("k", "o"),
+        id(report.searched): ("tab:olive", "d"),
+        id(report.after): ("tab:green", "*"),
+    }
     for m in report.models:
         color, mark = marks.get(id(m), ("tab:blue", None))
         area = 220 if m is report.after else 55
         panel.scatter(cost(m), height(m), s=area, color=color, marker=mark or next(others), label=m.name, zorder=3)
     front = staircase(report.models, cost)
     panel.plot(
-        *([f(m) for m in front] for f in (cost, height)), "--", color="gray", drawstyle="steps-post", label="Pareto front"
+        *([f(m) for m in front] for f in (cost, height)),
+        "--",
+        color="gray",
+        drawstyle="steps-post",
+        label="Pareto front",
     )
     panel.set_xlim(left=0)
     panel.set_xlabel(label)

@@ -33,7 +33,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its precision, and the SQNR of its output against the float model's, in dB."""
+    """A quantized layer: its precision, and the SQNR (dB) of its output against what the same trained weights give in
+    float; None where it cannot be told."""
 
     name: str
     precision: str

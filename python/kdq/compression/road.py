@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ from kdq.io import load, save
 from kdq.losses import Loss, SoftTargets
 from kdq.observe import device_of, evaluating, parse_batch
 from kdq.quantize import prepare_switchable_, quantizable_layers
+from kdq.reporting import ROUNDS
 from kdq.search import Budget, Plan, search_precision
-from kdq.switch import extract, keeping_precision, precisions, set_precision_
+from kdq.switch import extract, float_copy, keeping_precision, precisions, set_precision_
 from kdq.switchable_distill import SwitchableDistiller
 from kdq.teacher_cache import CachedTeacher
 from kdq.teacher_cache import fingerprint as fingerprint_of
@@ -252,6 +253,7 @@ class _Road:
             budget=self.budget,
             candidates=self.precisions,
             sensitivity="weight_sqnr",
+            rounds=1 if self.budget.latency_ms is None else ROUNDS,  # sizes need no timing
             progress=False,
         )
 
@@ -332,10 +334,10 @@ class _Road:
             samples=count_samples(self.model, self.held),
             teacher=found.get("teacher"),
             before=found["float"],
-            searched=found["plan, not finetuned"],
+            searched=replace(found["plan, not finetuned"], latency_ms=found["compressed"].latency_ms),  # same kernels
             after=found["compressed"],
             choices=[found[name] for name in choices],
-            layers=describe_layers(final, self.model, self.held[0]),
+            layers=describe_layers(final, float_copy(student), self.held[0]),
             training=[Training(phase, self.folder.result(phase)["losses"]) for phase in ("distil", "finetune")],
             budget={name: value for name, value in asdict(self.budget).items() if value is not None},
             predicted={name: getattr(plan, name) for name in ("size_bytes", "latency_ms", "average_bits")},

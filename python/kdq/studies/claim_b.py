@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from kdq.configs import Config, LowBit
+from kdq.configs import Config, ConfigMap, LowBit
 from kdq.distill import SoftTargets
 from kdq.quantize import convert_, prepare_qat_, quantize_
 from kdq.search import Budget, search_precision
@@ -49,10 +49,12 @@ def batches(task: Task, pair: Pair, seed: int, steps: int) -> Batches:
     return Batches(pair.data.train_x, None, task.batch, steps, seed + 1000)
 
 
-def plans(student: nn.Module, pair: Pair, loader: list[tuple[torch.Tensor, ...]], bits: int) -> dict[str, object]:
+def plans(
+    student: nn.Module, pair: Pair, loader: Sequence[tuple[torch.Tensor, ...]], bits: int
+) -> dict[str, ConfigMap]:
     """All plans of one budget, by arm."""
     budget = Budget(average_bits=float(bits))
-    found: dict[str, object] = {UNIFORM: LowBit(weight_bits=bits, act_bits=ACT_BITS)}
+    found: dict[str, ConfigMap] = {UNIFORM: LowBit(weight_bits=bits, act_bits=ACT_BITS)}
     for arm, sensitivity in PLANS.items():
         found[arm] = search(student, pair, loader, budget, sensitivity)
     found[REFINED] = search(student, pair, loader, budget, "teacher_kl", refine=REFINE)
@@ -62,7 +64,7 @@ def plans(student: nn.Module, pair: Pair, loader: list[tuple[torch.Tensor, ...]]
 def search(
     student: nn.Module,
     pair: Pair,
-    loader: list[tuple[torch.Tensor, ...]],
+    loader: Sequence[tuple[torch.Tensor, ...]],
     budget: Budget,
     sensitivity: Sensitivity,
     refine: int = 0,
