@@ -14,11 +14,11 @@ from kdq.compression.report import (
     CompressionReport,
     Model,
     amounts,
+    key_figures,
     layer_cells,
     model_cells,
     pareto_front,
     quality,
-    times,
 )
 
 STYLE = """
@@ -62,31 +62,11 @@ layers before it.</p>
 <img alt="bits and error by layer" src="{bars}">
 <div class="wide">{layers}</div>
 <h2>Training</h2>
+<p>Distilling, the loss is the sum over the precisions of a step; in the finetune it is that of the plan alone.</p>
 <img alt="loss by epoch" src="{picture(draw_training, report)}">
 <p>Time: {escape(seconds)}.</p>
 </html>
 """
-
-
-def key_figures(report: CompressionReport) -> list[tuple[str, str, str]]:
-    """Name, value, remark."""
-    before, after = report.before, report.after
-    figures = [
-        (
-            "size",
-            times(before.size_bytes, after.size_bytes, "larger", "smaller"),
-            f"{before.size_bytes:,} → {after.size_bytes:,} bytes",
-        ),
-        (
-            "time",
-            times(before.latency_ms, after.latency_ms, "slower", "faster"),
-            f"{before.latency_ms:.3g} → {after.latency_ms:.3g} ms a batch",
-        ),
-        ("KL to the teacher", f"{after.teacher_kl:.4f} nats", f"before: {before.teacher_kl:.4f}"),
-    ]
-    if before.accuracy is not None and after.accuracy is not None:
-        figures.insert(0, ("accuracy", f"{after.accuracy:.2%}", f"before: {before.accuracy:.2%}"))
-    return figures
 
 
 def key_figure(figure: tuple[str, str, str]) -> str:
@@ -137,7 +117,7 @@ def draw_against(panel: Any, label: str, report: CompressionReport, cost: Callab
 
     others = iter(("o", "s", "^", "v", "D", "P", "X") * len(report.choices))
     marks = {
-        id(report.before): ("k", "o"),
+        id(report.before): ("black", "o"),
         id(report.searched): ("tab:olive", "d"),
         id(report.after): ("tab:green", "*"),
     }
@@ -146,14 +126,9 @@ def draw_against(panel: Any, label: str, report: CompressionReport, cost: Callab
         area = 220 if m is report.after else 55
         panel.scatter(cost(m), height(m), s=area, color=color, marker=mark or next(others), label=m.name, zorder=3)
     front = staircase(report.models, cost)
-    panel.plot(
-        *([f(m) for m in front] for f in (cost, height)),
-        "--",
-        color="gray",
-        drawstyle="steps-post",
-        label="Pareto front",
-    )
-    panel.set_xlim(left=0)
+    steps = {"linestyle": "--", "color": "gray", "drawstyle": "steps-post"}
+    panel.plot([cost(m) for m in front], [height(m) for m in front], label="front in this cost", **steps)
+    panel.set_xlim(0, 1.1 * max(map(cost, report.models)))
     panel.set_xlabel(label)
     panel.margins(y=0.15)
     panel.grid(alpha=0.3)

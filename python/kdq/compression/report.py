@@ -118,8 +118,11 @@ class CompressionReport:
         layers = Table(*LAYER_COLUMNS, title="layers of the compressed model", title_justify="left")
         for layer in self.layers:
             layers.add_row(*layer_cells(layer))
-        budget = f"budget: {amounts(self.budget)}; predicted by the search: {amounts(self.predicted)}"
-        return Group(f"{summary(self)}\n{budget}", models, layers)
+        figures = Table.grid(padding=(0, 2))
+        for name, value, remark in key_figures(self):
+            figures.add_row(name, f"[bold]{value}[/bold]", remark)
+        figures.add_row("budget", amounts(self.budget), f"predicted: {amounts(self.predicted)}")
+        return Group(figures, models, layers)
 
     def __str__(self) -> str:
         console = Console(width=120)
@@ -137,15 +140,25 @@ def times(before: float, after: float, more: str, less: str) -> str:
     return f"{before / after:.3g}x {less}" if after <= before else f"{after / before:.3g}x {more}"
 
 
-def summary(report: CompressionReport) -> str:
-    """One line."""
+def key_figures(report: CompressionReport) -> list[tuple[str, str, str]]:
+    """What one wants to know first: name, value, remark."""
     before, after = report.before, report.after
-    size = times(before.size_bytes, after.size_bytes, "larger", "smaller")
-    time = times(before.latency_ms, after.latency_ms, "slower", "faster")
-    parts = [f"{size} ({after.size_bytes:,} bytes)", f"{time} ({after.latency_ms:.3g} ms a batch)"]
+    figures = [
+        (
+            "size",
+            times(before.size_bytes, after.size_bytes, "larger", "smaller"),
+            f"{before.size_bytes:,} → {after.size_bytes:,} bytes",
+        ),
+        (
+            "time",
+            times(before.latency_ms, after.latency_ms, "slower", "faster"),
+            f"{before.latency_ms:.3g} → {after.latency_ms:.3g} ms a batch",
+        ),
+        ("KL to the teacher", f"{after.teacher_kl:.4f} nats", f"before: {before.teacher_kl:.4f}"),
+    ]
     if before.accuracy is not None and after.accuracy is not None:
-        parts.append(f"accuracy {after.accuracy:.2%} (before: {before.accuracy:.2%})")
-    return ", ".join([*parts, f"KL to the teacher {after.teacher_kl:.4f} (before: {before.teacher_kl:.4f})"])
+        figures.insert(0, ("accuracy", f"{after.accuracy:.2%}", f"before: {before.accuracy:.2%}"))
+    return figures
 
 
 def amounts(values: Mapping[str, float]) -> str:
