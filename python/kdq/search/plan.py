@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kdq.configs import Config, LayerConfigs, config_from_json, config_to_json, normalize
+from kdq.configs import Config, LayerConfigs, config_from_json, config_to_json, normalize, short_name
 from kdq.search.budget import Budget
 from kdq.search.solve import Limit, solve
 
@@ -232,7 +232,7 @@ class Plan(LayerConfigs):
             option = layer.option
             shape = (layer.in_features, layer.out_features, layer.rows, layer.calls)
             costs = (f"{option.size_bytes:,}", f"{option.latency_ms:.4f}", f"{option.sensitivity:.3g}")
-            table.add_row(", ".join(layer.names), *map(str, shape), precision_name(option.config), *costs)
+            table.add_row(", ".join(layer.names), *map(str, shape), short_name(option.config), *costs)
         table.add_section()
         table.add_row("the rest", "", "", "", "", "", f"{self.fixed_bytes:,}", f"{self.fixed_ms:.4f}", "")
         table.add_row("total", "", "", "", "", "", f"{self.size_bytes:,}", f"{self.latency_ms:.4f}", "", style="bold")
