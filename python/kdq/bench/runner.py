@@ -198,6 +198,7 @@ def describe_machine(limits: list[dict[str, object]]) -> dict[str, object]:
     return {
         **kdq_kernels.build_info(),
         "isa": kdq_kernels.cpu_isa(),
+        "best_isa": kdq_kernels.available_isas()[-1],
         "torch": torch.__version__,
         "peers": peer_versions(),
         "limits": limits,

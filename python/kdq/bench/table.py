@@ -104,7 +104,7 @@ def markdown(measurements: Sequence[Measurement], machine: dict[str, Any]) -> st
         "",
         *INTRODUCTION.splitlines(),
         "",
-        f"- CPU: {machine['cpu']} ({machine['cpu_features']}); kernels in force: {machine['isa']}",
+        f"- CPU: {machine['cpu']} ({machine['cpu_features']}); kernels in force: {machine['isa']}{forced(machine)}",
         f"- kdq-kernels {machine['version']} ({machine['compiler']}), torch {machine['torch']}"
         + "".join(f", {name} {version}" for name, version in machine.get("peers", {}).items()),
         "",
@@ -118,6 +118,11 @@ def markdown(measurements: Sequence[Measurement], machine: dict[str, Any]) -> st
         lines += ["", *means] if means else []
         lines += ["", f"Measured beside these cases: {describe_limits(limits)}."]
     return "\n".join(lines) + "\n"
+
+
+def forced(machine: dict[str, Any]) -> str:
+    """A remark where our kernels were held below what the CPU has: the peers were not."""
+    return "" if machine["isa"] == machine["best_isa"] else " (forced; the peers use all that the CPU has)"
 
 
 def markdown_table(
