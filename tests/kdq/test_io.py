@@ -139,10 +139,10 @@ def test_wrong_architecture(tmp_path: Path) -> None:
     assert type(other[1]) is nn.Linear
 
 
-def test_a_shared_layer_comes_back_under_each_name(tmp_path: Path) -> None:
+def test_shared_modules_come_back_under_each_name(tmp_path: Path) -> None:
     def shared() -> nn.Sequential:
-        layer = nn.Linear(19, 19)
-        return nn.Sequential(layer, nn.Tanh(), layer).eval()
+        layer, activation = nn.Linear(19, 19), nn.Tanh()
+        return nn.Sequential(layer, activation, layer, activation).eval()
 
     m = shared()
     kdq.quantize_(m, kdq.LowBit(weight_bits=3, act_bits=4), calibration=[X])
