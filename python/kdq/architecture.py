@@ -47,8 +47,9 @@ def describe_architecture(model: nn.Module, name: str = "") -> dict[str, Any] | 
     if isinstance(model, InferenceLinear):
         return {"type": "kdq", "name": name}
     if type(model) is nn.Sequential:
-        children = {
-            key: describe_architecture(child, f"{name}.{key}" if name else key) for key, child in model.named_children()
+        children = {  # not named_children(), which names a module once that stands in several places
+            key: None if child is None else describe_architecture(child, f"{name}.{key}" if name else key)
+            for key, child in model._modules.items()
         }
         return None if None in children.values() else {"type": "Sequential", "children": children}
     if type(model) not in ARGUMENTS:

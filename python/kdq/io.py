@@ -48,9 +48,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before "
                 "saving, or keep training checkpoints with torch.save(model.state_dict(), ...)"
             )
+    modules = model.named_modules(remove_duplicate=False)  # a shared layer is written under each of its names
     info = {
         "version": FORMAT_VERSION,
-        "layers": {n: _describe_layer(m) for n, m in model.named_modules() if isinstance(m, InferenceLinear)},
+        "layers": {name: _describe_layer(module) for name, module in modules if isinstance(module, InferenceLinear)},
         "architecture": describe_architecture(model),
     }
     # Shared tensors are written under each of their names: safetensors has no aliases.

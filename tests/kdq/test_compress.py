@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import kdq
 from kdq.cli import app
 from kdq.compression import road
+from kdq.compression.folder import RunFolder, write_atomically
 from kdq.compression.report import CompressionReport, Model, pareto_front, times
 from kdq.search.cost import tensor_bytes
 
@@ -231,6 +232,25 @@ def test_folders(tmp_path) -> None:
     assert isinstance(whole, kdq.Compressed)
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path) -> None:
+    def half(path: Path) -> None:
+        path.write_text("ha")
+        raise KeyboardInterrupt
+
+    file = tmp_path / "file"
+    write_atomically(file, lambda path: path.write_text("before"))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(file, half)
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_killed_while_it_wrote_its_first_record(tmp_path) -> None:
+    (tmp_path / "run.json.partial").write_text("{")
+    assert RunFolder(tmp_path).record == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_pareto_front() -> None:
     small, fast, beaten, good = (
         Model("small", 0.8, 0.1, 10, 3.0),
@@ -273,6 +293,26 @@ def test_dicts_of_tokens_some_of_which_do_not_count(tmp_path) -> None:
     }
     assert all(layer.sqnr_db is not None for layer in result.report.layers)
     assert result.report.teacher is not None
+
+
+class Tied(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(6, 6)
+        self.c = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def test_a_shared_layer_has_one_precision(tmp_path) -> None:
+    result = kdq.compress(Tied(), [torch.randn(8, 6)], budget=BUDGET, folder=tmp_path, **SETTINGS)
+    assert result.plan["a"] == result.plan["b"]
+    assert result.report.after.size_bytes == result.plan.size_bytes
+    x = torch.randn(5, 6)
+    assert torch.equal(result.model.a(x), result.model.b(x))
 
 
 def test_unlabelled_training_with_a_labelled_validation(tmp_path) -> None:

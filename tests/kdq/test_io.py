@@ -137,3 +137,15 @@ def test_wrong_architecture(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer '1' is linear 19 -> 70"):
         kdq.load(tmp_path / "m", other)
     assert type(other[1]) is nn.Linear
+
+
+def test_shared_modules_come_back_under_each_name(tmp_path: Path) -> None:
+    def shared() -> nn.Sequential:
+        layer, activation = nn.Linear(19, 19), nn.Tanh()
+        return nn.Sequential(layer, activation, layer, activation).eval()
+
+    m = shared()
+    kdq.quantize_(m, kdq.LowBit(weight_bits=3, act_bits=4), calibration=[X])
+    kdq.save(m, tmp_path / "m.safetensors")
+    for loaded in (kdq.load(tmp_path / "m.safetensors"), kdq.load(tmp_path / "m.safetensors", shared())):
+        assert torch.equal(loaded(X), m(X))

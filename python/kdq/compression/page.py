@@ -40,7 +40,7 @@ def html(report: CompressionReport) -> str:
         rows.insert(0, (model_cells(report.teacher, False), False))
     models = table(MODEL_COLUMNS, rows)
     layers = table(LAYER_COLUMNS, ((layer_cells(layer), False) for layer in report.layers))
-    bars = picture(draw_layers, report, height=1.2 + 0.45 * len(report.layers))
+    bars = picture(draw_layers, report, height=1.4 + 0.45 * len(report.layers))
     seconds = ", ".join(f"{phase} {value:.3g} s" for phase, value in report.seconds.items())
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -101,7 +101,8 @@ def draw_front(figure: Any, report: CompressionReport) -> None:
     """Quality against size, and against latency, with the front of each; one legend, so that no labels overlap."""
     labelled = report.after.accuracy is not None
     size, time = figure.subplots(1, 2, sharey=True)
-    draw_against(size, "KiB of tensors", report, lambda m: m.size_bytes / 1024)
+    unit, name = (1024, "KiB") if report.before.size_bytes < 10 * 1024**2 else (1024**2, "MiB")
+    draw_against(size, f"{name} of tensors", report, lambda m: m.size_bytes / unit)
     draw_against(time, "ms a batch", report, lambda m: m.latency_ms)
     size.set_ylabel("accuracy, %" if labelled else "KL to the teacher, nats")
     if not labelled:
@@ -152,12 +153,12 @@ def draw_layers(figure: Any, report: CompressionReport) -> None:
     bits.barh(below, [layer.act_bits for layer in report.layers], height=0.38, label="inputs")
     bits.set_yticks(rows, [layer.name for layer in report.layers])
     bits.set_xlabel("bits")
-    figure.legend(*bits.get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    figure.legend(*bits.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9, frameon=False)
     known = [(i, layer.sqnr_db) for i, layer in enumerate(report.layers) if layer.sqnr_db is not None]
     bars = error.barh([i for i, _ in known], [sqnr for _, sqnr in known], height=0.6, color="tab:gray")
     error.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     error.set_xlabel("SQNR of the output, dB (more is better)")
-    error.margins(x=0.12)
+    error.margins(x=0.2)
     bits.set_ylim(len(report.layers) - 0.4, -0.6)
 
 

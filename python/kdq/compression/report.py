@@ -101,7 +101,7 @@ class CompressionReport:
         """One page that needs nothing else: tables and plots (needs matplotlib)."""
         from kdq.compression.page import html
 
-        Path(path).write_text(html(self))
+        Path(path).write_text(html(self), encoding="utf-8")
 
     @property
     def models(self) -> list[Model]:

@@ -91,8 +91,9 @@ def compress(
     5. *report*: before and after, every other choice the student offers, errors by layer.
 
     Call it again with the same arguments and folder after an interruption, and it goes on where it was, from the last
-    whole epoch. With another budget the distilled student is used again, and what follows from it replaced. What the
-    loader and validation yield, and functions among the losses, are not compared: use a new folder where they change.
+    whole epoch. With another budget the distilled student is used again, and what follows from it replaced; with
+    another model, teacher or way of training all is replaced. What the loader and validation yield, and functions among
+    the losses, are not compared: use a new folder where they change.
 
     Args:
         model: trained, float; it is left as it is.
