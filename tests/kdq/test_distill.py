@@ -11,15 +11,7 @@ from torch import Tensor, nn
 import kdq
 from kdq.losses import Linear, Step
 from kdq.validation import validate
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(width: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 4))
+from small_models import mlp, randn
 
 
 def test_hint_learns_through_a_regressor() -> None:

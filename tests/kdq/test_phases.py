@@ -10,18 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import kdq
+from small_models import mlp, randn
 
 LOW = kdq.LowBit(weight_bits=2, act_bits=3)
 HIGH = kdq.LowBit(weight_bits=4, act_bits=4)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(width: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 4))
 
 
 def labelled(seed: int = 0) -> tuple[Tensor, Tensor]:

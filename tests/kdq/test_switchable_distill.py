@@ -6,34 +6,16 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import kdq
 from kdq.configs import Config
-
-INT8, FOUR, TWO, ONE = (
-    kdq.Int8Dynamic(),
-    kdq.LowBit(weight_bits=4, act_bits=8),
-    kdq.LowBit(weight_bits=2, act_bits=4),
-    kdq.Binary(),
-)
-PRECISIONS: list[Config] = [INT8, FOUR, TWO, ONE]
-MIXED: dict[str, Config] = {"1": ONE, "4.1": FOUR, "5": INT8}
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    block = nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 16, bias=False), nn.Tanh())
-    return nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 20), nn.Tanh(), nn.BatchNorm1d(20), block, nn.Linear(16, 5))
+from small_models import FOUR, INT8, MIXED, ONE, PRECISIONS, TWO, normed_mlp, randn
 
 
 def switchable() -> nn.Sequential:
     """Untrained, with its activation grids initialized."""
-    model = mlp(seed=1)
+    model = normed_mlp(seed=1)
     kdq.prepare_switchable_(model, PRECISIONS)
     for precision in reversed(PRECISIONS):
         kdq.set_precision_(model, precision)
@@ -43,7 +25,7 @@ def switchable() -> nn.Sequential:
 
 def test_a_step_is_the_sandwich_and_recursive() -> None:
     """The loss against its formula: each precision run by itself, with a batch norm that must be in eval to compare."""
-    teacher, model = mlp().eval(), switchable().eval()
+    teacher, model = normed_mlp().eval(), switchable().eval()
     x, target = randn(9, 12), torch.tensor([0, 1, 2, 3, 4, 0, 1, -100, 3])
     soft = kdq.SoftTargets(T=2.0, alpha=0.7)
     for recursive in (True, False):
@@ -65,7 +47,7 @@ def test_draws_cover_all_and_follow_the_seed() -> None:
     model = switchable()
 
     def draws(seed: int, sandwich: int = 1) -> list[list[Config]]:
-        distiller = kdq.SwitchableDistiller(mlp(), model, [kdq.SoftTargets()], sandwich=sandwich, seed=seed)
+        distiller = kdq.SwitchableDistiller(normed_mlp(), model, [kdq.SoftTargets()], sandwich=sandwich, seed=seed)
         return [distiller.draw() for _ in range(12)]
 
     assert {step[1] for step in draws(0)} == {FOUR, TWO}
@@ -74,12 +56,12 @@ def test_draws_cover_all_and_follow_the_seed() -> None:
     with pytest.raises(ValueError, match="sandwich"):
         draws(0, sandwich=0)
     with pytest.raises(ValueError, match="prepare_switchable_"):
-        kdq.SwitchableDistiller(mlp(), mlp(), [kdq.SoftTargets()])
+        kdq.SwitchableDistiller(normed_mlp(), normed_mlp(), [kdq.SoftTargets()])
 
 
 def test_fit_brings_every_precision_nearer_and_is_deterministic() -> None:
     def run() -> tuple[nn.Module, list[float], list[float]]:
-        teacher, model = mlp(), mlp(seed=1)
+        teacher, model = normed_mlp(), normed_mlp(seed=1)
         kdq.prepare_switchable_(model, PRECISIONS)
         kdq.set_precision_(model, TWO)
         hint = kdq.Hint({"1": "1"}, weight=0.1)
@@ -109,7 +91,7 @@ def test_a_plan_is_finetuned_by_an_ordinary_distiller() -> None:
     model = switchable()
     kdq.set_precision_(model, MIXED)
     before = copy.deepcopy(model.state_dict())
-    distiller = kdq.Distiller(mlp(), model, [kdq.SoftTargets()])
+    distiller = kdq.Distiller(normed_mlp(), model, [kdq.SoftTargets()])
     optimizer = torch.optim.Adam(distiller.parameters(), lr=1e-2)
     distiller.fit([randn(32, 12, seed=s) for s in range(3)], 1, optimizer, progress=False)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.logit_store import HEADER, LogitCodec
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from small_models import randn
 
 
 class Teacher(nn.Module):
