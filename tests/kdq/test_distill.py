@@ -190,6 +190,21 @@ def test_accumulated_batches_are_one_step_of_their_mean() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_autocast_may_be_around_the_whole_fit() -> None:
+    """It keeps rounded weights until it ends: unless they are dropped, the student would stand still."""
+    histories = []
+    for outside in (True, False):
+        student = mlp(12, seed=1)
+        distiller = kdq.Distiller(mlp(16), student, [kdq.SoftTargets()])
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            history = distiller.fit([randn(32, 6)], 20, lr=1e-2, validation=[randn(32, 6)], progress=False)
+        histories.append(history)
+    rounded, plain = histories
+    assert plain.losses[-1] < 0.5 * plain.losses[0]
+    assert rounded.losses == pytest.approx(plain.losses, rel=0.1)
+    assert rounded.validation[-1].teacher_kl == pytest.approx(plain.validation[-1].teacher_kl, rel=0.1)
+
+
 def test_gradients_are_clipped_together() -> None:
     student = mlp(5, seed=1)
     before = [p.detach().clone() for p in student.parameters()]

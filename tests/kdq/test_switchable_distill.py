@@ -59,6 +59,47 @@ def test_draws_cover_all_and_follow_the_seed() -> None:
         kdq.SwitchableDistiller(normed_mlp(), normed_mlp(), [kdq.SoftTargets()])
 
 
+def test_phases_keep_the_sandwich() -> None:
+    model = switchable()
+    distiller = kdq.SwitchableDistiller(normed_mlp(), model, [kdq.SoftTargets()], sandwich=7)
+    before = copy.deepcopy(model.state_dict())
+    distiller.run([randn(32, 12)], [kdq.Phase("labels", 1, [kdq.SoftTargets(T=1)])], progress=False)
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    for key in ("Int8Dynamic", "LowBit_4_8", "LowBit_2_4", "Binary"):
+        assert f"3.variants.{key}.running_mean" in moved
+    for phase in (kdq.Phase("a", 1, config=TWO), kdq.Phase("b", 1, train_teacher=True)):
+        with pytest.raises(ValueError, match="SwitchableDistiller does not take"):
+            distiller.run([randn(32, 12)], [phase], progress=False)
+    with pytest.raises(ValueError, match="'1' holds its precisions already"):
+        kdq.lower_precision_(model, TWO)
+
+
+def test_preparing_draws_nothing() -> None:
+    losses = [kdq.Hint({"1": "1"})]
+    prepared, other = (kdq.SwitchableDistiller(normed_mlp(), switchable(), losses) for _ in range(2))
+    prepared.prepare(randn(9, 12))
+    assert [prepared.draw() for _ in range(8)] == [other.draw() for _ in range(8)]
+
+
+def test_contrast_does_not_take_a_batch_for_its_own_negatives() -> None:
+    """Each precision of a step sees the same batch."""
+    loss = kdq.ContrastiveKD({"1": "1"}, width=8, queue=32)
+    model, x = switchable().eval(), randn(9, 12)
+    distiller = kdq.SwitchableDistiller(normed_mlp(), model, [loss], sandwich=7)
+    distiller.prepare(x)
+    heads = distiller.adapters[0, "1"]
+    fresh = copy.deepcopy(heads)
+    total = distiller.loss(x)
+    assert len(heads.queue) == 9
+    expected = torch.tensor(0.0)
+    teacher = normed_mlp().eval()
+    for precision in PRECISIONS:
+        kdq.set_precision_(model, precision)
+        ours = model[:2](x)
+        expected = expected + loss({"1": ours}, {"1": teacher[:2](x)}, None, {"1": copy.deepcopy(fresh)})
+    torch.testing.assert_close(total, expected)
+
+
 def test_fit_brings_every_precision_nearer_and_is_deterministic() -> None:
     def run() -> tuple[nn.Module, list[float], list[float]]:
         teacher, model = normed_mlp(), normed_mlp(seed=1)
