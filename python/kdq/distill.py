@@ -10,7 +10,7 @@ The losses are in `kdq.losses`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdq.layers.base import fused_activation
+from kdq.layers.qat import QATLinear
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
 from kdq.losses.features import make_adapters
 from kdq.observe import Batch, captured_outputs, check_same_shape, device_of, evaluating, find_layer, parse_batch
@@ -252,7 +253,7 @@ class Distiller:
 
         Raises:
             ValueError: the loader gives nothing or in one epoch more than in another, the student has nothing to train,
-                the optimizer lacks parameters of the distiller, or an argument is out of range.
+                the optimizer lacks adapters, learned scales or the teacher that trains, or an argument is out of range.
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
         if scheduler is not None and optimizer is None:
@@ -330,6 +331,9 @@ class Distiller:
                 "optimizer: it lacks the adapters of the feature losses; call distiller.prepare(batch), then make it "
                 "from distiller.parameters()"
             )
+        if self.train_teacher and not any(id(p) in trained for p in self.teacher.parameters()):
+            raise ValueError("optimizer: it lacks the teacher's parameters; make it from distiller.parameters()")
+        check_scales_train(self.student, trained)
         return optimizer
 
 
@@ -337,6 +341,19 @@ class Distiller:
 def _frozen(model: nn.Module) -> Iterator[None]:
     with torch.no_grad(), evaluating(model):
         yield
+
+
+def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
+    """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
+    for name, module in student.named_modules():
+        # A twin within a switchable layer has a weight only while it is in use.
+        if isinstance(module, QATLinear) and id(getattr(module, "weight", None)) in trained:
+            scales = [p for p in module.parameters() if p.requires_grad and p is not module.bias]
+            if any(id(p) not in trained for p in scales):
+                raise ValueError(
+                    f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "
+                    "prepare_qat_, or freeze them by requires_grad_(False)"
+                )
 
 
 def check_unfused(model: nn.Module, name: str, role: str) -> None:

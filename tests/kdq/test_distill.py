@@ -164,6 +164,27 @@ def test_feature_losses_train_through_the_distiller(loss: Any) -> None:
     assert len(list(distiller.own_parameters())) == heads
 
 
+@pytest.mark.parametrize("prepare", ["prepare_qat_", "prepare_switchable_"])
+def test_an_optimizer_of_before_the_preparation_is_refused(prepare: str) -> None:
+    student = mlp(3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    low = kdq.LowBit(weight_bits=2, act_bits=4)
+    getattr(kdq, prepare)(student, low if prepare == "prepare_qat_" else [low, kdq.Binary()])
+    distiller = kdq.Distiller(mlp(3), student, [kdq.SoftTargets()])
+    with pytest.raises(ValueError, match="optimizer: it has the weight of '0', but not all of its learned scales"):
+        distiller.fit([randn(2, 6)], 1, optimizer, progress=False)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.endswith(("weight", "bias")))
+    distiller.fit([randn(2, 6)], 1, optimizer, progress=False)
+
+
+def test_an_optimizer_without_the_teacher_that_trains_is_refused() -> None:
+    student = mlp(3)
+    distiller = kdq.Distiller(mlp(3), student, [kdq.SoftTargets()], train_teacher=True)
+    with pytest.raises(ValueError, match="optimizer: it lacks the teacher"):
+        distiller.fit([randn(2, 6)], 1, torch.optim.SGD(student.parameters(), lr=0.1), progress=False)
+
+
 def test_an_optimizer_without_the_adapters_is_refused() -> None:
     distiller = kdq.Distiller(mlp(16), mlp(5, seed=1), [kdq.Hint({"0": "0"})])
     with pytest.raises(RuntimeError, match="prepare"):
