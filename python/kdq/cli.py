@@ -22,31 +22,35 @@ console = Console()
 
 @app.command()
 def compress(
-    source: Annotated[str, typer.Argument(help="module:function that returns a dict of compress's arguments.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; call again with it to go on after an interruption.")],
+    source: Annotated[str, typer.Argument(help="module:function that returns a dict of kdq.compress's arguments.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run, to go on with after an interruption; compressed.")
+    ] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass on the first batch.")] = None,
     size_bytes: Annotated[float | None, typer.Option(help="Bytes of the saved tensors.")] = None,
     average_bits: Annotated[float | None, typer.Option(help="Bits of a weight, on average.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the loader at every precision.")] = 20,
-    finetune_epochs: Annotated[int, typer.Option(help="Passes over the loader at the plan.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the loader at every precision.")] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Passes over the loader at the plan.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
 ) -> None:
     """Compress a model to a budget: distil it at every precision, choose, finetune, convert, report.
 
-    The function's dict has "model" and "loader", and may have "teacher", "validation" and other arguments of
-    kdq.compress.
+    The function's dict has "model" and "loader", and may have "teacher", "validation" and all other arguments of
+    kdq.compress. Options given here count before it.
     """
     import kdq
 
-    arguments = import_function(source)()
+    arguments = import_function(source, "source")()
     if not isinstance(arguments, dict) or not {"model", "loader"} <= arguments.keys():
         raise ValueError(f'source: expected {source} to return a dict with "model" and "loader", got {arguments!r:.80}')
-    given = {"folder": out, "epochs": epochs, "finetune_epochs": finetune_epochs, "seed": seed}
-    budget = kdq.Budget(latency_ms=latency_ms, size_bytes=size_bytes, average_bits=average_bits)
-    result = kdq.compress(**{**given, **arguments, "budget": budget})
-    console.print(result.plan)
+    options: dict[str, Any] = {"folder": out, "epochs": epochs, "finetune_epochs": finetune_epochs, "seed": seed}
+    arguments |= {name: value for name, value in options.items() if value is not None}
+    bounds = {"latency_ms": latency_ms, "size_bytes": size_bytes, "average_bits": average_bits}
+    if "budget" not in arguments or any(bound is not None for bound in bounds.values()):
+        arguments["budget"] = kdq.Budget(**bounds)
+    result = kdq.compress(**arguments)
     console.print(result.report)
-    console.print(f"wrote {result.folder / 'model.safetensors'}, {result.folder / 'report.html'} and report.json")
+    console.print(f"wrote model.safetensors, plan.json, report.html and report.json to {result.folder}")
 
 
 @app.command()
@@ -191,16 +195,16 @@ def info(
     console.print(table)
 
 
-def import_function(spec: str) -> Any:
-    """The object that `module:name` names; modules of the working directory count."""
+def import_function(spec: str, role: str = "data") -> Any:
+    """The object that `module:name` names; modules of the working directory count. role: the argument's name."""
     module_name, _, name = spec.partition(":")
     if not name:
-        raise ValueError(f"data: expected module:function, got {spec!r}")
+        raise ValueError(f"{role}: expected module:function, got {spec!r}")
     sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"data: cannot import {spec!r}: {error}") from error
+        raise ValueError(f"{role}: cannot import {spec!r}: {error}") from error
     finally:
         sys.path.remove("")
 

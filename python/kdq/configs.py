@@ -108,6 +108,14 @@ def config_for(configs: ConfigMap, name: str) -> Config | None:
     return None
 
 
+def short_name(config: Config | None) -> str:
+    """For tables and plots: "Int8Dynamic", "LowBit w2 a8", "LowBit w4 a4 pact"; None is "float"."""
+    if not isinstance(config, LowBit):
+        return "float" if config is None else type(config).__name__
+    method = "" if config.method == "lsq" else f" {config.method}"
+    return f"LowBit w{config.weight_bits} a{config.act_bits}{method}"
+
+
 def config_to_json(config: Config) -> dict[str, Any]:
     """`{"type": "LowBit", "weight_bits": 2, "act_bits": 4}`; the method only where it is not "lsq"."""
     data = {"type": type(config).__name__, **asdict(config)}

@@ -32,7 +32,7 @@ def set_precision_(model: nn.Module, precision: ConfigMap) -> None:
         model: after `prepare_switchable_`.
         precision: one of `precisions(model)` for all layers, or a mapping of layer names or patterns (fnmatch) to
             them. A layer's exact name counts before patterns, and of these the first that matches; a layer that
-            nothing matches keeps its precision.
+            nothing matches keeps its precision. A layer that is used under several names has one precision.
 
     Raises:
         TypeError: precision is not a config of kdq's.
@@ -42,7 +42,7 @@ def set_precision_(model: nn.Module, precision: ConfigMap) -> None:
     layers = _layers(model)
     switches = {name: module for name, module in model.named_modules() if isinstance(module, Switchable)}
     if isinstance(precision, Mapping):
-        chosen = _chosen(layers, precision)
+        chosen = _chosen(layers, _by_first_name(model, precision))
         norms = [name for name, module in switches.items() if isinstance(module, SwitchableNorm)]
         chosen |= {norm: chosen[_layer_beside(norm, list(switches), layers)] for norm in norms}
     else:
@@ -93,14 +93,13 @@ def extract(model: nn.Module, precision: ConfigMap) -> nn.Module:
 def float_copy(model: nn.Module) -> nn.Module:
     """A copy of a switchable model in float: plain linear layers and, as they now are, plain norms."""
     copied = copy.deepcopy(model)
-    plain = {
-        name: module.to_float() if isinstance(module, SwitchableLinear) else module.to_inference()
-        for name, module in copied.named_modules(remove_duplicate=False)
-        if isinstance(module, SwitchableLinear | SwitchableNorm)
-    }
-    for name, module in plain.items():
-        parent, _, child = name.rpartition(".")
-        setattr(copied.get_submodule(parent), child, module)
+    plain: dict[nn.Module, nn.Module] = {}  # one for a module that has several names
+    for name, module in list(copied.named_modules(remove_duplicate=False)):
+        if isinstance(module, SwitchableLinear | SwitchableNorm):
+            if module not in plain:
+                plain[module] = module.to_float() if isinstance(module, SwitchableLinear) else module.to_inference()
+            parent, _, child = name.rpartition(".")
+            setattr(copied.get_submodule(parent), child, plain[module])
     return copied
 
 
@@ -120,6 +119,18 @@ def _layers(model: nn.Module) -> dict[str, SwitchableLinear]:
     if not layers:
         raise ValueError("model: it has no switchable layers; call prepare_switchable_ first")
     return layers
+
+
+def _by_first_name(model: nn.Module, precision: Mapping[str, Config]) -> dict[str, Config]:
+    """The mapping with each further name of a shared layer replaced by its first, which alone `_layers` knows."""
+    first: dict[nn.Module, str] = {}
+    names = {name: first.setdefault(module, name) for name, module in model.named_modules(remove_duplicate=False)}
+    renamed: dict[str, Config] = {}
+    for name, config in precision.items():
+        known = names.get(name, name)
+        if renamed.setdefault(known, config) != config:
+            raise ValueError(f"precision: {known!r} and {name!r} are one layer, but get {renamed[known]} and {config}")
+    return renamed
 
 
 def _chosen(layers: Mapping[str, SwitchableLinear], precision: Mapping[str, Config]) -> dict[str, Config]:

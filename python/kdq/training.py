@@ -63,7 +63,7 @@ class Loop:
             RuntimeError: a loss is not finite.
         """
         losses: list[float] = []
-        with _watched(self.distiller.teacher, repeats=epoch > 0):
+        with _watched(self.distiller.teacher, repeats=epoch > 0 or self.span[0] > 0):
             for batch in self.loader:
                 self.distiller.progress = self._progress(epoch, len(losses))
                 loss = self.distiller.loss(batch)
@@ -72,7 +72,7 @@ class Loop:
                     self.optimizer.zero_grad()
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
-                    where = f"epoch {epoch + 1}, step {len(losses)}"
+                    where = f"step {len(losses)}" if self.epochs == 1 else f"epoch {epoch + 1}, step {len(losses)}"
                     raise RuntimeError(f"the loss is {losses[-1]} at {where}: lower the learning rate, check the data")
                 loss.backward()
                 self.pending += 1

@@ -163,11 +163,85 @@ def test_refining_measures_around_the_plan_and_keeps_the_best() -> None:
     assert refined.average_bits <= 2
 
 
+@pytest.mark.parametrize("bits", [1.5, 2, 3.2, 8])
+@pytest.mark.parametrize("switchable", [False, True])
+def test_refining_is_never_worse_than_the_best_uniform_plan(bits: float, switchable: bool) -> None:
+    student, teacher = (switchable_student() if switchable else model(0)), model(1)
+    plan = search(student, teacher, loader(), kdq.Budget(average_bits=bits), candidates=OWN, refine=1)
+    for config in OWN:
+        uniform = plan.replace({name: config for layer in plan.layers for name in layer.names})
+        if uniform.average_bits > bits:
+            continue
+        if switchable:
+            converted = kdq.extract(student, uniform)
+        else:
+            converted = copy.deepcopy(student)
+            kdq.quantize_(converted, uniform, calibration=loader())
+        assert plan.measured_distance is not None
+        assert plan.measured_distance <= kl(converted, teacher) + 1e-6
+
+
+# ---- switchable students ---------------------------------------------------------------------------------------------
+
+OWN = [kdq.Int8Dynamic(), TWO, kdq.Binary()]
+
+
+def switchable_student(tied: bool = False) -> nn.Module:
+    student: nn.Module = Tied() if tied else model(0)
+    kdq.prepare_switchable_(student, OWN)
+    data = [torch.randn(4, 5, 6)] if tied else loader()
+    kdq.SwitchableDistiller(Tied() if tied else model(1), student, [kdq.SoftTargets()]).fit(
+        data, 2, lr=0.01, progress=False
+    )
+    return student
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_switchable_student_is_searched_at_its_own_precisions(tied: bool) -> None:
+    student, teacher = switchable_student(tied), (Tied() if tied else model(1))
+    data: Any = [torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(3))] if tied else loader()
+    kdq.set_precision_(student, {"*": TWO})
+    student.train()
+    before = copy.deepcopy(student)
+    plan = search(student, teacher, data, kdq.Budget(average_bits=3))
+    assert str(student) == str(before)
+    assert all(module.training for module in student.modules())
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.state_dict().values(), student.state_dict().values(), strict=True)
+    )
+    assert all([option.config for option in layer.options] == OWN for layer in plan.layers)
+    assert 1 <= plan.average_bits <= 3
+    kdq.set_precision_(student, plan)
+    assert kdq.precision_of(student) == {name: plan[name] for name in kdq.precision_of(student)}
+    converted = kdq.extract(student, plan)
+    assert plan.size_bytes == tensor_bytes(converted)
+    with torch.no_grad():
+        x = torch.cat([batch if tied else batch[0] for batch in data])
+        taught, learned = (m.eval()(x).double().log_softmax(-1) for m in (teacher, converted))
+    expected = float((taught.exp() * (taught - learned)).sum(-1).mean())
+    assert plan.measured_distance == pytest.approx(expected, rel=1e-4)
+
+
+def test_layers_that_are_not_switchable_are_left_to_the_rest() -> None:
+    student = model(0)
+    kdq.prepare_switchable_(student, OWN, lambda _, name: name != "7")
+    kdq.SwitchableDistiller(model(1), student, [kdq.SoftTargets()]).fit(loader(), 1, progress=False)
+    plan = search(student, model(1), loader(), kdq.Budget(average_bits=3))
+    assert [layer.names for layer in plan.layers] == [("1",), ("3",), ("5",)]
+    assert plan.size_bytes == tensor_bytes(kdq.extract(student, plan))
+
+
+@pytest.mark.parametrize("sensitivity", ["teacher_kl", "weight_sqnr"])
+def test_a_switchable_student_has_no_float_form(sensitivity: str) -> None:
+    with pytest.raises(ValueError, match="candidates: a switchable student has no float form"):
+        search(switchable_student(), model(), loader(), BITS, candidates=[None, TWO], sensitivity=sensitivity)
+
+
 class Recording:
     """A `Precision` of somebody else's: what the search asks of it, forwarded to the built layers."""
 
     def __init__(self, built: BuiltLayers) -> None:
-        self.built, self.layers, self.depth = built, built.layers, 0
+        self.built, self.layers, self.base, self.depth = built, built.layers, built.base, 0
         self.asked: set[tuple[str, Config | None]] = set()
 
     @contextmanager
@@ -269,7 +343,7 @@ INPUTS = [x for x, _ in loader()]
         ({"teacher": None}, "teacher: .*needs one"),
         ({"data": INPUTS, "sensitivity": "label_loss"}, "needs labels"),
         ({"student": nn.Sequential(nn.ReLU()), "teacher": nn.ReLU()}, "no layer that quantize_ would replace"),
-        ({"student": nn.Sequential(model(), NaN())}, "float student is nan"),
+        ({"student": nn.Sequential(model(), NaN())}, "the student as it is is nan"),
         ({"sensitivity": "hessian"}, "sensitivity: expected one of"),
         ({"candidates": []}, "candidates: expected at least one"),
         ({"refine": 1, "sensitivity": "weight_sqnr"}, "nothing to refine"),

@@ -25,7 +25,7 @@ from kdq.bench.case import Case, Contender, Role, check
 from kdq.bench.limits import LimitMeter
 
 ROUND_SECONDS = 0.02
-PAUSE_SECONDS = 0.05  # some pools go on spinning for tens of milliseconds after a call
+PAUSE_SECONDS = 0.01
 LIMIT_SECONDS = 0.05  # each time that a limit is measured
 ROUNDS_PER_LIMIT = 3  # the limits are measured again after so many rounds
 CONTENDER_SECONDS = 1.0  # a contender whose calls take longer in all than this is made to run fewer rounds

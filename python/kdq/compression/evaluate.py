@@ -1,7 +1,8 @@
-"""Models as a report shows them: quality on held batches, bytes on disk, milliseconds a batch, all timed in turn."""
+"""Models as a report shows them: quality on held batches, bytes, milliseconds a batch, all timed in turn."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 
 from kdq.compression.report import Layer, Model
+from kdq.configs import short_name
 from kdq.layers.base import InferenceLinear
 from kdq.layers.switchable import bits_of
-from kdq.observe import evaluating, parse_batch
-from kdq.reporting import interleaved_latency, layer_errors, size_on_disk
+from kdq.observe import evaluating, parse_batch, rows_of
+from kdq.reporting import interleaved_latency, layer_errors
+from kdq.search.cost import tensor_bytes
 from kdq.validation import validate
 
 
@@ -25,26 +28,25 @@ def evaluate(models: Mapping[str, nn.Module], teacher: nn.Module, batches: Seque
     found = {}
     for (name, model), time in zip(models.items(), times, strict=True):
         quality = validate(model, teacher, batches)
-        size = size_on_disk(model)
-        found[name] = Model(name, quality.accuracy, quality.teacher_kl, size, 1e3 * time.median)
+        found[name] = Model(name, quality.accuracy, quality.teacher_kl, tensor_bytes(model), 1e3 * time.median)
     return found
 
 
 def describe_layers(model: nn.Module, reference: nn.Module, batch: Any) -> list[Layer]:
-    """The quantized layers of a converted model, in order, with their error against the float model."""
-    errors = {error.name: error.sqnr_db for error in layer_errors(model, reference, batch)}
+    """The quantized layers of a converted model, in order, with the error of their outputs against the reference's."""
+    errors = {e.name: e.sqnr_db for e in layer_errors(model, reference, batch) if math.isfinite(e.sqnr_db)}
     layers = []
     for name, layer in model.named_modules():
         if isinstance(layer, InferenceLinear):
             config: Any = layer.config
             weight_bits, act_bits = bits_of(config)
             weights = layer.in_features * layer.out_features
-            layers.append(Layer(name, str(config), weight_bits, act_bits, weights, errors.get(name)))
+            layers.append(Layer(name, short_name(config), weight_bits, act_bits, weights, errors.get(name)))
     return layers
 
 
 def count_samples(model: nn.Module, batches: Sequence[Any]) -> int:
-    """Rows of logits in all batches."""
+    """Rows of logits that count (their target is not -100), in all batches."""
+    parsed = [parse_batch(batch) for batch in batches]
     with evaluating(model), torch.no_grad():
-        logits = [parse_batch(batch).logits(model, "model") for batch in batches]
-    return sum(part.numel() // part.shape[-1] for part in logits)
+        return sum(int(rows_of(batch.logits(model, "model"), batch.target)[2].sum()) for batch in parsed)

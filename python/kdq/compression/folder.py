@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 RECORD = "run.json"
 
@@ -22,17 +21,6 @@ RECORD = "run.json"
 def fingerprint(**inputs: Any) -> str:
     """A hash of JSON-like values; the same for the same values in any process."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """A hash of a model's tensors and their names, and of its structure as printed."""
-    digest = hashlib.sha256(str(model).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(tensor, Tensor):
-            digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -61,7 +49,7 @@ class RunFolder:
                 self.record = json.loads((path / RECORD).read_text())
             except ValueError as error:
                 raise ValueError(f"folder: {path / RECORD} is not a record of a run: {error}") from error
-        elif any(path.iterdir()):
+        elif any(file.name != f"{RECORD}.partial" for file in path.iterdir()):
             raise ValueError(f"folder: {path} has files, but none of an earlier run; choose an empty or a new one")
         else:
             self._save_record()

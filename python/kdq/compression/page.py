@@ -13,6 +13,8 @@ from kdq.compression.report import (
     MODEL_COLUMNS,
     CompressionReport,
     Model,
+    amounts,
+    key_figures,
     layer_cells,
     model_cells,
     pareto_front,
@@ -38,42 +40,33 @@ def html(report: CompressionReport) -> str:
         rows.insert(0, (model_cells(report.teacher, False), False))
     models = table(MODEL_COLUMNS, rows)
     layers = table(LAYER_COLUMNS, ((layer_cells(layer), False) for layer in report.layers))
-    expected = ", ".join(f"{name} {value:,.4g}" for name, value in report.predicted.items())
-    budget = ", ".join(f"{name} {value:,.4g}" for name, value in report.budget.items())
-    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
+    bars = picture(draw_layers, report, height=1.2 + 0.45 * len(report.layers))
+    seconds = ", ".join(f"{phase} {value:.3g} s" for phase, value in report.seconds.items())
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Compression report</title><style>{STYLE}</style>
 <h1>Compression report</h1>
 <div class="key">{"".join(map(key_figure, key_figures(report)))}</div>
 <h2>What could be had</h2>
-<p>All models on {report.samples:,} validation samples, as they would be deployed. The switchable student at each
-precision took no training of its own. On the Pareto front is what no other model beats in quality, size and time.</p>
+<p>All models on {report.samples:,} validation samples, as they would be deployed. <em>float</em> is the model before,
+<em>compressed</em> the result. Those named by a precision are the student with all layers at it, before any training of
+its own. On the Pareto front is what no other beats in quality, size and time together; each dashed line is the front of
+quality against that cost alone. Bytes are of the tensors; <code>model.safetensors</code> has {report.file_bytes:,} with
+its header.</p>
 <img alt="quality against size and latency" src="{picture(draw_front, report)}">
 <div class="wide">{models}</div>
 <h2>Layers</h2>
-<p>Budget: {escape(budget)}. Predicted by the search: {escape(expected)}.</p>
-<img alt="bits and error by layer" src="{picture(draw_layers, report)}">
+<p>Budget: {amounts(report.budget)}. Predicted by the search: {amounts(report.predicted)}. The SQNR compares a layer's
+output on the first validation batch with what the same trained weights give in float, so it holds the errors of all
+layers before it.</p>
+<img alt="bits and error by layer" src="{bars}">
 <div class="wide">{layers}</div>
 <h2>Training</h2>
+<p>Distilling, the loss is the sum over the precisions of a step; in the finetune it is that of the plan alone.</p>
 <img alt="loss by epoch" src="{picture(draw_training, report)}">
 <p>Time: {escape(seconds)}.</p>
 </html>
 """
-
-
-def key_figures(report: CompressionReport) -> list[tuple[str, str, str]]:
-    """Name, value, remark."""
-    before, after = report.before, report.after
-    figures = [
-        ("size", f"{before.size_bytes / after.size_bytes:.1f}x smaller", f"{after.size_bytes:,} bytes"),
-        ("time", f"{before.latency_ms / after.latency_ms:.2f}x faster", f"{after.latency_ms:.3g} ms a batch"),
-        ("KL to the teacher", f"{after.teacher_kl:.4f}", f"before: {before.teacher_kl:.4f} nats"),
-    ]
-    if before.accuracy is not None and after.accuracy is not None:
-        change = 100 * (after.accuracy - before.accuracy)
-        figures.insert(0, ("accuracy", f"{after.accuracy:.2%}", f"{change:+.2f} points"))
-    return figures
 
 
 def key_figure(figure: tuple[str, str, str]) -> str:
@@ -91,12 +84,12 @@ def table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]]) ->
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def picture(draw: Callable[[Any, CompressionReport], None], report: CompressionReport) -> str:
-    """A data URL of what `draw(figure, report)` draws."""
+def picture(draw: Callable[[Any, CompressionReport], None], report: CompressionReport, height: float = 3.8) -> str:
+    """A data URL of what `draw(figure, report)` draws; height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, height), layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure, report)
     content = io.BytesIO()
@@ -105,25 +98,40 @@ def picture(draw: Callable[[Any, CompressionReport], None], report: CompressionR
 
 
 def draw_front(figure: Any, report: CompressionReport) -> None:
-    """Quality against size, and against latency, with the front of each."""
+    """Quality against size, and against latency, with the front of each; one legend, so that no labels overlap."""
     labelled = report.after.accuracy is not None
-    for panel, label, cost in zip(
-        figure.subplots(1, 2),
-        ("bytes on disk", "ms a batch"),
-        (lambda m: float(m.size_bytes), lambda m: m.latency_ms),
-        strict=True,
-    ):
-        for m in report.models:
-            ours = m is report.after
-            panel.scatter(cost(m), quality(m), s=90 if ours else 40, marker="*" if ours else "o", zorder=3)
-            panel.annotate(m.name, (cost(m), quality(m)), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        front = staircase(report.models, cost)
-        panel.plot([cost(m) for m in front], [quality(m) for m in front], "--", color="gray", drawstyle="steps-post")
-        panel.set_xscale("log")
-        panel.set_xlabel(label)
-        panel.set_ylabel("accuracy" if labelled else "minus KL to the teacher, nats")
-        panel.margins(x=0.2, y=0.15)
-        panel.grid(alpha=0.3)
+    size, time = figure.subplots(1, 2, sharey=True)
+    draw_against(size, "KiB of tensors", report, lambda m: m.size_bytes / 1024)
+    draw_against(time, "ms a batch", report, lambda m: m.latency_ms)
+    size.set_ylabel("accuracy, %" if labelled else "KL to the teacher, nats")
+    if not labelled:
+        size.invert_yaxis()
+    figure.legend(*size.get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+
+
+def draw_against(panel: Any, label: str, report: CompressionReport, cost: Callable[[Model], float]) -> None:
+    """One panel: every model, and the front in this cost."""
+
+    def height(m: Model) -> float:
+        return m.teacher_kl if m.accuracy is None else 100 * m.accuracy
+
+    others = iter(("o", "s", "^", "v", "D", "P", "X") * len(report.choices))
+    marks = {
+        id(report.before): ("black", "o"),
+        id(report.searched): ("tab:olive", "d"),
+        id(report.after): ("tab:green", "*"),
+    }
+    for m in report.models:
+        color, mark = marks.get(id(m), ("tab:blue", None))
+        area = 220 if m is report.after else 55
+        panel.scatter(cost(m), height(m), s=area, color=color, marker=mark or next(others), label=m.name, zorder=3)
+    front = staircase(report.models, cost)
+    steps = {"linestyle": "--", "color": "gray", "drawstyle": "steps-post"}
+    panel.plot([cost(m) for m in front], [height(m) for m in front], label="front in this cost", **steps)
+    panel.set_xlim(0, 1.1 * max(map(cost, report.models)))
+    panel.set_xlabel(label)
+    panel.margins(y=0.15)
+    panel.grid(alpha=0.3)
 
 
 def staircase(models: Sequence[Model], cost: Callable[[Model], float]) -> list[Model]:
@@ -137,23 +145,29 @@ def staircase(models: Sequence[Model], cost: Callable[[Model], float]) -> list[M
 
 def draw_layers(figure: Any, report: CompressionReport) -> None:
     """Bits of each layer, and its error."""
-    names = [layer.name for layer in report.layers]
+    rows = range(len(report.layers))
     bits, error = figure.subplots(1, 2, sharey=True)
-    bits.barh(names, [layer.weight_bits for layer in report.layers], height=0.4, align="edge", label="weights")
-    bits.barh(names, [layer.act_bits for layer in report.layers], height=-0.4, align="edge", label="activations")
+    above, below = ([i + shift for i in rows] for shift in (-0.2, 0.2))
+    bits.barh(above, [layer.weight_bits for layer in report.layers], height=0.38, label="weights")
+    bits.barh(below, [layer.act_bits for layer in report.layers], height=0.38, label="inputs")
+    bits.set_yticks(rows, [layer.name for layer in report.layers])
     bits.set_xlabel("bits")
-    bits.legend(fontsize=8)
-    error.barh(names, [layer.sqnr_db or 0.0 for layer in report.layers], color="tab:gray")
+    figure.legend(*bits.get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
+    known = [(i, layer.sqnr_db) for i, layer in enumerate(report.layers) if layer.sqnr_db is not None]
+    bars = error.barh([i for i, _ in known], [sqnr for _, sqnr in known], height=0.6, color="tab:gray")
+    error.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     error.set_xlabel("SQNR of the output, dB (more is better)")
-    bits.invert_yaxis()
+    error.margins(x=0.12)
+    bits.set_ylim(len(report.layers) - 0.4, -0.6)
 
 
 def draw_training(figure: Any, report: CompressionReport) -> None:
     """The loss of each phase's epochs."""
-    panels = figure.subplots(1, max(1, len(report.training)), squeeze=False)[0]
-    for panel, training in zip(panels, report.training, strict=False):
+    panels = figure.subplots(1, len(report.training), squeeze=False)[0]
+    for panel, training in zip(panels, report.training, strict=True):
         panel.plot(range(1, len(training.losses) + 1), training.losses, marker=".")
         panel.set_title(training.phase, fontsize=10, loc="left")
         panel.set_xlabel("epoch")
         panel.set_ylabel("loss")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)

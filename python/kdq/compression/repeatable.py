@@ -13,13 +13,15 @@ import torch
 
 @contextmanager
 def seeded(seed: int, loader: Iterable[Any], owner: object = None) -> Iterator[None]:
-    """torch, NumPy and random start from the seed inside, and so do the generators of a DataLoader and its sampler,
+    """torch, NumPy and random start from the seed inside, and so do the generators of a DataLoader and its samplers,
     which decide about the order, and the owner's; the global ones go on afterwards as if nothing had been."""
     before = (torch.get_rng_state(), random.getstate(), np.random.get_state())  # noqa: NPY002 users' transforms use it
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
-    for holder in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None), owner):
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    for holder in (loader, *samplers, owner):
         generator = getattr(holder, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class Model:
     Attributes:
         accuracy: share of right answers on the validation data; None without labels.
         teacher_kl: KL(teacher || model), nats.
-        size_bytes: on disk.
+        size_bytes: of all tensors as `kdq.save` writes them, as a `Budget` counts; a file's header comes on top.
         latency_ms: of the first validation batch, median.
     """
 
@@ -33,7 +33,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its precision, and the SQNR of its output against the float model's, in dB."""
+    """A quantized layer: its precision, and the SQNR (dB) of its output against what the same trained weights give in
+    float; None where it cannot be told."""
 
     name: str
     precision: str
@@ -60,7 +61,9 @@ class CompressionReport:
         teacher: where one was given.
         searched: the plan before its finetune.
         choices: the switchable student at each of its precisions, without further training: what else could be had.
-        predicted: what the search expected of the plan: size_bytes, and latency_ms if the budget asked for one.
+        predicted: what the search expected of the plan: size_bytes, latency_ms, average_bits.
+        file_bytes: of `model.safetensors`, with its header.
+        seconds: that each phase took, all its runs together; not the report itself.
     """
 
     samples: int
@@ -73,6 +76,7 @@ class CompressionReport:
     training: list[Training]
     budget: dict[str, float]
     predicted: dict[str, float]
+    file_bytes: int
     seconds: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -105,16 +109,20 @@ class CompressionReport:
         return [self.before, *self.choices, self.searched, self.after]
 
     def __rich__(self) -> Group:
-        models = Table(*MODEL_COLUMNS, title=f"on {self.samples} samples", title_justify="left")
+        models = Table(*MODEL_COLUMNS, title=f"on {self.samples:,} samples", title_justify="left")
         front = pareto_front(self.models)
         if self.teacher is not None:
             models.add_row(*model_cells(self.teacher, False), style="dim")
         for m in self.models:
             models.add_row(*model_cells(m, m in front), style="bold" if m is self.after else None)
-        layers = Table(*LAYER_COLUMNS, title="layers", title_justify="left")
+        layers = Table(*LAYER_COLUMNS, title="layers of the compressed model", title_justify="left")
         for layer in self.layers:
             layers.add_row(*layer_cells(layer))
-        return Group(models, layers)
+        figures = Table.grid(padding=(0, 2))
+        for name, value, remark in key_figures(self):
+            figures.add_row(name, f"[bold]{value}[/bold]", remark)
+        figures.add_row("budget", amounts(self.budget), f"predicted: {amounts(self.predicted)}")
+        return Group(figures, models, layers)
 
     def __str__(self) -> str:
         console = Console(width=120)
@@ -124,7 +132,39 @@ class CompressionReport:
 
 
 MODEL_COLUMNS = ("model", "accuracy", "KL to the teacher", "bytes", "ms a batch", "Pareto front")
-LAYER_COLUMNS = ("layer", "precision", "weights", "bits", "SQNR of the output, dB")
+LAYER_COLUMNS = ("layer", "precision", "weights", "weight / input bits", "output SQNR, dB")
+
+
+def times(before: float, after: float, more: str, less: str) -> str:
+    """ "8.0x smaller", or "1.2x larger"."""
+    return f"{before / after:.3g}x {less}" if after <= before else f"{after / before:.3g}x {more}"
+
+
+def key_figures(report: CompressionReport) -> list[tuple[str, str, str]]:
+    """What one wants to know first: name, value, remark."""
+    before, after = report.before, report.after
+    figures = [
+        (
+            "size",
+            times(before.size_bytes, after.size_bytes, "larger", "smaller"),
+            f"{before.size_bytes:,} → {after.size_bytes:,} bytes",
+        ),
+        (
+            "time",
+            times(before.latency_ms, after.latency_ms, "slower", "faster"),
+            f"{before.latency_ms:.3g} → {after.latency_ms:.3g} ms a batch",
+        ),
+        ("KL to the teacher", f"{after.teacher_kl:.4f} nats", f"before: {before.teacher_kl:.4f}"),
+    ]
+    if before.accuracy is not None and after.accuracy is not None:
+        figures.insert(0, ("accuracy", f"{after.accuracy:.2%}", f"before: {before.accuracy:.2%}"))
+    return figures
+
+
+def amounts(values: Mapping[str, float]) -> str:
+    """Budgets and predictions as people read them."""
+    forms = {"size_bytes": "{:,.0f} bytes", "latency_ms": "{:.3g} ms a batch", "average_bits": "{:.3g} bits a weight"}
+    return ", ".join(forms[name].format(value) for name, value in values.items())
 
 
 def model_cells(m: Model, on_front: bool) -> tuple[str, ...]:

@@ -7,31 +7,38 @@ ends with what the uninterrupted run would have given: each epoch draws its rand
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kdq.compression.evaluate import count_samples, describe_layers, evaluate
-from kdq.compression.folder import RunFolder, fingerprint, fingerprint_of
+from kdq.compression.folder import RunFolder, fingerprint, write_atomically
 from kdq.compression.repeatable import seeded
 from kdq.compression.report import CompressionReport, Training
-from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize
-from kdq.distill import Distiller
+from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize, short_name
+from kdq.distill import Distiller, History
 from kdq.io import load, save
 from kdq.losses import Loss, SoftTargets
 from kdq.observe import device_of, evaluating, parse_batch
-from kdq.quantize import prepare_switchable_
+from kdq.quantize import prepare_switchable_, quantizable_layers
+from kdq.reporting import ROUNDS
 from kdq.search import Budget, Plan, search_precision
-from kdq.switch import extract, keeping_precision, precisions, set_precision_
+from kdq.switch import extract, float_copy, keeping_precision, precisions, set_precision_
 from kdq.switchable_distill import SwitchableDistiller
+from kdq.teacher_cache import CachedTeacher
+from kdq.teacher_cache import fingerprint as fingerprint_of
 from kdq.validation import validate
 
 PRECISIONS: tuple[Config, ...] = (
@@ -72,6 +79,10 @@ def compress(
 ) -> Compressed:
     """Compresses a trained float model to a budget: one low-bit student, distilled, on the integer and binary kernels.
 
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        small = kdq.compress(model, loader, budget=kdq.Budget(size_bytes=size / 8), teacher=teacher)
+        print(small.report)
+
     1. *distil*: a switchable student tries every precision under the teacher (`SwitchableDistiller`).
     2. *search*: an exact plan under the budget, by teacher-KL and by sizes and times measured here
        (`search_precision`).
@@ -79,46 +90,45 @@ def compress(
     4. *convert* to the layers that run on the kernels.
     5. *report*: before and after, every other choice the student offers, errors by layer.
 
-    Call it again with the same arguments and folder after an interruption, and it goes on where it was; with another
-    budget, and the distilled student is used again. What the loader yields cannot be compared: use a new folder for
-    new data.
+    Call it again with the same arguments and folder after an interruption, and it goes on where it was, from the last
+    whole epoch. With another budget the distilled student is used again, and what follows from it replaced. What the
+    loader and validation yield, and functions among the losses, are not compared: use a new folder where they change.
 
     Args:
         model: trained, float; it is left as it is.
         loader: batches to train on, as for `Distiller`; gone through once an epoch, always as many batches. A
-            DataLoader's own generator is seeded for each epoch; sources of randomness other than torch, NumPy and
-            random are not repeated after an interruption.
+            DataLoader's own generator is seeded for each epoch; other sources of randomness than torch, NumPy and
+            random, and those in persistent workers, are not repeated after an interruption.
         budget: what the converted model may cost.
         teacher: outputs logits of the model's shape. None: the model itself, which needs no labels.
         validation: batches to choose and to report on; None: the loader's. They are kept in memory.
         folder: of the run; made if missing.
         candidates: the precisions that the student tries and the plan may use, two or more.
-        losses: None: soft targets at temperature 4, with a tenth for labels if there are any and a teacher is given.
+        losses: None: soft targets at temperature 4; where a teacher is given and a batch has labels, a tenth of them.
         epochs, finetune_epochs: passes over the loader.
-        lr: of Adam at the start of both; falls to zero (cosine over the epochs).
+        lr: of Adam at the start of both; falls to zero (cosine over the epochs). Small networks gain from 3e-3.
         refine: of `search_precision`.
         progress: whether to show bars.
 
     Raises:
         ValueError: the budget cannot be met (the message names the smallest reachable value), the loader is empty or
-            changes its length, outputs do not match, or the folder belongs to something else.
-        RuntimeError: a loss is not finite. The checkpoint of the epoch before is kept.
+            changes its length, outputs do not match, no layer can be quantized, or the folder belongs to something
+            else.
+        RuntimeError: a loss is not finite: the checkpoint of the epoch before is kept; or matplotlib is missing.
     """
-    for name, count in (("epochs", epochs), ("finetune_epochs", finetune_epochs)):
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+    _check(model, candidates, epochs, finetune_epochs)
     source = loader if validation is None else validation
-    held = list(source)
+    with seeded(seed, source):  # a resumed run is to see the same
+        held = list(source)
     if not held:
         raise ValueError(f"{'loader' if validation is None else 'validation'}: expected at least one batch, got none")
-    labelled = parse_batch(held[0]).target is not None
-    if losses is None:
-        losses = [SoftTargets(T=4.0, alpha=0.9 if labelled and teacher is not None else 1.0)]
     if teacher is not None:
         validate(model, teacher, held).warn_of_worse_teacher()
+    if losses is None:
+        losses = [SoftTargets(T=4.0) if teacher is None else TeacherAndLabels()]
     road = _Road(
         model=copy.deepcopy(model).eval(),
-        teacher=None if teacher is None else copy.deepcopy(teacher).eval(),
+        teacher=teacher,
         loader=loader,
         held=held,
         budget=budget,
@@ -133,6 +143,27 @@ def compress(
         progress=progress,
     )
     return road.run()
+
+
+def _check(model: nn.Module, candidates: Sequence[Config], epochs: int, finetune_epochs: int) -> None:
+    """What would show only after hours, or with a name that is not the caller's."""
+    for name, count in (("epochs", epochs), ("finetune_epochs", finetune_epochs)):
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+    if len({normalize(config) for config in candidates}) < max(2, len(candidates)):
+        raise ValueError(f"candidates: expected at least two different ones, got {list(candidates)}")
+    if not quantizable_layers(model):
+        raise ValueError("model: expected an nn.Linear that can be quantized, found none (quantize_'s report says why)")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("compress draws its report with matplotlib: pip install 'kdq-kernels[plot]'")
+
+
+@dataclass(frozen=True)
+class TeacherAndLabels:
+    """Soft targets at temperature 4, with a tenth for the labels of a batch that has them."""
+
+    def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        return SoftTargets(T=4.0, alpha=1.0 if target is None else 0.9)(student, teacher, target)
 
 
 @dataclass
@@ -163,7 +194,7 @@ class _Road:
             "model": fingerprint_of(self.model),
             "teacher": fingerprint_of(self.goal),
             "precisions": [config_to_json(config) for config in self.precisions],
-            "losses": [str(loss) for loss in self.losses],
+            "losses": [re.sub(r" at 0x[0-9a-f]+", "", repr(loss)) for loss in self.losses],
             "training": [self.epochs, self.lr, self.seed],
         }
         distilled = fingerprint(**about)
@@ -173,12 +204,14 @@ class _Road:
         if not self.folder.is_done("distil", distilled):
             self.check_budget()
         distiller = SwitchableDistiller(self.goal, student, self.losses, seed=self.seed)
+        self.make_adapters(distiller)
         self.phase("distil", distilled, partial(self.train, "distil", distiller, self.epochs))
         distiller.load_state_dict(self.trained("distil"))
         plan = Plan.from_json(self.phase("search", searched, partial(self.search, student))["plan"])
-        set_precision_(student, plan)
         tuner = Distiller(self.goal, student, self.losses)
-        tuner.prepare(self.held[0])
+        self.make_adapters(tuner)
+        tuner.load_state_dict(distiller.state_dict())  # adapters are trained on too
+        set_precision_(student, plan)
         self.phase("finetune", tuned, partial(self.train, "finetune", tuner, self.finetune_epochs))
         tuner.load_state_dict(self.trained("finetune"))
         path = self.folder.path / "model.safetensors"
@@ -193,7 +226,7 @@ class _Road:
             self.folder.begin(name, print_)
             start = time.perf_counter()
             result = work()
-            self.folder.finish(name, print_, {**result, "seconds": time.perf_counter() - start})
+            self.folder.finish(name, print_, {"seconds": time.perf_counter() - start, **result})
         found = self.folder.result(name)
         self.seconds[name] = found["seconds"]
         return found
@@ -220,42 +253,54 @@ class _Road:
             budget=self.budget,
             candidates=self.precisions,
             sensitivity="weight_sqnr",
+            rounds=1 if self.budget.latency_ms is None else ROUNDS,  # sizes need no timing
             progress=False,
         )
 
+    def make_adapters(self, distiller: Distiller) -> None:
+        """Those of losses on features, the same in a resumed run."""
+        with seeded(self.seed, self.loader):
+            distiller.prepare(self.held[0])
+
     def train(self, phase: str, distiller: Distiller, epochs: int) -> dict[str, Any]:
         """Epochs with a checkpoint after each; goes on from the last one."""
-        distiller.prepare(self.held[0])
         optimizer = torch.optim.Adam(list(distiller.parameters()), lr=self.lr)
-        state = self.folder.load_state(phase)
         losses: list[float] = []
         steps: int | None = None
+        seconds, start = 0.0, time.perf_counter()
+        state = self.folder.load_state(phase)
         if state is not None:
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
-            losses, steps = list(state["losses"]), state["steps"]
-        for epoch in range(len(losses), epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-            with seeded(seed_of(self.seed, phase, epoch), self.loader, distiller):
-                span = (epoch / epochs, (epoch + 1) / epochs)
-                history = distiller.fit(self.loader, 1, optimizer, span=span, progress=self.progress)
-            if steps is not None and history.steps != steps:
-                raise ValueError(
-                    f"loader: expected {steps} batches as in the first epoch, got {history.steps} in epoch {epoch + 1} "
-                    f"of {phase}"
-                )
-            losses, steps = [*losses, history.losses[0]], history.steps
-            self.folder.save_state(
-                phase,
-                {
-                    "distiller": distiller.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "losses": losses,
-                    "steps": steps,
-                },
-            )
-        return {"losses": losses}
+            losses, steps, seconds = list(state["losses"]), state["steps"], state["seconds"]
+        start -= seconds
+        with Progress(disable=not self.progress) as bar:
+            task = bar.add_task(f"{phase}, {epochs} epochs", total=epochs, completed=len(losses))
+            for epoch in range(len(losses), epochs):
+                history = self.train_epoch(phase, distiller, optimizer, epoch, epochs, bar)
+                if steps is not None and history.steps != steps:
+                    raise ValueError(
+                        f"loader: expected {steps} batches as in the first epoch, got {history.steps} in epoch "
+                        f"{epoch + 1} of {phase}"
+                    )
+                losses, steps, seconds = [*losses, history.losses[0]], history.steps, time.perf_counter() - start
+                known = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict()}
+                self.folder.save_state(phase, {**known, "losses": losses, "steps": steps, "seconds": seconds})
+                bar.advance(task)
+        return {"losses": losses, "seconds": seconds}
+
+    def train_epoch(
+        self, phase: str, distiller: Distiller, optimizer: Optimizer, epoch: int, epochs: int, bar: Progress
+    ) -> History:
+        """One epoch, which draws the same random numbers whatever came before it."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        span = (epoch / epochs, (epoch + 1) / epochs)
+        with seeded(seed_of(self.seed, phase, epoch), self.loader, distiller):
+            try:
+                return distiller.fit(self.loader, 1, optimizer, span=span, progress=bar)
+            except RuntimeError as error:
+                raise RuntimeError(f"epoch {epoch + 1} of {phase}: {error}") from error
 
     def trained(self, phase: str) -> dict[str, Any]:
         """The state in which a training phase ended."""
@@ -268,38 +313,39 @@ class _Road:
         plan = search_precision(
             student, self.goal, self.held, budget=self.budget, refine=self.refine, progress=self.progress
         )
-        plan.save(self.folder.path / "plan.json")
+        write_atomically(self.folder.path / "plan.json", plan.save)
         return {"plan": plan.to_json()}
 
     def convert(self, student: nn.Module, plan: Plan, path: Path) -> dict[str, Any]:
         save(extract(student, plan), path)
-        return {"plan": str(plan)}
+        return {"file_bytes": path.stat().st_size}
 
     def report(self, student: nn.Module, final: nn.Module, plan: Plan) -> dict[str, Any]:
         """Also what the student was before its finetune: at every precision, and at the plan."""
         before = copy.deepcopy(student)
         before.load_state_dict(self.trained("distil")["student"])
-        choices = {str(config): extract(before, config) for config in precisions(before)}
-        students = {"float": self.model, **choices, "plan, not finetuned": extract(before, plan), "compressed": final}
-        teachers = {} if self.teacher is None else {"teacher": self.teacher}
-        found = evaluate({**teachers, **students}, self.goal, self.held)
-        budget = {name: value for name, value in asdict(self.budget).items() if value is not None}
-        predicted = {name: getattr(plan, name) for name in ("size_bytes", "latency_ms", "average_bits")}
+        choices = {short_name(config): extract(before, config) for config in precisions(before)}
+        models = {"float": self.model, **choices, "plan, not finetuned": extract(before, plan), "compressed": final}
+        if self.teacher is not None:
+            cached = isinstance(self.teacher, CachedTeacher)  # then its own time is wanted, not the cache's
+            models["teacher"] = self.teacher.get_submodule("teacher") if cached else self.teacher
+        found = evaluate(models, self.goal, self.held)
         report = CompressionReport(
             samples=count_samples(self.model, self.held),
             teacher=found.get("teacher"),
             before=found["float"],
-            searched=found["plan, not finetuned"],
+            searched=replace(found["plan, not finetuned"], latency_ms=found["compressed"].latency_ms),  # same kernels
             after=found["compressed"],
             choices=[found[name] for name in choices],
-            layers=describe_layers(final, self.model, self.held[0]),
+            layers=describe_layers(final, float_copy(student), self.held[0]),
             training=[Training(phase, self.folder.result(phase)["losses"]) for phase in ("distil", "finetune")],
-            budget=budget,
-            predicted=predicted,
+            budget={name: value for name, value in asdict(self.budget).items() if value is not None},
+            predicted={name: getattr(plan, name) for name in ("size_bytes", "latency_ms", "average_bits")},
+            file_bytes=self.folder.result("convert")["file_bytes"],
             seconds=dict(self.seconds),
         )
-        report.save_json(self.folder.path / "report.json")
-        report.save_html(self.folder.path / "report.html")
+        write_atomically(self.folder.path / "report.json", report.save_json)
+        write_atomically(self.folder.path / "report.html", report.save_html)
         return {"report": report.to_json()}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kdq.configs import Config, LayerConfigs, config_from_json, config_to_json, normalize
+from kdq.configs import Config, LayerConfigs, config_from_json, config_to_json, normalize, short_name
 from kdq.search.budget import Budget
+from kdq.search.solve import Limit, solve
 
 FORMAT_VERSION = 1
 
@@ -146,6 +147,39 @@ class Plan(LayerConfigs):
             layers[known[name]] = layers[known[name]].with_config(config)
         return replace(self, layers=tuple(layers), measured_distance=None)
 
+    def under(self, budget: Budget) -> Plan:
+        """The plan of least predicted distance under another budget, from the stored table: nothing is measured anew.
+
+        Raises:
+            ValueError: no choice meets the budget; the message names the smallest value that can be reached.
+        """
+        choice = solve(
+            [[o.sensitivity for o in layer.options] for layer in self.layers],
+            [[o.size_bytes for o in layer.options] for layer in self.layers],
+            self._limits(budget),
+        )
+        layers = tuple(replace(layer, chosen=index) for layer, index in zip(self.layers, choice, strict=True))
+        return replace(self, layers=layers, measured_distance=None, budget=budget)
+
+    def meets(self, budget: Budget) -> bool:
+        """Whether the predicted costs are within the budget."""
+        choice = [layer.chosen for layer in self.layers]
+        return all(limit.total(choice) <= limit.bound + limit.slack for limit in self._limits(budget))
+
+    def _limits(self, budget: Budget) -> list[Limit]:
+        limits = []
+        if budget.latency_ms is not None:
+            times = [[o.latency_ms for o in layer.options] for layer in self.layers]
+            limits.append(Limit("latency_ms", times, budget.latency_ms, self.fixed_ms))
+        if budget.size_bytes is not None:
+            sizes = [[o.size_bytes for o in layer.options] for layer in self.layers]
+            limits.append(Limit("size_bytes", sizes, budget.size_bytes, self.fixed_bytes))
+        if budget.average_bits is not None:
+            weights = sum(layer.weights for layer in self.layers)
+            bits = [[o.weight_bits * layer.weights / weights for o in layer.options] for layer in self.layers]
+            limits.append(Limit("average_bits", bits, budget.average_bits))
+        return limits
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, ready for json.dumps; `from_json` gives an equal plan."""
         data = asdict(self)
@@ -198,7 +232,7 @@ class Plan(LayerConfigs):
             option = layer.option
             shape = (layer.in_features, layer.out_features, layer.rows, layer.calls)
             costs = (f"{option.size_bytes:,}", f"{option.latency_ms:.4f}", f"{option.sensitivity:.3g}")
-            table.add_row(", ".join(layer.names), *map(str, shape), precision_name(option.config), *costs)
+            table.add_row(", ".join(layer.names), *map(str, shape), short_name(option.config), *costs)
         table.add_section()
         table.add_row("the rest", "", "", "", "", "", f"{self.fixed_bytes:,}", f"{self.fixed_ms:.4f}", "")
         table.add_row("total", "", "", "", "", "", f"{self.size_bytes:,}", f"{self.latency_ms:.4f}", "", style="bold")

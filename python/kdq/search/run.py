@@ -19,7 +19,6 @@ from kdq.search.cost import input_rows, layer_bytes, measure, tensor_bytes, weig
 from kdq.search.plan import Option, Plan, PlannedLayer
 from kdq.search.precision import BuiltLayers, Precision, SwitchableLayers, all_at, unfused
 from kdq.search.sensitivity import SENSITIVITIES, Distance, Sensitivity, Table, finite, increases, weight_noise
-from kdq.search.solve import Limit, solve
 from kdq.switch import float_copy, precisions
 
 CANDIDATES: tuple[Config | None, ...] = (
@@ -45,9 +44,10 @@ def search_precision(
 ) -> Plan:
     """Chooses a precision for every linear layer: the least distance to the teacher that the budget allows.
 
-    One layer at a time is set to each candidate while the others stay in float; the increases of the distance are
-    taken to add up, and an integer programme chooses (as in Dong et al.: HAWQ-V2, 2020, with measured increases in
-    place of Hessian traces). At few bits they do not quite add up: `refine` measures them again around the plan chosen.
+    One layer at a time is set to each candidate while the others stay in float (a switchable student has no float form:
+    at its widest precision); the increases of the distance are taken to add up, and an integer programme chooses (as in
+    Dong et al.: HAWQ-V2, 2020, with measured increases in place of Hessian traces). At few bits they do not quite add
+    up: `refine` measures them again around the plan chosen.
 
     The student ends as it was. All of the loader's batches are kept in memory. Without a latency budget the result is
     deterministic; times are those of this machine, at this number of threads, on the loader's first batch.
@@ -78,6 +78,8 @@ def search_precision(
     switchable = precision is None and any(isinstance(module, SwitchableLinear) for module in student.modules())
     if candidates is None:
         candidates = precisions(student) if switchable else CANDIDATES
+    if switchable and None in candidates:
+        raise ValueError("candidates: a switchable student has no float form; leave None out")
     options = _checked(candidates, sensitivity, refine, rounds)
     batches = list(loader)
     if not batches:
@@ -88,7 +90,7 @@ def search_precision(
         distance = None
         if sensitivity != "weight_sqnr":
             distance = Distance(student, teacher, parsed, "kl" if sensitivity == "teacher_kl" else "label")
-            finite(distance(), "the float student")  # before layers are built: it shows outputs that do not match
+            finite(distance(), "the student as it is")  # before layers are built: it shows outputs that do not match
         costed = float_copy(student).eval() if switchable else student
         with unfused(costed):
             built = BuiltLayers(costed, batches) if precision is None else precision
@@ -132,7 +134,7 @@ class _Search:
     ) -> None:
         self.precision, self.candidates, self.budget, self.sensitivity = precision, candidates, budget, sensitivity
         self.aliases: dict[str, tuple[str, ...]] = {}
-        self.linears = built.layers
+        self.linears = {name: linear for name, linear in built.layers.items() if name in precision.layers}
         for linear in self.linears.values():
             same = tuple(n for n, other in self.linears.items() if other is linear)
             self.aliases[same[0]] = same
@@ -172,34 +174,15 @@ class _Search:
             replace(layer, options=tuple(replace(o, sensitivity=table[name][o.config]) for o in layer.options))
             for name, layer in zip(self.names, self.layers, strict=True)
         ]
-        choice = solve(
-            [[o.sensitivity for o in layer.options] for layer in layers],
-            [[o.size_bytes for o in layer.options] for layer in layers],
-            self._limits(),
-        )
-        return Plan(
-            layers=tuple(replace(layer, chosen=index) for layer, index in zip(layers, choice, strict=True)),
+        costed = Plan(
+            layers=tuple(layers),
             fixed_bytes=self.fixed_bytes,
             fixed_ms=self.fixed_ms,
             base_distance=base,
-            measured_distance=measured,
+            measured_distance=None,
             sensitivity=self.sensitivity,
-            budget=self.budget,
         )
-
-    def _limits(self) -> list[Limit]:
-        budget, limits = self.budget, []
-        if budget.latency_ms is not None:
-            times = [[o.latency_ms for o in layer.options] for layer in self.layers]
-            limits.append(Limit("latency_ms", times, budget.latency_ms, self.fixed_ms))
-        if budget.size_bytes is not None:
-            sizes = [[o.size_bytes for o in layer.options] for layer in self.layers]
-            limits.append(Limit("size_bytes", sizes, budget.size_bytes, self.fixed_bytes))
-        if budget.average_bits is not None:
-            weights = sum(layer.weights for layer in self.layers)
-            bits = [[o.weight_bits * layer.weights / weights for o in layer.options] for layer in self.layers]
-            limits.append(Limit("average_bits", bits, budget.average_bits))
-        return limits
+        return replace(costed.under(self.budget), measured_distance=measured)
 
     def by_distance(self, distance: Distance, refine: int, step: Callable[[], Any]) -> Plan:
         """Solves with the increases around the float model (a switchable one at its widest precision). Then `refine`
@@ -208,8 +191,8 @@ class _Search:
         table, base = self._around(dict.fromkeys(self.names, self.precision.base), distance, step)
         best = self._measure(self.plan(table, base, None), distance)
         if refine:
-            uniform = [self._uniform(best, config) for config in self.candidates if config is not None]
-            best = min([best, *(self._measure(p, distance) for p in uniform if self._affordable(p))], key=_measured)
+            uniform = [best.replace(dict.fromkeys(self.names, config)) for config in self.candidates]
+            best = min([best, *(self._measure(p, distance) for p in uniform if p.meets(self.budget))], key=_measured)
         for _ in range(refine):
             around = {layer.names[0]: layer.option.config for layer in best.layers}
             table, base = self._around(around, distance, step)
@@ -231,13 +214,6 @@ class _Search:
         """The plan with its measured distance."""
         with all_at(self.precision, {layer.names[0]: layer.option.config for layer in plan.layers}):
             return replace(plan, measured_distance=finite(distance(), "the student at the plan's precisions"))
-
-    def _uniform(self, plan: Plan, config: Config) -> Plan:
-        return plan.replace(dict.fromkeys(self.names, config))
-
-    def _affordable(self, plan: Plan) -> bool:
-        choice = [layer.chosen for layer in plan.layers]
-        return all(limit.total(choice) <= limit.bound + limit.slack for limit in self._limits())
 
 
 def _measured(plan: Plan) -> float:

@@ -41,12 +41,13 @@ def latency_section() -> str:
     torch.manual_seed(0)
     rows, errors = [], []
     for name, (model, x) in models().items():
-        search = partial(search_precision, model.eval(), model, [x], candidates=CANDIDATES, progress=False)
-        slow = search(budget=Budget(average_bits=32.0))
-        fastest = slow.fixed_ms + sum(min(o.latency_ms for o in layer.options) for layer in slow.layers)
-        in_float = slow.fixed_ms + sum(layer.options[0].latency_ms for layer in slow.layers)
+        costs = search_precision(
+            model.eval(), model, [x], budget=Budget(average_bits=32.0), candidates=CANDIDATES, progress=False
+        )
+        fastest = costs.fixed_ms + sum(min(o.latency_ms for o in layer.options) for layer in costs.layers)
+        in_float = costs.fixed_ms + sum(layer.options[0].latency_ms for layer in costs.layers)
         for share in SHARES:
-            plan = search(budget=Budget(latency_ms=1.02 * (fastest + share * (in_float - fastest))))
+            plan = costs.under(Budget(latency_ms=1.001 * (fastest + share * (in_float - fastest))))
             converted = copy.deepcopy(model)
             quantize_(converted, plan, calibration=[x])
             measured = measured_ms(converted, x)

@@ -45,8 +45,8 @@ class Task:
 
     Attributes:
         split: the data of a seed.
-        teacher, student, deep: untrained models, from torch's global generator; `deep` is a student of more layers,
-            among which a plan can choose.
+        teacher, student, deep: untrained models, from torch's global generator; `deep` is a student whose five layers
+            differ in size, so that a plan can choose among them: narrow, wide, narrow.
         batch: rows of a batch.
         teacher_epochs, student_epochs: passes that train the two in float; over all data and over the labelled.
     """
@@ -101,7 +101,7 @@ DIGITS = Task(
     split=split_digits,
     teacher=lambda: mlp(nn.Identity(), [64, 256, 256, 10], dropout=0.2),
     student=lambda: mlp(nn.Identity(), [64, 32, 32, 10]),
-    deep=lambda: mlp(nn.Identity(), [64, 64, 32, 48, 24, 10]),
+    deep=lambda: mlp(nn.Identity(), [64, 24, 128, 128, 24, 10]),
     batch=50,
     teacher_epochs=30,
     student_epochs=100,
@@ -159,7 +159,7 @@ TEXT = Task(
     split=split_text,
     teacher=lambda: mlp(embedding(24), [CONTEXT * 24, 384, 384, CLASSES], dropout=0.1),
     student=lambda: mlp(embedding(16), [CONTEXT * 16, 96, 96, CLASSES]),
-    deep=lambda: mlp(embedding(16), [CONTEXT * 16, 128, 64, 96, 64, CLASSES]),
+    deep=lambda: mlp(embedding(16), [CONTEXT * 16, 48, 256, 256, 48, CLASSES]),
     batch=100,
     teacher_epochs=4,
     student_epochs=30,
