@@ -20,6 +20,7 @@ from kdq.losses import (
 )
 from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
 from kdq.phases import Phase, qkd_phases
+from kdq.planning import ConversionReport
 from kdq.progressive import lower_precision_
 from kdq.ptq import (
     ToolReport,
@@ -30,7 +31,7 @@ from kdq.ptq import (
     reestimate_batch_norm_,
     smooth_,
 )
-from kdq.quantize import ConversionReport, convert_, prepare_qat_, prepare_switchable_, quantize_
+from kdq.quantize import convert_, prepare_qat_, prepare_switchable_, quantize_
 from kdq.reporting import Report, report
 from kdq.search import Budget, Plan, Precision, search_precision
 from kdq.switch import extract, precision_of, precisions, set_precision_

@@ -10,7 +10,7 @@ The losses are in `kdq.losses`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +22,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdq.layers.base import fused_activation
+from kdq.layers.qat import QATLinear
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
+from kdq.losses.features import make_adapters
 from kdq.observe import Batch, captured_outputs, check_same_shape, device_of, evaluating, find_layer, parse_batch
 from kdq.phases import Phase
-from kdq.progressive import lower_precision_
+from kdq.progressive import lower_precision_, plan_lower_precision
 from kdq.teacher_cache import CachedTeacher
-from kdq.training import Loop, Steps, progress_bar, training
+from kdq.training import Loop, check_count, progress_bar, training
 from kdq.validation import BestWeights, Validation, validate
 
 __all__ = ["Distiller", "Hint", "History", "SoftTargets", "mean_kl"]
@@ -152,9 +154,11 @@ class Distiller:
             module.load_state_dict(state[name])
 
     def prepare(self, batch: Any) -> None:
-        """Makes the adapters from the shapes that one batch shows. Nothing is trained, no statistics change."""
+        """Makes the adapters from the shapes that one batch shows. Nothing is trained, no statistics change; activation
+        grids that have seen no batch yet start from this one."""
+        parsed = parse_batch(batch, device_of(self.student))
         with torch.no_grad(), evaluating(self.student, self.teacher):
-            self.loss(batch)
+            self._compare(parsed, *self._run_teacher(parsed))
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -176,7 +180,7 @@ class Distiller:
         if teacher is None:
             teacher = student.detach()  # nobody reads it
         check_same_shape(student, teacher)
-        self._make_adapters(learned, taught)
+        self._see_features(learned, taught)
         terms = [student[:0].sum()]
         for i, term in enumerate(self.losses):
             weight = term.at(self.progress)
@@ -202,27 +206,17 @@ class Distiller:
         ):
             return batch.logits(self.teacher, "teacher"), taught
 
-    def _make_adapters(self, learned: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> None:
-        for ours, theirs in self._pairs:
-            for role, name, features in (("student", ours, learned), ("teacher", theirs, taught)):
+    def _see_features(self, learned: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> None:
+        """Checks that all layers of the pairs gave a feature; the first features give the adapters."""
+        roles = (("student", self.student, learned, 0), ("teacher", self.teacher, taught, 1))
+        for role, model, features, side in roles:
+            for name in (pair[side] for pair in self._pairs):
                 if name not in features:
                     raise ValueError(f"{role} layer {name!r} did not run in the forward pass: it gives no feature")
-        if self._adapters_known:
-            return
-        for ours, theirs in self._pairs:
-            check_unfused(self.student, ours, "student")
-            check_unfused(self.teacher, theirs, "teacher")
-        made: dict[tuple[int, str], nn.Module] = {}
-        for i, loss in self._features.items():
-            for ours, theirs in loss.layers.items():
-                try:
-                    adapter = loss.adapter(learned[ours], taught[theirs])
-                except ValueError as error:
-                    raise ValueError(f"{type(loss).__name__} {ours!r} -> {theirs!r}: {error}") from error
-                if adapter is not None:
-                    wide = torch.promote_types(learned[ours].dtype, torch.float32)
-                    made[i, ours] = adapter.to(learned[ours].device, wide)
-        self.adapters, self._adapters_known = made, True
+                if not self._adapters_known:
+                    check_unfused(model, name, role)
+        if not self._adapters_known:
+            self.adapters, self._adapters_known = make_adapters(self._features, learned, taught), True
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -259,18 +253,21 @@ class Distiller:
 
         Raises:
             ValueError: the loader gives nothing or in one epoch more than in another, the student has nothing to train,
-                the optimizer lacks parameters of the distiller, or an argument is out of range.
+                the optimizer lacks adapters, learned scales or the teacher that trains, or an argument is out of range.
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
-        _check_fit(epochs, optimizer, scheduler, validation, patience, clip_grad_norm, accumulate)
-        if not 0 <= span[0] < span[1] <= 1:
-            raise ValueError(f"span: expected a part of 0 to 1, got {span}")
-
-        def steps_for(loss: Tensor) -> Steps:
-            return Steps(self._checked(optimizer, loss, lr), scheduler, clip_grad_norm, accumulate)
-
+        if scheduler is not None and optimizer is None:
+            raise ValueError("scheduler: it needs the optimizer that it belongs to")
+        if patience is not None:
+            check_count("patience", patience)
+            if validation is None:
+                raise ValueError("patience: it needs validation, on which the best epoch shows")
         start = time.perf_counter()
-        loop = Loop(self, loader, epochs, steps_for, span)
+
+        def optimizer_for(loss: Tensor) -> Optimizer:
+            return self._checked(optimizer, loss, lr)
+
+        loop = Loop(self, loader, epochs, optimizer_for, scheduler, clip_grad_norm, accumulate, span)
         best = BestWeights(self.student)
         losses: list[float] = []
         found: list[Validation] = []
@@ -290,8 +287,7 @@ class Distiller:
                         break
         best.put_back()
         self.progress = span[1]
-        steps = 0 if loop.steps is None else loop.steps.taken
-        return History(losses, steps, time.perf_counter() - start, found, best.epoch)
+        return History(losses, loop.steps, time.perf_counter() - start, found, best.epoch)
 
     def run(self, loader: Iterable[Any], phases: Sequence[Phase], **options: Any) -> list[History]:
         """Trains in phases, one `fit` each, with a new optimizer each; the options are those of `fit`.
@@ -302,6 +298,9 @@ class Distiller:
         if "optimizer" in options or "scheduler" in options:
             raise ValueError("options: each phase makes its own optimizer; call fit for one of yours")
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
+        for phase in phases:
+            if phase.config is not None:
+                plan_lower_precision(self.student, phase.config)
         histories = []
         for phase, distiller in zip(phases, distillers, strict=True):
             if phase.config is not None:
@@ -332,6 +331,9 @@ class Distiller:
                 "optimizer: it lacks the adapters of the feature losses; call distiller.prepare(batch), then make it "
                 "from distiller.parameters()"
             )
+        if self.train_teacher and not any(id(p) in trained for p in self.teacher.parameters()):
+            raise ValueError("optimizer: it lacks the teacher's parameters; make it from distiller.parameters()")
+        check_scales_train(self.student, trained)
         return optimizer
 
 
@@ -341,24 +343,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _check_fit(
-    epochs: int,
-    optimizer: Optimizer | None,
-    scheduler: LRScheduler | None,
-    validation: Iterable[Any] | None,
-    patience: int | None,
-    clip_grad_norm: float | None,
-    accumulate: int,
-) -> None:
-    for name, count in (("epochs", epochs), ("patience", patience), ("accumulate", accumulate)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
-    if scheduler is not None and optimizer is None:
-        raise ValueError("scheduler: it needs the optimizer that it belongs to")
-    if patience is not None and validation is None:
-        raise ValueError("patience: it needs validation, on which the best epoch shows")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ValueError(f"clip_grad_norm: expected a positive number, got {clip_grad_norm!r}")
+def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
+    """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
+    for name, module in student.named_modules():
+        # A twin within a switchable layer has a weight only while it is in use.
+        if isinstance(module, QATLinear) and id(getattr(module, "weight", None)) in trained:
+            scales = [p for p in module.parameters() if p.requires_grad and p is not module.bias]
+            if any(id(p) not in trained for p in scales):
+                raise ValueError(
+                    f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "
+                    "prepare_qat_, or freeze them by requires_grad_(False)"
+                )
 
 
 def check_unfused(model: nn.Module, name: str, role: str) -> None:

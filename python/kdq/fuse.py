@@ -38,7 +38,7 @@ def find_fusions(model: nn.Module, names: Iterable[str]) -> dict[str, Fusion]:
     """Of the named linear layers those that an activation of the kernels follows directly, and that activation.
 
     Left out are layers that the model holds in two places, of which perhaps only one has an activation behind it, and
-    whatever has hooks, which would see other values.
+    activations that are watched or changed (`has_own_code`).
     """
     places: dict[int, set[tuple[int, str]]] = {}
     for parent in model.modules():
@@ -49,7 +49,7 @@ def find_fusions(model: nn.Module, names: Iterable[str]) -> dict[str, Fusion]:
         parent_name, _, key = name.rpartition(".")
         linear, parent = model.get_submodule(name), model.get_submodule(parent_name)
         fusion = _following(parent, key)
-        if fusion is not None and len(places[id(linear)]) == 1 and not _has_hooks(linear):
+        if fusion is not None and len(places[id(linear)]) == 1:
             found[name] = fusion
     return found
 
@@ -70,7 +70,7 @@ def _name_in_kernels(activation: Any) -> str | None:
     """None if the kernels do not compute this function; their GELU is the erf form."""
     if not isinstance(activation, nn.Module):
         return next((name for function, name in FUNCTIONS if function is activation), None)
-    if _has_hooks(activation) or "forward" in vars(activation):
+    if has_own_code(activation):
         return None
     if isinstance(activation, nn.GELU) and activation.approximate != "none":
         return None
@@ -82,5 +82,7 @@ def _has_code_of(module: nn.Module, cls: type[nn.Module], *methods: str) -> bool
     return all(getattr(type(module), m) is getattr(cls, m) and m not in vars(module) for m in methods)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+def has_own_code(module: nn.Module) -> bool:
+    """Whether this one module does something beside what its class does: by hooks, or by a forward that was put in."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kdq.architecture import build_architecture, describe_architecture
 from kdq.configs import config_from_json, config_to_json
-from kdq.fuse import Fusion, find_fusions
+from kdq.fuse import Fusion, find_fusions, has_own_code
 from kdq.layers.base import InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
@@ -28,7 +28,7 @@ from kdq.layers.qat import QATLinear
 from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
-FORMAT_VERSION = 2  # 2: a layer may have an activation. Files of version 1, which have none, are read as well.
+FORMAT_VERSION = 3  # 2: a layer may have an activation. 3: a layer may have two names. Older files are read as well.
 LAYERS: dict[str, Callable[..., InferenceLinear]] = {
     cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear)
 }
@@ -48,10 +48,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before "
                 "saving, or keep training checkpoints with torch.save(model.state_dict(), ...)"
             )
-    modules = model.named_modules(remove_duplicate=False)  # a shared layer is written under each of its names
     info = {
         "version": FORMAT_VERSION,
-        "layers": {name: _describe_layer(module) for name, module in modules if isinstance(module, InferenceLinear)},
+        "layers": _describe_layers(model),
         "architecture": describe_architecture(model),
     }
     # Shared tensors are written under each of their names: safetensors has no aliases.
@@ -81,7 +80,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             was.
     """
     info, tensors = _read(path)
-    layers = {name: _build_layer(path, name, data) for name, data in info["layers"].items()}
+    layers = _build_layers(path, info["layers"])
     if model is None:
         if info["architecture"] is None:
             raise ValueError(
@@ -105,6 +104,17 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     return model
 
 
+def _describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The quantization map; under its further names, a layer is only said to be `same_as` the first."""
+    described: dict[str, dict[str, Any]] = {}
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, InferenceLinear):
+            same_as = first.setdefault(id(module), name)
+            described[name] = _describe_layer(module) if same_as == name else {"same_as": same_as}
+    return described
+
+
 def _describe_layer(layer: Any) -> dict[str, Any]:
     return {
         "type": type(layer).__name__,
@@ -113,6 +123,25 @@ def _describe_layer(layer: Any) -> dict[str, Any]:
         "bias": layer.bias is not None,
         "config": config_to_json(layer.config),
     } | ({} if layer.activation is None else {"activation": layer.activation})
+
+
+def _build_layers(path: str | os.PathLike[str], described: dict[str, Any]) -> dict[str, InferenceLinear]:
+    """The layers by name, still without their tensors; one under several names is built once.
+
+    Raises:
+        ValueError: a description is not valid.
+    """
+    layers: dict[str, InferenceLinear] = {}
+    for name, data in described.items():
+        if not (isinstance(data, dict) and "same_as" in data):
+            layers[name] = _build_layer(path, name, data)
+        elif data["same_as"] in layers:
+            layers[name] = layers[data["same_as"]]
+        else:
+            raise ValueError(
+                f"{path}: layer {name!r} is said to be the same as {data['same_as']!r}, which is not there"
+            )
+    return layers
 
 
 def _build_layer(path: str | os.PathLike[str], name: str, data: dict[str, Any]) -> InferenceLinear:
@@ -152,6 +181,10 @@ def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, laye
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"{path}: has a layer {name!r}, which the model lacks") from error
+    if has_own_code(module):
+        raise ValueError(
+            f"{path}: the model's layer {name!r} has hooks, which the new one would lack; remove them first"
+        )
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if name == "" or features != (layer.in_features, layer.out_features):
         raise ValueError(

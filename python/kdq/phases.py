@@ -58,6 +58,8 @@ def qkd_phases(
         lr: of all three.
         config: precision from the first phase on; None: as the student is prepared.
     """
+    if len(epochs) != 3:
+        raise ValueError(f"epochs: expected those of the three phases, got {epochs!r}")
     together = (CrossEntropy(), SoftTargets(T=T))
     return [
         Phase("self-study", epochs[0], (CrossEntropy(),), lr, config),

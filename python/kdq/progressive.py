@@ -7,7 +7,9 @@ from torch import nn
 
 from kdq.configs import ConfigMap
 from kdq.layers.qat import QATLinear
-from kdq.quantize import ConversionReport, _plan, _Target, _training_twin
+from kdq.layers.switchable import SwitchableLinear
+from kdq.planning import ConversionReport, LayerPlan, Target, plan_layers
+from kdq.quantize import training_twin
 
 
 def lower_precision_(student: nn.Module, config: ConfigMap) -> ConversionReport:
@@ -24,20 +26,29 @@ def lower_precision_(student: nn.Module, config: ConfigMap) -> ConversionReport:
 
     Raises:
         TypeError: config is not one of kdq's.
-        ValueError: the student has no training twin that config is for, or a weight is not finite.
+        ValueError: the student has no training twin that config is for, one of them is switchable or has hooks, or a
+            weight is not finite.
     """
-    plan = _plan(student, config, None, _why_not_twin)
+    return plan_lower_precision(student, config).carry_out(student, _rebuilt)
+
+
+def plan_lower_precision(student: nn.Module, config: ConfigMap) -> LayerPlan:
+    """What `lower_precision_` would do, and its errors but for that of the weights."""
+    plan = plan_layers(student, config, None, _why_not_twin)
+    for name, target in plan.chosen.items():
+        if isinstance(target.module, SwitchableLinear):
+            raise ValueError(f"student: {name!r} holds its precisions already; choose one with set_precision_")
     if not plan.chosen:
         raise ValueError("student: expected a training twin that config is for; call prepare_qat_ first")
-    return plan.carry_out(student, _rebuilt)
+    return plan
 
 
 def _why_not_twin(module: nn.Module) -> str | None:
     return None if isinstance(module, QATLinear) else "not prepared by prepare_qat_"
 
 
-def _rebuilt(_name: str, target: _Target) -> nn.Module:
+def _rebuilt(_name: str, target: Target) -> nn.Module:
     linear = target.module.to_float()
     if not torch.isfinite(linear.weight).all():
         raise ValueError("its weight contains NaN or inf; nothing was changed")
-    return _training_twin(linear, target.config)
+    return training_twin(linear, target.config)

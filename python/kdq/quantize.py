@@ -1,25 +1,18 @@
 """quantize_, prepare_qat_, prepare_switchable_, convert_: replace a model's layers, in place and all or nothing.
 
-Each call first decides about every layer and activation and builds all replacements; only then does it touch the model.
-An error on the way leaves the model as it was.
+Each says what becomes of which layer; `kdq.planning` decides and replaces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
-from torch.nn.utils import parametrize
 
 from kdq.calibrate import observe_inputs
-from kdq.configs import Binary, Config, ConfigMap, Int8Dynamic, Int8Static, LayerConfigs, LowBit, config_for, normalize
-from kdq.fuse import find_fusions
-from kdq.layers.base import InferenceLinear, PackedInt8Linear
+from kdq.configs import Binary, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit, normalize
+from kdq.layers.base import InferenceLinear
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
@@ -27,38 +20,9 @@ from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATL
 from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
 from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
 from kdq.observers import DEFAULT_OBSERVER, Observer, ObserverState, check_observer
-from kdq.transformer import run_layers_of_transformers
+from kdq.planning import ConversionReport, FilterFn, LayerPlan, Target, plan_layers, why_not_linear
 
 SWITCHABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
-FilterFn = Callable[[nn.Module, str], bool]
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a call did with every leaf module that has weights: changed (name -> config) or left (name -> reason).
-
-    fused: the changed layers that compute the activation behind them too (name -> "relu", "gelu" or "silu").
-    """
-
-    changed: dict[str, Config] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    fused: dict[str, str] = field(default_factory=dict)
-
-    def __rich__(self) -> Table:
-        title = f"{len(self.changed)} changed, {len(self.fused)} with their activation, {len(self.left)} left"
-        table = Table("module", "result", title=title)
-        for name, config in self.changed.items():
-            activation = f" + {self.fused[name]}" if name in self.fused else ""
-            table.add_row(name, f"{config}{activation}", style="bold")
-        for name, reason in self.left.items():
-            table.add_row(name or "(the model)", f"left: {reason}")
-        return table
-
-    def __str__(self) -> str:
-        console = Console(width=110)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 def quantize_(
@@ -87,14 +51,15 @@ def quantize_(
         fuse_activations: False leaves every activation where it is.
 
     Returns:
-        What was changed and fused, and what was left and why.
+        What was changed and fused, and what was left and why. Layers that have hooks are left: the new layer would not
+        have them.
 
     Raises:
         TypeError: config or observer is not one of kdq's.
         ValueError: calibration is missing or empty, a config's method is one of training, a weight is not finite, or
             the model itself is the only linear layer.
     """
-    plan = _plan(model, config, filter_fn, why_not_linear)
+    plan = plan_layers(model, config, filter_fn, why_not_linear)
     static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
     check_observer(observer)
     check_post_training(plan)
@@ -119,8 +84,8 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
     Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first
     batch.
     """
-    plan = _plan(model, config, filter_fn, why_not_linear)
-    return plan.carry_out(model, lambda _, p: _training_twin(p.module, p.config))
+    plan = plan_layers(model, config, filter_fn, why_not_linear)
+    return plan.carry_out(model, lambda _, p: training_twin(p.module, p.config))
 
 
 def prepare_switchable_(
@@ -149,15 +114,15 @@ def prepare_switchable_(
     configs = tuple(normalize(config) for config in precisions)
     if len(configs) < 2 or len(set(configs)) < len(configs):
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
-    plan = _plan(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
+    plan = plan_layers(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
     linear_chosen = any(isinstance(target.module, nn.Linear) for target in plan.chosen.values())
     linear_there = any(isinstance(module, SwitchableLinear) for module in model.modules())
     if plan.chosen and not (linear_chosen or linear_there):
         raise ValueError("model: no linear layer of it becomes switchable, and its norms alone have nothing to follow")
 
-    def build(_: str, p: _Target) -> Switchable:
+    def build(_: str, p: Target) -> Switchable:
         if isinstance(p.module, nn.Linear):
-            return SwitchableLinear(p.module, {config: _training_twin(p.module, config) for config in configs})
+            return SwitchableLinear(p.module, {config: training_twin(p.module, config) for config in configs})
         return SwitchableNorm(p.module, configs)
 
     return plan.carry_out(model, build)
@@ -176,15 +141,15 @@ def convert_(
 
     Raises:
         RuntimeError: an activation scale was never initialized, because no batch went through.
-        ValueError: as for `quantize_`.
+        ValueError: as for `quantize_`, or a training twin has hooks.
     """
 
     def why_not(module: nn.Module) -> str | None:
         return None if isinstance(module, QATLinear | SwitchableNorm) else "not prepared by prepare_qat_"
 
-    prepared = _plan(model, {}, None, why_not, config_of=lambda module: module.config)
+    prepared = plan_layers(model, {}, None, why_not, config_of=lambda module: module.config)
     if plan is not None:
-        planned = _plan(model, plan, None, why_not_linear)
+        planned = plan_layers(model, plan, None, why_not_linear)
         for name, target in planned.chosen.items():
             if isinstance(target.config, Int8Static | LowBit):
                 raise ValueError(
@@ -194,7 +159,7 @@ def convert_(
         prepared.chosen.update(planned.chosen)
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
-    def build(_: str, p: _Target) -> nn.Module:
+    def build(_: str, p: Target) -> nn.Module:
         if isinstance(p.module, QATLinear | SwitchableNorm):
             return p.module.to_inference()
         return inference_layer(p.module, p.config, None)
@@ -216,7 +181,8 @@ def inference_layer(linear: Any, config: Config, observer: ObserverState | None)
     return Int8Linear.from_float(linear, config, input_grid=grid)
 
 
-def _training_twin(linear: Any, config: Config) -> QATLinear:
+def training_twin(linear: Any, config: Config) -> QATLinear:
+    """The layer that `prepare_qat_` puts in an nn.Linear's place."""
     if isinstance(config, Binary):
         return BinaryQATLinear(linear, config)
     if isinstance(config, LowBit):
@@ -224,23 +190,6 @@ def _training_twin(linear: Any, config: Config) -> QATLinear:
             return PACTQATLinear(linear, config)
         return DoReFaQATLinear(linear, config) if config.method == "dorefa" else LowBitQATLinear(linear, config)
     return Int8QATLinear(linear, config)
-
-
-def why_not_linear(module: nn.Module) -> str | None:
-    """The reason why a module cannot be quantized; None if it can."""
-    if isinstance(module, InferenceLinear | QATLinear):
-        return f"already quantized ({type(module).__name__})"
-    if not isinstance(module, nn.Linear):
-        return f"{type(module).__name__} has no quantized form"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized; remove the parametrization first"
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is a subclass of nn.Linear, whose own code might read the float weight"
-    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its weight is {module.weight.dtype}; the kernels take float32, bfloat16 and float16"
-    if module.in_features == 0 or module.out_features == 0:
-        return "it has no weights"
-    return None
 
 
 def _why_not_switchable(module: nn.Module) -> str | None:
@@ -252,16 +201,7 @@ def _why_not_switchable(module: nn.Module) -> str | None:
     return why_not_linear(module)
 
 
-def _check_weight(name: str, linear: nn.Linear) -> None:
-    """Conditions that a user must mend: raising beats leaving the layer."""
-    if linear.weight.device.type != "cpu":
-        raise ValueError(f"{name}: expected its weight on the CPU, got {linear.weight.device}; move the model first")
-    for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: its {part} contains NaN or inf; nothing was changed")
-
-
-def check_post_training(plan: _Plan) -> None:
+def check_post_training(plan: LayerPlan) -> None:
     """Raises ValueError if a config's method is one of training."""
     for name, target in plan.chosen.items():
         if isinstance(target.config, LowBit) and target.config.method != "lsq":
@@ -270,106 +210,10 @@ def check_post_training(plan: _Plan) -> None:
             )
 
 
-# ---- the whole model -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Target:
-    module: Any
-    config: Config
-
-
-@dataclass
-class _Plan:
-    chosen: dict[str, _Target] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-
-    def carry_out(
-        self, model: nn.Module, build: Callable[[str, _Target], nn.Module], fuse_activations: bool = False
-    ) -> ConversionReport:
-        """Builds every replacement, then puts them in. A module that is used under two names is built once."""
-        built: dict[int, nn.Module] = {}
-        for name, target in self.chosen.items():
-            if id(target.module) in built:
-                continue
-            try:
-                layer = build(name, target)
-            except (ValueError, RuntimeError) as error:
-                raise type(error)(f"{name}: {error}") from error
-            built[id(target.module)] = layer.train(target.module.training)
-        able = [n for n, t in self.chosen.items() if isinstance(built[id(t.module)], PackedInt8Linear)]
-        fusions = find_fusions(model, able) if fuse_activations else {}
-        for name, fusion in fusions.items():
-            cast(PackedInt8Linear, built[id(self.chosen[name].module)]).activation = fusion.activation
-            fusion.take_out()
-        for name, target in self.chosen.items():
-            parent_name, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), child, built[id(target.module)])
-        run_layers_of_transformers(model)
-        return ConversionReport(
-            {n: t.config for n, t in self.chosen.items()}, self.left, {n: f.activation for n, f in fusions.items()}
-        )
-
-
-def _plan(
-    model: nn.Module,
-    configs: ConfigMap,
-    filter_fn: FilterFn | None,
-    why_not: Callable[[nn.Module], str | None],
-    config_of: Callable[[Any], Config] | None = None,
-) -> _Plan:
-    """Decides about every leaf module. config_of overrides configs: the module says what it becomes."""
-    plan = _Plan()
-    if config_of is None:
-        config_for(configs, "")  # a wrong config is an error even where no layer would get it
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not _is_leaf(module) or _inside_layer(model, name):
-            continue
-        reason = why_not(module)
-        config = None
-        if reason is None:
-            config = config_of(module) if config_of is not None else config_for(configs, name)
-            if config is None:
-                reason = "no pattern of the config matches its name"
-            elif filter_fn is not None and not filter_fn(module, name):
-                reason = "filter_fn is false"
-        if reason is not None or config is None:
-            if next(module.parameters(), None) is not None or isinstance(module, InferenceLinear):
-                plan.left[name] = reason or ""
-            continue
-        if name == "":
-            raise ValueError(
-                f"model: the model itself is a {type(module).__name__}, which cannot be replaced in place; wrap it, "
-                "as in nn.Sequential(model)"
-            )
-        if isinstance(module, nn.Linear):
-            _check_weight(name, module)
-        plan.chosen[name] = _Target(module, config)
-    if isinstance(configs, LayerConfigs):
-        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        if lacking := [name for name in configs if name not in names]:
-            raise ValueError(f"plan: it names layers that the model lacks: {', '.join(map(repr, lacking[:5]))}")
-    return plan
-
-
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers that `quantize_` replaces when one config is given for all, by name; a shared one under each name.
 
     Raises:
         ValueError: as for `quantize_`.
     """
-    return {name: t.module for name, t in _plan(model, Int8Dynamic(), None, why_not_linear).chosen.items()}
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Linear | QATLinear | SwitchableNorm | InferenceLinear)
-        or next(module.children(), None) is None
-    )
-
-
-def _inside_layer(model: nn.Module, name: str) -> bool:
-    """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
-    parts = name.split(".")
-    above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
-    return any(isinstance(module, nn.Linear | QATLinear | SwitchableNorm) for module in above)
+    return {name: t.module for name, t in plan_layers(model, Int8Dynamic(), None, why_not_linear).chosen.items()}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from kdq.configs import Config
 from kdq.distill import Distiller
-from kdq.losses import Loss
+from kdq.losses import Loss, Weighted
 from kdq.observe import device_of, parse_batch
+from kdq.phases import Phase
 from kdq.switch import keeping_precision, precisions, set_precision_
 
 
@@ -25,7 +26,7 @@ class SwitchableDistiller(Distiller):
     A step runs the widest precision, the narrowest, and some random ones between them (the sandwich rule: Yu, Huang:
     Universally Slimmable Networks, 2019), sums their losses and takes one optimizer step. Recursively distilled, the
     widest learns from the teacher, and each narrower one from the logits of the next wider one that the step ran
-    (Yu, Li, Shi, Wen, Shen: Any-Precision Deep Neural Networks, 2021). Labels and hints are the same for all.
+    (Yu, Li, Shi, Huang, Hua: Any-Precision Deep Neural Networks, 2021). Labels and hints are the same for all.
 
     `loss(batch)` is such a step's loss, `fit` and everything else is as in `Distiller`. Each call of `loss` draws anew,
     and leaves the student at the precision that it found, so that activations cannot be recomputed in the backward pass
@@ -47,7 +48,7 @@ class SwitchableDistiller(Distiller):
         self,
         teacher: nn.Module,
         student: nn.Module,
-        losses: Sequence[Loss],
+        losses: Sequence[Loss | Weighted],
         *,
         sandwich: int = 1,
         recursive: bool = True,
@@ -82,3 +83,17 @@ class SwitchableDistiller(Distiller):
                 if self.recursive:
                     goal = logits.detach()
         return torch.stack(terms).sum()
+
+    def _for_phase(self, phase: Phase) -> Distiller:
+        if phase.config is not None or phase.train_teacher:
+            raise ValueError(
+                f"phases: {phase.name!r} has a config or train_teacher, which a SwitchableDistiller does not take: its "
+                "student holds all precisions at once, and its teacher is frozen"
+            )
+        if phase.losses is None:
+            return self
+        other = SwitchableDistiller(
+            self.teacher, self.student, phase.losses, sandwich=self.sandwich, recursive=self.recursive
+        )
+        other.generator = self.generator
+        return other

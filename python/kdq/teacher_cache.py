@@ -182,7 +182,8 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stamp(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight is written to; cheap, where the fingerprint reads them all."""
+def _stamp(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    """Changes whenever a weight is written to (but through `.data`), turned to another dtype or moved; cheap, where the
+    fingerprint reads them all."""
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
+    return tuple((id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors)

@@ -20,60 +20,40 @@ if TYPE_CHECKING:
     from kdq.distill import Distiller
 
 
-class Steps:
-    """Takes a step every `accumulate` losses, on the mean of their gradients."""
-
-    def __init__(
-        self, optimizer: Optimizer, scheduler: LRScheduler | None, clip_grad_norm: float | None, accumulate: int
-    ) -> None:
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.clip_grad_norm = clip_grad_norm
-        self.accumulate = accumulate
-        self.pending = 0
-        self.taken = 0
-        optimizer.zero_grad()
-
-    def add(self, loss: Tensor) -> None:
-        """Adds the gradients of one batch's loss."""
-        loss.backward()
-        self.pending += 1
-        if self.pending == self.accumulate:
-            self.step()
-
-    def step(self) -> None:
-        """Takes the step of what has been added, if anything has."""
-        if self.pending == 0:
-            return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.pending > 1:
-            for parameter in parameters:
-                parameter.grad.div_(self.pending)
-        if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.pending = 0
-        self.taken += 1
-
-
 @dataclass
 class Loop:
-    """Epochs of a distiller over a loader, which are the part `span` of its whole training. `batches` is how many an
-    epoch has, once that is known."""
+    """Epochs of a distiller over a loader, which are the part `span` of its whole training.
+
+    Args:
+        optimizer_for: gives the optimizer once the first loss has shown what there is to train.
+        accumulate: a step is taken every so many batches, on the mean of their gradients, and at the end of an epoch.
+
+    Attributes:
+        batches: of an epoch, once that is known.
+        steps: that the optimizer took.
+    """
 
     distiller: Distiller
     loader: Iterable[Any]
     epochs: int
-    steps_for: Callable[[Tensor], Steps]  # made once the first loss has shown what there is to train
+    optimizer_for: Callable[[Tensor], Optimizer]
+    scheduler: LRScheduler | None = None
+    clip_grad_norm: float | None = None
+    accumulate: int = 1
     span: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        check_count("epochs", self.epochs)
+        check_count("accumulate", self.accumulate)
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm: expected a positive number, got {self.clip_grad_norm!r}")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"span: expected a part of 0 to 1, got {self.span}")
         self.batches = len(self.loader) if isinstance(self.loader, Sized) else None
         self.first_epoch: int | None = None
-        self.steps: Steps | None = None
+        self.optimizer: Optimizer | None = None
+        self.pending = 0  # batches whose gradients wait for a step
+        self.steps = 0
 
     def epoch(self, epoch: int, advance: Callable[[float], None]) -> float:
         """Trains on all batches once; returns the mean loss. `advance` is told each.
@@ -87,17 +67,22 @@ class Loop:
             for batch in self.loader:
                 self.distiller.progress = self._progress(epoch, len(losses))
                 loss = self.distiller.loss(batch)
-                if self.steps is None:
-                    self.steps = self.steps_for(loss)
+                if self.optimizer is None:
+                    self.optimizer = self.optimizer_for(loss)
+                    self.optimizer.zero_grad()
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     where = f"step {len(losses)}" if self.epochs == 1 else f"epoch {epoch + 1}, step {len(losses)}"
                     raise RuntimeError(f"the loss is {losses[-1]} at {where}: lower the learning rate, check the data")
-                self.steps.add(loss)
+                loss.backward()
+                self.pending += 1
+                if self.pending == self.accumulate:
+                    self._step(self.optimizer)
                 advance(losses[-1])
-        if not losses or self.steps is None:
+        if not losses or self.optimizer is None:
             raise ValueError(f"loader: it gave no batch in epoch {epoch + 1} (an iterator can be used only once)")
-        self.steps.step()
+        if self.pending:
+            self._step(self.optimizer)
         if self.first_epoch is None:
             self.batches = self.first_epoch = len(losses)
         if len(losses) != self.first_epoch:
@@ -106,6 +91,22 @@ class Loop:
                 f"{epoch + 1}"
             )
         return sum(losses) / len(losses)
+
+    def _step(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.pending > 1:
+            for parameter in parameters:
+                parameter.grad.div_(self.pending)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        optimizer.zero_grad()
+        # Where a user's autocast is around all of it, the rounded weights of before would be used for ever.
+        torch.clear_autocast_cache()
+        self.pending = 0
+        self.steps += 1
 
     def _progress(self, epoch: int, batch: int) -> float:
         within = min(batch / self.batches, 1.0) if self.batches else 0.0
@@ -122,6 +123,11 @@ def _watched(teacher: nn.Module, repeats: bool) -> Iterator[None]:
     for cache, (hits, misses) in zip(caches, before, strict=True):
         if repeats:
             cache.judge(cache.hits - hits, cache.misses - misses)
+
+
+def check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {count}")
 
 
 @contextmanager

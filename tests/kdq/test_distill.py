@@ -11,15 +11,7 @@ from torch import Tensor, nn
 import kdq
 from kdq.losses import Linear, Step
 from kdq.validation import validate
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(width: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 4))
+from small_models import mlp, randn
 
 
 def test_hint_learns_through_a_regressor() -> None:
@@ -172,6 +164,27 @@ def test_feature_losses_train_through_the_distiller(loss: Any) -> None:
     assert len(list(distiller.own_parameters())) == heads
 
 
+@pytest.mark.parametrize("prepare", ["prepare_qat_", "prepare_switchable_"])
+def test_an_optimizer_of_before_the_preparation_is_refused(prepare: str) -> None:
+    student = mlp(3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    low = kdq.LowBit(weight_bits=2, act_bits=4)
+    getattr(kdq, prepare)(student, low if prepare == "prepare_qat_" else [low, kdq.Binary()])
+    distiller = kdq.Distiller(mlp(3), student, [kdq.SoftTargets()])
+    with pytest.raises(ValueError, match="optimizer: it has the weight of '0', but not all of its learned scales"):
+        distiller.fit([randn(2, 6)], 1, optimizer, progress=False)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.endswith(("weight", "bias")))
+    distiller.fit([randn(2, 6)], 1, optimizer, progress=False)
+
+
+def test_an_optimizer_without_the_teacher_that_trains_is_refused() -> None:
+    student = mlp(3)
+    distiller = kdq.Distiller(mlp(3), student, [kdq.SoftTargets()], train_teacher=True)
+    with pytest.raises(ValueError, match="optimizer: it lacks the teacher"):
+        distiller.fit([randn(2, 6)], 1, torch.optim.SGD(student.parameters(), lr=0.1), progress=False)
+
+
 def test_an_optimizer_without_the_adapters_is_refused() -> None:
     distiller = kdq.Distiller(mlp(16), mlp(5, seed=1), [kdq.Hint({"0": "0"})])
     with pytest.raises(RuntimeError, match="prepare"):
@@ -196,6 +209,21 @@ def test_accumulated_batches_are_one_step_of_their_mean() -> None:
         assert history.steps == 2
     for a, b in zip(*(s.parameters() for s in students), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_autocast_may_be_around_the_whole_fit() -> None:
+    """It keeps rounded weights until it ends: unless they are dropped, the student would stand still."""
+    histories = []
+    for outside in (True, False):
+        student = mlp(12, seed=1)
+        distiller = kdq.Distiller(mlp(16), student, [kdq.SoftTargets()])
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            history = distiller.fit([randn(32, 6)], 20, lr=1e-2, validation=[randn(32, 6)], progress=False)
+        histories.append(history)
+    rounded, plain = histories
+    assert plain.losses[-1] < 0.5 * plain.losses[0]
+    assert rounded.losses == pytest.approx(plain.losses, rel=0.1)
+    assert rounded.validation[-1].teacher_kl == pytest.approx(plain.validation[-1].teacher_kl, rel=0.1)
 
 
 def test_gradients_are_clipped_together() -> None:

@@ -185,7 +185,6 @@ def own_forward() -> nn.Module:
         lambda: nn.Sequential(nn.ReLU(), nn.Linear(19, 5)),
         lambda: nn.ModuleList([nn.Linear(19, 5), nn.ReLU()]),
         shared_linear,
-        lambda: hooked(0, "register_forward_hook"),
         lambda: hooked(1, "register_forward_hook"),
         lambda: hooked(1, "register_forward_pre_hook"),
         lambda: hooked(1, "register_full_backward_hook"),

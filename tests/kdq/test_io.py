@@ -73,6 +73,50 @@ def test_models_with_code_need_the_architecture(tmp_path: Path) -> None:
     assert torch.equal(kdq.load(tmp_path / "m", Custom())(X), m(X))
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model()
+        self.outer = nn.ModuleList([self.inner, self.inner[1]])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.outer[0](x) + self.outer[1](x)[:, :5]
+        return y
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_layer_under_several_names_stays_one(config: Config, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(19, 19)
+    m = nn.Sequential(linear, nn.Tanh(), nn.Sequential(linear)).eval()
+    kdq.quantize_(m, config, calibration=[X])
+    kdq.save(m, tmp_path / "m")
+    shared = nn.Linear(19, 19)
+    for into in (
+        None,
+        nn.Sequential(shared, nn.Tanh(), nn.Sequential(shared)),
+        nn.Sequential(nn.Linear(19, 19), nn.Tanh(), nn.Sequential(nn.Linear(19, 19))),
+    ):
+        loaded: Any = kdq.load(tmp_path / "m", into)
+        assert torch.equal(loaded(X), m(X))
+        assert loaded[0] is loaded[2][0]
+    tied = Tied().eval()
+    kdq.quantize_(tied, config, calibration=[X])
+    kdq.save(tied, tmp_path / "tied")
+    assert torch.equal(kdq.load(tmp_path / "tied", Tied().eval())(X), tied(X))
+
+
+def test_layers_with_hooks_are_not_replaced(tmp_path: Path) -> None:
+    m = model()
+    kdq.quantize_(m, kdq.Int8Dynamic())
+    kdq.save(m, tmp_path / "m")
+    watched = model()
+    watched[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="layer '1' has hooks"):
+        kdq.load(tmp_path / "m", watched)
+    assert type(watched[1]) is nn.Linear
+
+
 def test_training_twins_are_not_saved(tmp_path: Path) -> None:
     m = model()
     kdq.prepare_qat_(m, kdq.Int8Dynamic())
@@ -120,6 +164,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     refuse("version", info={**info, "version": 99})
     refuse("not valid", info={"version": 1})
     refuse("'1' is not valid", info={**info, "layers": {"1": {"type": "Int4Linear"}}})
+    refuse("'2' is said to be the same as '3'", info={**info, "layers": {**info["layers"], "2": {"same_as": "3"}}})
     refuse("layer 'nowhere'", info={**info, "layers": {"nowhere": info["layers"]["1"]}})
     refuse("lacks 1.weight", tensors={k: t for k, t in tensors.items() if k != "1.weight"})
     refuse("surplus", tensors={**tensors, "surplus": torch.zeros(1)})

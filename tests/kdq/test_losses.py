@@ -14,10 +14,7 @@ from torch import Tensor, nn
 import kdq
 from kdq.losses import Cosine, Linear, Step
 from kdq.losses.features import ContrastiveHeads
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from small_models import randn
 
 
 def plain_soft_targets(
@@ -162,6 +159,21 @@ def test_soft_targets_of_rows_that_are_flat_or_ruled_out() -> None:
     assert kdq.SoftTargets(divergence="reverse")(student, teacher) == torch.inf
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_a_class_that_both_rule_out_does_not_count(divergence: Any) -> None:
+    """As the padding of a vocabulary."""
+    student, teacher = randn(3, 5).double().requires_grad_(), randn(3, 5, seed=1).double()
+    loss = kdq.SoftTargets(T=2, divergence=divergence)
+    (expected,) = torch.autograd.grad(loss(student, teacher), student)
+
+    def padded(logits: Tensor) -> Tensor:
+        return F.pad(logits, (0, 1), value=-torch.inf)
+
+    value = loss(padded(student), padded(teacher))
+    torch.testing.assert_close(value, loss(student, teacher))
+    torch.testing.assert_close(torch.autograd.grad(value, student)[0], expected)
+
+
 # ---- features --------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +304,24 @@ def test_the_queue_is_bounded_trained_through_and_filled_only_in_training() -> N
     heads.eval()(randn(3, 4), c)
     assert torch.equal(heads.queue, torch.cat([b, a])[:5])
     assert not heads.queue.requires_grad
+    heads.train()(randn(3, 4), b)
+    theirs = heads(randn(3, 4), b)[1]
+    torch.testing.assert_close(theirs, heads.teacher(torch.cat([b, a])[:5]))
+    assert torch.equal(heads.queue, torch.cat([b, a])[:5]), "a batch that comes again is there once"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [kdq.Hint({"a": "b"}), kdq.RelationalKD({"a": "b"}), kdq.ContrastiveKD({"a": "b"}, width=4)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_features_are_compared_in_float32_under_autocast(loss: Any) -> None:
+    student, teacher = randn(6, 5).bfloat16(), randn(6, 8, seed=1).bfloat16()
+    adapter = loss.adapter(student, teacher)
+    adapters = {} if adapter is None else {"a": adapter.eval()}
+    expected = loss({"a": student.float()}, {"b": teacher.float()}, None, adapters)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss({"a": student}, {"b": teacher}, None, adapters), expected)
 
 
 def test_a_loss_of_ones_own_on_features() -> None:

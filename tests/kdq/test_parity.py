@@ -129,6 +129,43 @@ def test_bfloat16_agrees_too(config: Config) -> None:
     assert (got.float() - expected.float()).norm() / expected.float().norm() < 0.01
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        kdq.Int8Dynamic(),
+        kdq.Int8Static(),
+        kdq.Int8WeightOnly(),
+        kdq.LowBit(weight_bits=3, act_bits=4),
+        kdq.LowBit(weight_bits=3, act_bits=4, method="pact"),
+        kdq.LowBit(weight_bits=3, act_bits=4, method="dorefa"),
+        kdq.Binary(),
+    ],
+    ids=str,
+)
+def test_a_twin_turned_to_bfloat16_trains_on_and_agrees(config: Config) -> None:
+    """Its learned scales stay float32, as they are in inference."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(70, 33))
+    x = torch.rand(20, 70)
+    kdq.prepare_qat_(model, config)
+    model(x).sum().backward()
+    before = {name: p.detach().clone() for name, p in model[0].named_parameters()}
+    model.bfloat16()
+    for name, p in model[0].named_parameters():
+        weight = name in ("weight", "bias")
+        assert p.dtype == p.grad.dtype == (torch.bfloat16 if weight else torch.float32)
+        assert weight or torch.equal(p, before[name])
+    x = x.bfloat16()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    model(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with torch.no_grad():
+        expected = model(x)
+        kdq.convert_(model)
+        got = model(x)
+    assert (got.float() - expected.float()).norm() / expected.float().norm() < 0.01
+
+
 def test_binary_gradient_has_both_terms_of_the_paper() -> None:
     """XNOR-Net: through sign(w), where |w| <= 1, and through the mean magnitude."""
     torch.manual_seed(0)

@@ -10,18 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import kdq
+from small_models import mlp, randn
 
 LOW = kdq.LowBit(weight_bits=2, act_bits=3)
 HIGH = kdq.LowBit(weight_bits=4, act_bits=4)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(width: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 4))
 
 
 def labelled(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -78,6 +70,16 @@ def test_precision_falls_from_phase_to_phase() -> None:
     assert [len(h.losses) for h in histories] == [2, 2, 2]
     report = kdq.convert_(student)
     assert report.changed == {"0": LOW, "2": HIGH}
+
+
+def test_a_config_that_fits_no_twin_shows_before_anything_is_trained() -> None:
+    student = mlp(3)
+    kdq.prepare_qat_(student, HIGH)
+    before = state(student)
+    phases = [kdq.Phase("a", 1), kdq.Phase("b", 1, config={"nope": LOW})]
+    with pytest.raises(ValueError, match="training twin"):
+        kdq.Distiller(mlp(3), student, [kdq.SoftTargets()]).run([randn(9, 6)], phases, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
 def test_adapters_stay_where_the_losses_do() -> None:
@@ -177,6 +179,7 @@ def test_a_float_model_teaches_its_low_bit_self() -> None:
     [
         (lambda: kdq.Phase("a", 0), "epochs"),
         (lambda: kdq.Phase("a", 1, lr=0.0), "lr"),
+        (lambda: kdq.qkd_phases((1, 2)), r"epochs.*three.*\(1, 2\)"),  # type: ignore[arg-type]
         (lambda: kdq.TeacherEnsemble([]), "teachers"),
         (lambda: kdq.TeacherEnsemble([mlp(3)], weights=[0.0]), "weights"),
         (lambda: kdq.TeacherEnsemble([mlp(3)], average="votes"), "average"),

@@ -130,6 +130,41 @@ def test_what_cannot_be_quantized_is_left_with_a_reason() -> None:
     assert "parametrized" in report.left["normed"]
 
 
+def watches(layer: nn.Module) -> list[Any]:
+    """Ways to watch or change one layer, each of which gives back how to undo it."""
+
+    def replace_forward() -> Callable[[], None]:
+        layer.forward = lambda x: x  # type: ignore[method-assign]
+        return lambda: vars(layer).pop("forward")
+
+    return [
+        *(
+            lambda register=register: getattr(layer, register)(lambda *_: None).remove
+            for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
+        ),
+        replace_forward,
+    ]
+
+
+def test_layers_that_are_watched_are_left_and_their_twins_refused() -> None:
+    """A new layer would not have the hooks."""
+    m, trained = model(), model()
+    kdq.prepare_qat_(trained, kdq.Int8Dynamic())
+    twin = trained[3][0]
+    for put, put_on_twin in zip(watches(m[0]), watches(twin), strict=True):
+        remove, remove_from_twin = put(), put_on_twin()
+        report = kdq.prepare_qat_(copy.copy(m), kdq.Binary(), lambda module, name: name == "0")
+        assert not report.changed
+        assert "hooks" in report.left["0"]
+        for change in (kdq.convert_, lambda student: kdq.lower_precision_(student, kdq.Binary())):
+            with pytest.raises(ValueError, match="3.0: it has hooks"):
+                change(trained)
+        assert type(trained[0]).__name__ == "Int8QATLinear"
+        remove(), remove_from_twin()
+    assert kdq.quantize_(m, kdq.Int8Dynamic()).changed
+    assert kdq.convert_(trained).changed
+
+
 def test_shared_layers_stay_shared() -> None:
     m = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     m.append(m[0])

@@ -13,36 +13,20 @@ import torch
 from torch import Tensor, nn
 
 import kdq
-from kdq.configs import Config
 from kdq.layers.switchable import SwitchableLinear, SwitchableNorm
+from small_models import FOUR, INT8, MIXED, ONE, PRECISIONS, TWO, normed_mlp, randn
 
-INT8, FOUR, TWO, ONE = (
-    kdq.Int8Dynamic(),
-    kdq.LowBit(weight_bits=4, act_bits=8),
-    kdq.LowBit(weight_bits=2, act_bits=4),
-    kdq.Binary(),
-)
-PRECISIONS: list[Config] = [INT8, FOUR, TWO, ONE]
-MIXED: dict[str, Config] = {"1": ONE, "4.1": FOUR, "5": INT8}
 PLANS = pytest.mark.parametrize("plan", [*PRECISIONS, MIXED], ids=[*map(str, PRECISIONS), "mixed"])
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    block = nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 16, bias=False), nn.Tanh())
-    return nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 20), nn.Tanh(), nn.BatchNorm1d(20), block, nn.Linear(16, 5))
 
 
 def switchable(steps: int = 6) -> nn.Sequential:
     """A switchable model after some steps, so that no two precisions have equal scales, grids or norms."""
-    model = mlp()
+    model = normed_mlp()
     kdq.prepare_switchable_(model, PRECISIONS)
     loader = [randn(32, 12, seed=s) + 0.3 for s in range(steps)]
-    kdq.SwitchableDistiller(mlp(seed=1), model, [kdq.SoftTargets()], sandwich=2).fit(loader, 1, lr=0.02, progress=False)
+    kdq.SwitchableDistiller(normed_mlp(seed=1), model, [kdq.SoftTargets()], sandwich=2).fit(
+        loader, 1, lr=0.02, progress=False
+    )
     return model
 
 
@@ -58,7 +42,7 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_report_and_order() -> None:
-    model = mlp()
+    model = normed_mlp()
     report = kdq.prepare_switchable_(model, [TWO, ONE, INT8, kdq.Int8WeightOnly(), FOUR])
     assert set(report.changed) == {"0", "1", "3", "4.0", "4.1", "5"}
     assert not report.left
@@ -82,20 +66,20 @@ def test_report_and_order() -> None:
     ],
 )
 def test_wrong_precisions_change_nothing(precisions: Any, error: type[Exception], message: str) -> None:
-    model = mlp()
+    model = normed_mlp()
     with pytest.raises(error, match=message):
         kdq.prepare_switchable_(model, precisions)
     assert not any(isinstance(module, SwitchableLinear | SwitchableNorm) for module in model.modules())
 
 
 def test_filter_and_weights_that_are_not_finite() -> None:
-    model = mlp()
+    model = normed_mlp()
     report = kdq.prepare_switchable_(model, PRECISIONS, lambda module, name: name != "5")
     assert report.left == {"5": "filter_fn is false"}
     assert type(model[5]) is nn.Linear
     with pytest.raises(ValueError, match="no linear layer"):
-        kdq.prepare_switchable_(mlp(), PRECISIONS, lambda module, _: not isinstance(module, nn.Linear))
-    broken: Any = mlp()
+        kdq.prepare_switchable_(normed_mlp(), PRECISIONS, lambda module, _: not isinstance(module, nn.Linear))
+    broken: Any = normed_mlp()
     broken[5].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="5: its weight"):
         kdq.prepare_switchable_(broken, PRECISIONS)
@@ -103,7 +87,7 @@ def test_filter_and_weights_that_are_not_finite() -> None:
 
 
 def test_each_parameter_is_there_once() -> None:
-    model = mlp()
+    model = normed_mlp()
     weight = model[1].weight
     kdq.prepare_switchable_(model, PRECISIONS)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -125,7 +109,7 @@ def test_computes_as_a_dedicated_student(plan: Any) -> None:
     """The same parameters in a model that prepare_qat_ made: equal outputs, and equal gradients of the weights."""
     model = switchable()
     kdq.set_precision_(model, plan)
-    own = mlp()
+    own = normed_mlp()
     kdq.prepare_qat_(own, plan)
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -191,7 +175,7 @@ def test_batch_norms_of_a_mixed_plan_are_re_estimated_as_documented() -> None:
 
 
 def test_extract_before_any_batch_is_an_error() -> None:
-    model = mlp()
+    model = normed_mlp()
     kdq.prepare_switchable_(model, PRECISIONS)
     with pytest.raises(RuntimeError, match="1: the activation scale is not initialized"):
         kdq.extract(model, TWO)
@@ -218,7 +202,7 @@ def test_a_wrong_plan_changes_nothing(plan: Any, error: type[Exception], message
         kdq.set_precision_(model, plan)
     assert same_state(trained_state(model), before)
     with pytest.raises(ValueError, match="prepare_switchable_"):
-        kdq.set_precision_(mlp(), INT8)
+        kdq.set_precision_(normed_mlp(), INT8)
 
 
 def test_plans_of_names_and_patterns() -> None:
@@ -250,7 +234,7 @@ def test_norms_follow_the_layer_beside_them() -> None:
 
 
 def loaded(state: dict[str, Any], assign: bool) -> nn.Module:
-    model = mlp(seed=1)
+    model = normed_mlp(seed=1)
     kdq.prepare_switchable_(model, PRECISIONS[::-1])
     model(randn(8, 12))
     model.load_state_dict(state, assign=assign)
@@ -287,7 +271,7 @@ def test_copies_hold_every_precision(copied: Callable[[nn.Module], nn.Module]) -
 
 def test_a_checkpoint_of_other_precisions_is_refused() -> None:
     state = trained_state(switchable(1))
-    other = mlp()
+    other = normed_mlp()
     kdq.prepare_switchable_(other, [INT8, FOUR, kdq.LowBit(weight_bits=3, act_bits=4), ONE])
     with pytest.raises(RuntimeError, match="LowBit_2_4"):
         other.load_state_dict(state)
@@ -304,11 +288,24 @@ def test_modes_and_dtypes() -> None:
             assert model[1](x).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="training twin"):
         kdq.save(model, "never written")
-    half = mlp().bfloat16()
+    half = normed_mlp().bfloat16()
     kdq.prepare_switchable_(half, PRECISIONS)
     for precision in PRECISIONS:
         kdq.set_precision_(half, precision)
         assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_model_turned_to_bfloat16_keeps_the_scales_of_every_precision() -> None:
+    model, x = switchable(), randn(9, 12).bfloat16()
+    before = trained_state(model)
+    state = model.bfloat16().state_dict()
+    grids = {name for name in state if name.endswith(("scale", "zero_point"))}
+    assert len(grids) == 18
+    assert all(state[name].dtype == torch.float32 and torch.equal(state[name], before[name]) for name in grids)
+    assert model[1].weight.dtype == torch.bfloat16
+    for precision in PRECISIONS:
+        kdq.set_precision_(model, precision)
+        assert model(x).dtype == torch.bfloat16
 
 
 def test_compiles_at_every_precision() -> None:
@@ -334,12 +331,13 @@ def test_transformer_layers_run_the_active_norms(only: str, norm_first: bool) ->
     assert len(norms) == 4
     x, padded = randn(2, 5, 8), torch.arange(5).expand(2, 5) >= torch.tensor([[3], [5]])
     seen: list[nn.Module] = []
-    for norm in norms:
-        norm.register_forward_hook(lambda module, *_: seen.append(module))
+    handles = [norm.register_forward_hook(lambda module, *_: seen.append(module)) for norm in norms]
     with torch.no_grad():
         for mask in (None, padded):
             seen.clear()
             assert torch.isfinite(encoder(x, src_key_padding_mask=mask)).all()
             assert set(seen) == set(norms)
+        for handle in handles:
+            handle.remove()
         real: Any = kdq.extract(model, INT8)
         torch.testing.assert_close(real["encoder"](x), encoder(x), rtol=1e-4, atol=1e-4)

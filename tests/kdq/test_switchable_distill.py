@@ -6,34 +6,16 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import kdq
 from kdq.configs import Config
-
-INT8, FOUR, TWO, ONE = (
-    kdq.Int8Dynamic(),
-    kdq.LowBit(weight_bits=4, act_bits=8),
-    kdq.LowBit(weight_bits=2, act_bits=4),
-    kdq.Binary(),
-)
-PRECISIONS: list[Config] = [INT8, FOUR, TWO, ONE]
-MIXED: dict[str, Config] = {"1": ONE, "4.1": FOUR, "5": INT8}
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mlp(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    block = nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 16, bias=False), nn.Tanh())
-    return nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 20), nn.Tanh(), nn.BatchNorm1d(20), block, nn.Linear(16, 5))
+from small_models import FOUR, INT8, MIXED, ONE, PRECISIONS, TWO, normed_mlp, randn
 
 
 def switchable() -> nn.Sequential:
     """Untrained, with its activation grids initialized."""
-    model = mlp(seed=1)
+    model = normed_mlp(seed=1)
     kdq.prepare_switchable_(model, PRECISIONS)
     for precision in reversed(PRECISIONS):
         kdq.set_precision_(model, precision)
@@ -43,7 +25,7 @@ def switchable() -> nn.Sequential:
 
 def test_a_step_is_the_sandwich_and_recursive() -> None:
     """The loss against its formula: each precision run by itself, with a batch norm that must be in eval to compare."""
-    teacher, model = mlp().eval(), switchable().eval()
+    teacher, model = normed_mlp().eval(), switchable().eval()
     x, target = randn(9, 12), torch.tensor([0, 1, 2, 3, 4, 0, 1, -100, 3])
     soft = kdq.SoftTargets(T=2.0, alpha=0.7)
     for recursive in (True, False):
@@ -65,7 +47,7 @@ def test_draws_cover_all_and_follow_the_seed() -> None:
     model = switchable()
 
     def draws(seed: int, sandwich: int = 1) -> list[list[Config]]:
-        distiller = kdq.SwitchableDistiller(mlp(), model, [kdq.SoftTargets()], sandwich=sandwich, seed=seed)
+        distiller = kdq.SwitchableDistiller(normed_mlp(), model, [kdq.SoftTargets()], sandwich=sandwich, seed=seed)
         return [distiller.draw() for _ in range(12)]
 
     assert {step[1] for step in draws(0)} == {FOUR, TWO}
@@ -74,12 +56,53 @@ def test_draws_cover_all_and_follow_the_seed() -> None:
     with pytest.raises(ValueError, match="sandwich"):
         draws(0, sandwich=0)
     with pytest.raises(ValueError, match="prepare_switchable_"):
-        kdq.SwitchableDistiller(mlp(), mlp(), [kdq.SoftTargets()])
+        kdq.SwitchableDistiller(normed_mlp(), normed_mlp(), [kdq.SoftTargets()])
+
+
+def test_phases_keep_the_sandwich() -> None:
+    model = switchable()
+    distiller = kdq.SwitchableDistiller(normed_mlp(), model, [kdq.SoftTargets()], sandwich=7)
+    before = copy.deepcopy(model.state_dict())
+    distiller.run([randn(32, 12)], [kdq.Phase("labels", 1, [kdq.SoftTargets(T=1)])], progress=False)
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    for key in ("Int8Dynamic", "LowBit_4_8", "LowBit_2_4", "Binary"):
+        assert f"3.variants.{key}.running_mean" in moved
+    for phase in (kdq.Phase("a", 1, config=TWO), kdq.Phase("b", 1, train_teacher=True)):
+        with pytest.raises(ValueError, match="SwitchableDistiller does not take"):
+            distiller.run([randn(32, 12)], [phase], progress=False)
+    with pytest.raises(ValueError, match="'1' holds its precisions already"):
+        kdq.lower_precision_(model, TWO)
+
+
+def test_preparing_draws_nothing() -> None:
+    losses = [kdq.Hint({"1": "1"})]
+    prepared, other = (kdq.SwitchableDistiller(normed_mlp(), switchable(), losses) for _ in range(2))
+    prepared.prepare(randn(9, 12))
+    assert [prepared.draw() for _ in range(8)] == [other.draw() for _ in range(8)]
+
+
+def test_contrast_does_not_take_a_batch_for_its_own_negatives() -> None:
+    """Each precision of a step sees the same batch."""
+    loss = kdq.ContrastiveKD({"1": "1"}, width=8, queue=32)
+    model, x = switchable().eval(), randn(9, 12)
+    distiller = kdq.SwitchableDistiller(normed_mlp(), model, [loss], sandwich=7)
+    distiller.prepare(x)
+    heads = distiller.adapters[0, "1"]
+    fresh = copy.deepcopy(heads)
+    total = distiller.loss(x)
+    assert len(heads.queue) == 9
+    expected = torch.tensor(0.0)
+    teacher = normed_mlp().eval()
+    for precision in PRECISIONS:
+        kdq.set_precision_(model, precision)
+        ours = model[:2](x)
+        expected = expected + loss({"1": ours}, {"1": teacher[:2](x)}, None, {"1": copy.deepcopy(fresh)})
+    torch.testing.assert_close(total, expected)
 
 
 def test_fit_brings_every_precision_nearer_and_is_deterministic() -> None:
     def run() -> tuple[nn.Module, list[float], list[float]]:
-        teacher, model = mlp(), mlp(seed=1)
+        teacher, model = normed_mlp(), normed_mlp(seed=1)
         kdq.prepare_switchable_(model, PRECISIONS)
         kdq.set_precision_(model, TWO)
         hint = kdq.Hint({"1": "1"}, weight=0.1)
@@ -109,7 +132,7 @@ def test_a_plan_is_finetuned_by_an_ordinary_distiller() -> None:
     model = switchable()
     kdq.set_precision_(model, MIXED)
     before = copy.deepcopy(model.state_dict())
-    distiller = kdq.Distiller(mlp(), model, [kdq.SoftTargets()])
+    distiller = kdq.Distiller(normed_mlp(), model, [kdq.SoftTargets()])
     optimizer = torch.optim.Adam(distiller.parameters(), lr=1e-2)
     distiller.fit([randn(32, 12, seed=s) for s in range(3)], 1, optimizer, progress=False)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 import kdq
 from kdq.logit_store import HEADER, LogitCodec
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from small_models import randn
 
 
 class Teacher(nn.Module):
@@ -175,6 +172,8 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             make()
     copy.deepcopy(cached)(randn(2, 6))
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        copy.deepcopy(cached).half()(randn(2, 6))
     with torch.no_grad():
         cached.teacher.linear.weight.mul_(2)
     with pytest.raises(RuntimeError, match="weights have changed"):

@@ -71,17 +71,18 @@ class InferenceLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLinear:
         """Moves between devices, but keeps dtypes: `model.bfloat16()` must not round the float32 scales."""
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(lambda t: keeping_dtype(fn, t), recurse)
         return self
 
     def extra_repr(self) -> str:
         fused = "" if self.activation is None else f", activation={self.activation!r}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{fused}"
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`fn(tensor)` for a function of nn.Module._apply, but for changes of the dtype: only the device is taken over."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 def fused_activation(module: nn.Module) -> str | None:

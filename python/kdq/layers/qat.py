@@ -5,6 +5,8 @@ The arithmetic and its gradients are in `kdq.layers.qat_product`. `to_inference`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from kdq.grids import (
     low_bit_weight_scale,
     search_affine_grid,
 )
+from kdq.layers.base import keeping_dtype
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
@@ -77,6 +80,13 @@ class QATLinear(nn.Module):
         self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QATLinear:
+        """`model.bfloat16()` turns weight and bias; learned scales and grids stay float32, as in inference layers."""
+        parameters = [self._parameters.get(name) for name in ("weight", "bias")]
+        turned = [t for p in parameters if p is not None for t in (p, p.grad)]
+        super()._apply(lambda t: fn(t) if any(t is own for own in turned) else keeping_dtype(fn, t), recurse)
+        return self
 
     def to_inference(self) -> nn.Module:
         """The layer on the real kernels; the twin is left as it is."""

@@ -1,8 +1,8 @@
 """Losses on features: what named layers of the student put out, compared with what layers of the teacher put out.
 
-`FeatureLoss` is all that a `Distiller` knows of them: the names of the layers, an adapter that it trains beside the
-student if the two features cannot be compared as they are, and the comparison. Alone, a loss is called with features by
-layer name.
+`FeatureLoss` is all that a `Distiller` knows of them: the names of the layers, an adapter (`make_adapters`) that it
+trains beside the student if the two features cannot be compared as they are, and the comparison. Alone, a loss is
+called with features by layer name.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from kdq.observe import IGNORED_TARGET
 class FeatureLoss:
     """Base of the losses on features; for one of your own, override `compare`, and `adapter` if it needs one.
 
-    Samples whose targets are all -100 are left out. The features are compared in float32, or float64 if they are.
+    Samples whose targets are all -100 are left out. The features are compared in float32, or float64 if they are, under
+    autocast too.
 
     Args:
         layers: student layer name -> teacher layer name, as in `named_modules()`; the loss is the sum over the pairs.
+            The feature is the layer's output, after an in-place activation if one follows.
         weight: factor of the loss.
     """
 
@@ -83,27 +85,52 @@ class FeatureLoss:
         terms = []
         for ours, theirs in self.layers.items():
             try:
-                a, b = self.counted(student[ours], target), self.counted(teacher[theirs].detach(), target)
-                a = a.to(torch.promote_types(a.dtype, torch.float32))
-                b = b.to(a.dtype)
-                if a.numel() == 0:
-                    terms.append(a.sum())  # 0, with a gradient of 0
-                    continue
-                if adapters is not None and ours in adapters:
-                    a, b = adapters[ours](a, b)
-                terms.append(self.compare(a, b))
+                adapter = None if adapters is None else adapters.get(ours)
+                terms.append(self._term(student[ours], teacher[theirs].detach(), target, adapter))
             except ValueError as error:
                 raise ValueError(f"{type(self).__name__} {ours!r} -> {theirs!r}: {error}") from error
         return self.weight * torch.stack(terms).sum()
+
+    def _term(self, student: Tensor, teacher: Tensor, target: Tensor | None, adapter: nn.Module | None) -> Tensor:
+        ours, theirs = self.counted(student, target), self.counted(teacher, target)
+        ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
+        theirs = theirs.to(ours.dtype)
+        if ours.numel() == 0:
+            return ours.sum()  # 0, with a gradient of 0
+        with torch.autocast(ours.device.type, enabled=False):
+            if adapter is not None:
+                ours, theirs = adapter(ours, theirs)
+            return self.compare(ours, theirs)
+
+
+def make_adapters(
+    losses: Mapping[int, FeatureLoss], student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> dict[tuple[int, str], nn.Module]:
+    """The adapters that the losses need for these features, by number of the loss and name of the student's layer.
+
+    Raises:
+        ValueError: nothing can make a pair comparable.
+    """
+    made = {}
+    for number, loss in losses.items():
+        for ours, theirs in loss.layers.items():
+            try:
+                adapter = loss.adapter(student[ours], teacher[theirs])
+            except ValueError as error:
+                raise ValueError(f"{type(loss).__name__} {ours!r} -> {theirs!r}: {error}") from error
+            if adapter is not None:
+                wide = torch.promote_types(student[ours].dtype, torch.float32)
+                made[number, ours] = adapter.to(student[ours].device, wide)
+    return made
 
 
 @dataclass(frozen=True)
 class Hint(FeatureLoss):
     """Mean squared distance between the features.
 
-    Romero et al.: FitNets: Hints for Thin Deep Nets, 2015. Where the widths differ, a `Distiller` learns a linear
-    regressor from the student's feature to the teacher's. Where the first axes of a feature are those of the target (as
-    tokens), single positions with -100 are left out; otherwise whole samples.
+    Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, who take half the sum. Where the widths differ, a
+    `Distiller` learns a linear regressor from the student's feature to the teacher's. Where the first axes of a feature
+    are those of the target (as tokens), single positions with -100 are left out; otherwise whole samples.
     """
 
     def adapter(self, student: Tensor, teacher: Tensor) -> nn.Module | None:
@@ -121,8 +148,8 @@ class Hint(FeatureLoss):
 
 
 class Regressor(nn.Module):
-    """A linear map of the student's feature along one axis (on channels, axis 1, it is a 1x1 convolution): FitNets'
-    regressor."""
+    """A linear map of the student's feature along one axis (on channels, axis 1, it is a 1x1 convolution), in the place
+    of FitNets' regressor."""
 
     def __init__(self, in_width: int, out_width: int, axis: int) -> None:
         super().__init__()
@@ -157,9 +184,9 @@ class AttentionTransfer(FeatureLoss):
     """Mean squared difference between the attention maps: the channels' sum of squares at each position, normalised to
     length 1 a sample.
 
-    Zagoruyko, Komodakis: Paying More Attention to Attention, 2017, the activation-based maps with p = 2, as in the
-    authors' code (square of the norm, mean over samples and positions). Their beta / 2 is the weight, some hundreds.
-    The numbers of channels may differ, the positions must be the same.
+    Zagoruyko, Komodakis: Paying More Attention to Attention, 2017, the activation-based maps with p = 2, compared as in
+    the authors' code (squares, mean over samples and positions), where a weight of 1000 is usual. The numbers of
+    channels may differ, the positions must be the same.
 
     Args:
         channel_axis: 1 for `[N, C, H, W]`, -1 for tokens `[N, L, C]`.
@@ -183,8 +210,9 @@ class RelationalKD(FeatureLoss):
     """How the samples of a batch lie to each other: distances of pairs and angles of triplets, by Huber's loss.
 
     Park, Kim, Lu, Cho: Relational Knowledge Distillation, 2019. Distances are over the mean distance in the batch. The
-    means are over all pairs and triplets, as in the authors' code. Features are flattened a sample; their widths may
-    differ. The angles take memory of (samples of the batch)^2 times width and (samples)^3.
+    loss is a mean over all pairs and triplets, where the paper writes sums; those of a sample with itself count, as 0.
+    Features are flattened a sample; their widths may differ. The angles take memory of (samples of the batch)^2 times
+    width and (samples)^3.
 
     Args:
         distance_weight, angle_weight: factors of the two parts, at least 0; 0 leaves one out.
@@ -229,7 +257,8 @@ class ContrastiveKD(FeatureLoss):
     other samples of the batch and a queue of the latest teacher features, scored by a softmax (InfoNCE) instead of the
     paper's memory bank and NCE, which need each sample's index in the data. The heads that project both features
     (flattened) to a common width belong to the `Distiller` and are trained. Keep queue plus batch well below the number
-    of samples of an epoch: a sample that meets itself in the queue counts as its own negative.
+    of samples of an epoch: a sample that meets itself in the queue counts as its own negative. A batch that comes again
+    at once, as at each precision of a `SwitchableDistiller`, does not meet itself.
 
     Args:
         width: of the common space.
@@ -250,7 +279,7 @@ class ContrastiveKD(FeatureLoss):
                 raise ValueError(f"{name}: expected an integer, at least {least}, got {value!r}")
 
     def adapter(self, student: Tensor, teacher: Tensor) -> nn.Module | None:
-        return ContrastiveHeads(student[0].numel(), teacher[0].numel(), self.width, self.queue)
+        return ContrastiveHeads(math.prod(student.shape[1:]), math.prod(teacher.shape[1:]), self.width, self.queue)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """student `[n, width]`, teacher `[n + negatives, width]`: the first n are the students' own."""
@@ -278,9 +307,11 @@ class ContrastiveHeads(nn.Module):
         self.register_buffer("queue", torch.empty(0, teacher_width), persistent=False)
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """`[n, width]` and `[n + queue, width]`. Only a forward pass that trains puts its features into the queue."""
+        """`[n, width]` and `[n + negatives, width]`. Only a forward pass that trains puts features into the queue."""
         teacher = teacher.flatten(1)
-        candidates = torch.cat([teacher, self.queue])
+        latest = self.queue[: len(teacher)]
+        negatives = self.queue[len(latest) :] if torch.equal(latest, teacher[: len(latest)]) else self.queue
+        candidates = torch.cat([teacher, negatives])
         if self.training and torch.is_grad_enabled():
             self.queue = candidates[: self.size].clone()  # the latest are in front
         ours, theirs = self.student(student.flatten(1)), self.teacher(candidates)

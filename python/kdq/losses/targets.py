@@ -192,7 +192,8 @@ def mean_kl(teacher: Tensor, student: Tensor) -> Tensor:
 def mean_kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Mean over the rows of `KL(p || q)` of log-probabilities `[rows, C]`."""
     p = log_p.exp()
-    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).mean()
+    # The difference is what is masked: its product's gradient would be NaN where both logs are -inf.
+    return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1).mean()
 
 
 def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
@@ -202,7 +203,8 @@ def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
 
 def jensen_shannon(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean over the rows of `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`, at most log 2."""
-    log_p, log_q = F.log_softmax(teacher, -1), F.log_softmax(student, -1)
+    # Finite also where both rule a class out: logaddexp(-inf, -inf) has no gradient.
+    log_p, log_q = (F.log_softmax(logits, -1).clamp_min(-1e30) for logits in (teacher, student))
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return (mean_kl_of_logs(log_p, log_m) + mean_kl_of_logs(log_q, log_m)) / 2
 

@@ -67,7 +67,7 @@ class Weighted:
     A term whose factor is 0 is not computed.
 
     Raises:
-        TypeError: the loss is no loss, or has a weight already.
+        TypeError: the loss is no loss, or a `Weighted` itself.
         ValueError: the factor is negative or not finite.
     """
 

@@ -20,8 +20,9 @@ from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat_product import fake_input
 from kdq.observers import DEFAULT_OBSERVER, Observer
+from kdq.planning import FilterFn, plan_layers, why_not_linear
 from kdq.ptq.tool_report import ToolReport
-from kdq.quantize import FilterFn, _plan, check_post_training, why_not_linear
+from kdq.quantize import check_post_training
 from kdq.transformer import run_layers_of_transformers
 
 ROWS = 4096  # of a layer's inputs, kept to learn from
@@ -90,7 +91,7 @@ def reconstruct_(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: expected a positive integer, got {steps!r}")
-    plan = _plan(model, config, filter_fn, why_not_linear)
+    plan = plan_layers(model, config, filter_fn, why_not_linear)
     for name, target in plan.chosen.items():
         if isinstance(target.config, Binary) or (isinstance(target.config, LowBit) and target.config.weight_bits == 1):
             raise ValueError(f"config: {name!r} gets {target.config}, whose rounding is a sign; use 2 bits or more")

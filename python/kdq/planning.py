@@ -1,0 +1,192 @@
+"""What a call does to a model: which layers it replaces and why it leaves the others, and putting the new ones in.
+
+`plan_layers` decides about every layer, `LayerPlan.carry_out` first builds all replacements and only then touches the
+model: an error on the way leaves it as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.utils import parametrize
+
+from kdq.configs import Config, ConfigMap, LayerConfigs, config_for
+from kdq.fuse import find_fusions, has_own_code
+from kdq.layers.base import InferenceLinear, PackedInt8Linear
+from kdq.layers.qat import QATLinear
+from kdq.layers.switchable import SwitchableNorm
+from kdq.transformer import run_layers_of_transformers
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a call did with every leaf module that has weights: changed (name -> config) or left (name -> reason).
+
+    fused: the changed layers that compute the activation behind them too (name -> "relu", "gelu" or "silu").
+    """
+
+    changed: dict[str, Config] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
+
+    def __rich__(self) -> Table:
+        title = f"{len(self.changed)} changed, {len(self.fused)} with their activation, {len(self.left)} left"
+        table = Table("module", "result", title=title)
+        for name, config in self.changed.items():
+            activation = f" + {self.fused[name]}" if name in self.fused else ""
+            table.add_row(name, f"{config}{activation}", style="bold")
+        for name, reason in self.left.items():
+            table.add_row(name or "(the model)", f"left: {reason}")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+@dataclass
+class Target:
+    """A module to replace, and what it becomes."""
+
+    module: Any
+    config: Config
+
+
+@dataclass
+class LayerPlan:
+    """Every leaf module with weights: chosen (name -> target) or left (name -> reason)."""
+
+    chosen: dict[str, Target] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def carry_out(
+        self, model: nn.Module, build: Callable[[str, Target], nn.Module], fuse_activations: bool = False
+    ) -> ConversionReport:
+        """Builds every replacement, then puts them in. A module that is used under two names is built once."""
+        built: dict[int, nn.Module] = {}
+        for name, target in self.chosen.items():
+            if id(target.module) in built:
+                continue
+            try:
+                layer = build(name, target)
+            except (ValueError, RuntimeError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            built[id(target.module)] = layer.train(target.module.training)
+        able = [n for n, t in self.chosen.items() if isinstance(built[id(t.module)], PackedInt8Linear)]
+        fusions = find_fusions(model, able) if fuse_activations else {}
+        for name, fusion in fusions.items():
+            cast(PackedInt8Linear, built[id(self.chosen[name].module)]).activation = fusion.activation
+            fusion.take_out()
+        for name, target in self.chosen.items():
+            parent_name, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child, built[id(target.module)])
+        run_layers_of_transformers(model)
+        return ConversionReport(
+            {n: t.config for n, t in self.chosen.items()}, self.left, {n: f.activation for n, f in fusions.items()}
+        )
+
+
+def plan_layers(
+    model: nn.Module,
+    configs: ConfigMap,
+    filter_fn: FilterFn | None,
+    why_not: Callable[[nn.Module], str | None],
+    config_of: Callable[[Any], Config] | None = None,
+) -> LayerPlan:
+    """Decides about every leaf module.
+
+    Args:
+        configs, filter_fn: as for `quantize_`.
+        why_not: the reason why a module cannot be replaced; None if it can.
+        config_of: overrides configs: the module says what it becomes.
+
+    Raises:
+        TypeError: configs are not kdq's.
+        ValueError: the model itself is the only layer, a weight is not finite or not on the CPU, a training twin has
+            hooks, or configs name layers that the model lacks.
+    """
+    plan = LayerPlan()
+    if config_of is None:
+        config_for(configs, "")  # a wrong config is an error even where no layer would get it
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _is_leaf(module) or _inside_layer(model, name):
+            continue
+        reason = why_not(module)
+        config = None
+        if reason is None:
+            config = config_of(module) if config_of is not None else config_for(configs, name)
+            if config is None:
+                reason = "no pattern of the config matches its name"
+            elif filter_fn is not None and not filter_fn(module, name):
+                reason = "filter_fn is false"
+            elif has_own_code(module):
+                reason = "it has hooks or a forward of its own, which a new layer would lack; remove them first"
+                if isinstance(module, QATLinear | SwitchableNorm):  # a twin that stays a twin would go unnoticed
+                    raise ValueError(f"{name}: {reason}")
+        if reason is not None or config is None:
+            if next(module.parameters(), None) is not None or isinstance(module, InferenceLinear):
+                plan.left[name] = reason or ""
+            continue
+        if name == "":
+            raise ValueError(
+                f"model: the model itself is a {type(module).__name__}, which cannot be replaced in place; wrap it, "
+                "as in nn.Sequential(model)"
+            )
+        if isinstance(module, nn.Linear):
+            _check_weight(name, module)
+        plan.chosen[name] = Target(module, config)
+    if isinstance(configs, LayerConfigs):
+        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        if lacking := [name for name in configs if name not in names]:
+            raise ValueError(f"plan: it names layers that the model lacks: {', '.join(map(repr, lacking[:5]))}")
+    return plan
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Linear | QATLinear | SwitchableNorm | InferenceLinear)
+        or next(module.children(), None) is None
+    )
+
+
+def _inside_layer(model: nn.Module, name: str) -> bool:
+    """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
+    parts = name.split(".")
+    above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
+    return any(isinstance(module, nn.Linear | QATLinear | SwitchableNorm) for module in above)
+
+
+def why_not_linear(module: nn.Module) -> str | None:
+    """The reason why a module cannot be quantized; None if it can."""
+    if isinstance(module, InferenceLinear | QATLinear):
+        return f"already quantized ({type(module).__name__})"
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} has no quantized form"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear, whose own code might read the float weight"
+    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {module.weight.dtype}; the kernels take float32, bfloat16 and float16"
+    if module.in_features == 0 or module.out_features == 0:
+        return "it has no weights"
+    return None
+
+
+def _check_weight(name: str, linear: nn.Linear) -> None:
+    """Conditions that a user must mend: raising beats leaving the layer."""
+    if linear.weight.device.type != "cpu":
+        raise ValueError(f"{name}: expected its weight on the CPU, got {linear.weight.device}; move the model first")
+    for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: its {part} contains NaN or inf; nothing was changed")
