@@ -32,11 +32,13 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.configs import Binary, Config, Int8Dynamic, LowBit
-from kdq.distill import Distiller, SoftTargets
 from kdq.io import save
+from kdq.losses import SoftTargets
 from kdq.observe import evaluating
 from kdq.quantize import convert_, prepare_qat_
 from kdq.reporting import Latency, accuracy, interleaved_latency, size_on_disk, teacher_kl
+from kdq.studies.paired import mean_and_error
+from kdq.studies.training import Batches, train
 
 PRECISIONS: dict[str, Config] = {
     "int8": Int8Dynamic(),
@@ -112,32 +114,8 @@ def mlp(width: int, dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Batches:
-    """A loader over fixed orders, drawn ahead: two runs with one seed see the same batches."""
-
-    def __init__(self, x: Tensor, y: Tensor, epochs: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.x, self.y = x, y
-        self.orders = [torch.randperm(len(x), generator=generator) for _ in range(epochs)]
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.x) // BATCH)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self.orders[self.epoch % len(self.orders)]
-        self.epoch += 1
-        for rows in order.split(BATCH):
-            yield self.x[rows], self.y[rows]
-
-
-def train(student: nn.Module, teacher: nn.Module, loss: SoftTargets, loader: Batches, lr: float) -> None:
-    """Trains in place for as many epochs as the loader has orders; the learning rate falls to zero (cosine)."""
-    optimizer = torch.optim.Adam(student.parameters(), lr=lr, fused=True)
-    epochs = len(loader.orders)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
-    Distiller(teacher, student, [loss]).fit(loader, epochs, optimizer, scheduler=scheduler, progress=False)
-    student.eval()
+def batches(x: Tensor, y: Tensor, epochs: int, seed: int) -> Batches:
+    return Batches(x, y, BATCH, epochs * (len(x) // BATCH), seed)
 
 
 def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple[list[Result], dict[str, nn.Module]]:
@@ -146,21 +124,11 @@ def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple
     torch.manual_seed(seed)
     data = load_split(seed)
     teacher, student = mlp(512, dropout=0.2), mlp(256)
-    labels_only = ARMS["labels"]
-    train(
-        teacher,
-        teacher,
-        labels_only,
-        Batches(data.teacher_x, data.teacher_y, settings.teacher_epochs, seed),
-        2e-3,
-    )
+    teachers_own = batches(data.teacher_x, data.teacher_y, settings.teacher_epochs, seed)
+    train(teacher, teacher, [ARMS["labels"]], teachers_own, 2e-3)
     advance()
     train(
-        student,
-        teacher,
-        labels_only,
-        Batches(data.student_x, data.student_y, settings.float_epochs, seed),
-        2e-3,
+        student, student, [ARMS["labels"]], batches(data.student_x, data.student_y, settings.float_epochs, seed), 2e-3
     )
     advance()
     with torch.inference_mode():
@@ -174,8 +142,8 @@ def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple
         for arm, loss in ARMS.items():
             fake = copy.deepcopy(student)
             prepare_qat_(fake, config)
-            loader = Batches(data.student_x, data.student_y, settings.qat_epochs, seed + 1000)
-            train(fake, teacher, loss, loader, 1e-3)
+            loader = batches(data.student_x, data.student_y, settings.qat_epochs, seed + 1000)
+            train(fake, teacher, [loss], loader, 1e-3)
             real = copy.deepcopy(fake)
             convert_(real)
             results.append(evaluate(precision, arm, seed, real, fake, data, expected))
@@ -234,12 +202,6 @@ def one_thread() -> Iterator[None]:
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean (NaN for a single value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
 
 
 @dataclass(frozen=True)

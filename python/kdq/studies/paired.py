@@ -48,6 +48,12 @@ class Difference:
         return "worse" if gain <= -SURE else "not shown"
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean (NaN for a single value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
 def compare(outcomes: Sequence[Outcome], task: str, group: str, arm: str, against: str, metric: str) -> Difference:
     """The paired difference of two arms.
 
@@ -64,12 +70,11 @@ def compare(outcomes: Sequence[Outcome], task: str, group: str, arm: str, agains
             f"{task}, {group}: expected the same seeds for {arm!r} and {against!r}, "
             f"got {sorted(ours)} and {sorted(theirs)}"
         )
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    mean, error = mean_and_error([ours[seed] - theirs[seed] for seed in sorted(ours)])
     return Difference(
         arm=statistics.fmean(ours.values()),
         against=statistics.fmean(theirs.values()),
-        mean=statistics.fmean(differences),
+        mean=mean,
         error=error,
-        seeds=len(differences),
+        seeds=len(ours),
     )
