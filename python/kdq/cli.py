@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,13 +100,17 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw the share of the limit reached, as PNG.")] = None,
     scaling: Annotated[Path | None, typer.Option(help="Time products along M, N and K too; draw that, as PNG.")] = None,
     families: Annotated[bool, typer.Option(help="Run the families; --no-families leaves --scaling alone.")] = True,
+    update: Annotated[bool, typer.Option(help="Keep what --json's file has of families that are not run now.")] = False,
     quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: no figures to quote.")] = False,
 ) -> None:
     """Time every kernel against its best peer and the machine's limit, interleaved, results checked first."""
     from kdq.bench import plot as drawing
     from kdq.bench import run_bench, table
     from kdq.bench import scaling as scales
+    from kdq.bench.results import Results
 
+    if update and json_path is None:
+        raise ValueError("update: expected --json with the file to update")
     if not families and (family or plot is not None):
         raise ValueError("families: --no-families leaves nothing for --family and --plot")
     counts = threads or [1]
@@ -118,14 +121,16 @@ def bench(
     if points and scaling is not None:
         console.print(scales.markdown(points), highlight=False)
         scales.plot(points, scaling)
+    results = Results(machine, measurements, points)
+    if update and json_path is not None:
+        results = Results.load(json_path).updated(results)
     if json_path is not None:
-        content = {"machine": machine, "measurements": [m.to_dict() for m in measurements]}
-        content["scaling"] = [p.to_dict() for p in points]
-        json_path.write_text(json.dumps(content, indent=1) + "\n")
+        results.save(json_path)
     if markdown is not None:
-        markdown.write_text(table.markdown(measurements, machine) + (scales.markdown(points) if points else ""))
+        text = table.markdown(results.measurements, results.machine)
+        markdown.write_text(text + (scales.markdown(results.scaling) if results.scaling else ""))
     if plot is not None:
-        drawing.plot(measurements, plot)
+        drawing.plot(results.measurements, plot)
 
 
 @app.command()

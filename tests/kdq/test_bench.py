@@ -15,6 +15,7 @@ from kdq.bench import Case, Contender, plot, run_bench, scaling, table
 from kdq.bench.case import check
 from kdq.bench.families import FAMILIES
 from kdq.bench.limits import LimitMeter, copying, int8_products, reading
+from kdq.bench.results import SAME, Results
 from kdq.bench.runner import Measurement, plan
 from kdq.bench.scaling import Point
 from kdq_kernels.cpu import PeakName
@@ -145,3 +146,28 @@ def test_cli_scaling_alone(tmp_path: Path) -> None:
     wrong = bench("--plot", "results.png")
     assert wrong.returncode == 1
     assert "error: families" in wrong.stderr
+
+
+def measured(family: str, threads: int, median: float) -> Measurement:
+    rates = {"rate": 1.0, "unit": "Gop/s", "limited_by": "int8 products", "percent_of_limit": 50.0, "error": 0.0}
+    times = {"median": median, "fastest": median, "slowest": median}
+    return Measurement(family, "1x1x1", "kdq", "ours", threads, **times, **rates, ratio_to_best_peer=None)
+
+
+def found(measurements: list[Measurement], cpu: str = "some") -> Results:
+    machine = dict.fromkeys(SAME, "same") | {"cpu": cpu}
+    limits = [{"family": m.family, "threads": m.threads, "rate": m.median} for m in measurements]
+    return Results({**machine, "limits": limits}, measurements, [Point("int8_linear", "M", 64, 1, 1.0)])
+
+
+def test_update_replaces_what_was_measured_anew(tmp_path: Path) -> None:
+    before = found([measured("a", 1, 1.0), measured("b", 1, 1.0), measured("b", 2, 1.0), measured("c", 1, 1.0)])
+    before.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == before
+    after = before.updated(found([measured("b", 2, 7.0), measured("b", 1, 9.0)]))
+    assert [(m.family, m.threads, m.median) for m in after.measurements] == [
+        ("a", 1, 1.0), ("b", 1, 9.0), ("b", 2, 7.0), ("c", 1, 1.0)
+    ]  # fmt: skip
+    assert sorted(limit["rate"] for limit in after.machine["limits"]) == [1.0, 1.0, 7.0, 9.0]
+    with pytest.raises(ValueError, match="update: the file's cpu is 'some', this run's 'other'"):
+        before.updated(found([measured("b", 1, 9.0)], cpu="other"))
