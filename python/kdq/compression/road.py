@@ -107,7 +107,8 @@ def compress(
         candidates: the precisions that the student tries and the plan may use, two or more.
         losses: None: soft targets at temperature 4; where a teacher is given and a batch has labels, a tenth of them.
         epochs, finetune_epochs: passes over the loader.
-        lr: of Adam at the start of both; falls to zero (cosine over the epochs). Small networks gain from 3e-3.
+        lr: of Adam at the start of both; falls to zero (cosine over the epochs). Small perceptrons gain from 3e-3,
+            which is too much for deep transformers.
         refine: of `search_precision`.
         progress: whether to show bars.
 
