@@ -123,8 +123,9 @@ training without quantization. Every student is converted and evaluated on the i
             "What quantization takes away, with a teacher and without",
             "teacher",
             "labels",
-            "The teacher helps the float student too. This compares what is lost on the way from there to few bits: "
-            "the accuracy of an arm in float32 less its accuracy here.",
+            "The teacher helps the float student as much, and a better model has more to lose: a gain at few bits need "
+            "not be a smaller loss on the way there. Compared is the accuracy of an arm in float32 less its accuracy "
+            "here.",
             metrics=(COST,),
             groups=("8 bits", "4 bits", "2 bits", "1 bit"),
         ),
