@@ -131,14 +131,16 @@ teacher without labels for half of the steps. Every student runs on the integer 
             "teacher KL",
             "label loss",
             "Bits by teacher KL against bits by label loss",
-            "Labels are few, and say little about a sample that the student has right anyway; the KL sees every class, "
-            "on samples that need no label.",
+            "The KL sees every class, on samples that need no label, where labels are few and say little about a sample "
+            "that the student has right anyway. But what moves the one mostly moves the other: with measuring again "
+            "around the plan, both find almost the same plans.",
         ),
         *against(
             "teacher KL",
             "weight SQNR",
             "Bits by teacher KL against bits by weight SQNR",
-            "The error of a weight does not tell what it does to the output.",
+            "The error of a weight does not tell what it does to the output. It does tell which layers are large, and "
+            "where all layers of a size matter alike, that is most of what there is to know.",
         ),
         *against(
             "teacher KL",

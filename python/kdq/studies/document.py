@@ -73,7 +73,7 @@ def markdown(findings: Findings, picture: str) -> str:
     for comparison, group in groupby(findings.answers, key=lambda a: a.comparison):
         lines += ["", f"## {comparison.title}", "", f"*{comparison.arm}* against *{comparison.against}*.", ""]
         lines += [comparison.why, "", *markdown_table(COLUMNS, [row(a) for a in group], text_columns=3)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", findings.appendix]).rstrip() + "\n"
 
 
 VERDICTS = ("better", "not shown", "worse")

@@ -20,7 +20,9 @@ CANDIDATES = [None, Int8Dynamic(), LowBit(weight_bits=4, act_bits=8), LowBit(wei
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of the way from the fastest plan to the model in float
 
 
-def models() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+def models(quick: bool) -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    if quick:
+        return {"MLP 64-64-64, batch 4": (mlp(nn.Identity(), [64, 64, 64]), torch.randn(4, 64))}
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
     return {
         "MLP 512-2048-2048-512, batch 64": (mlp(nn.Identity(), [512, 2048, 2048, 512]), torch.randn(64, 512)),
@@ -36,11 +38,11 @@ def measured_ms(model: nn.Module, x: torch.Tensor) -> float:
     return 1e3 * interleaved_latency([partial(model.eval(), x)])[0].median
 
 
-def latency_section() -> str:
+def latency_section(quick: bool) -> str:
     """Markdown: for budgets between the fastest plan and the float model, predicted and measured."""
     torch.manual_seed(0)
     rows, errors = [], []
-    for name, (model, x) in models().items():
+    for name, (model, x) in models(quick).items():
         costs = search_precision(
             model.eval(), model, [x], budget=Budget(average_bits=32.0), candidates=CANDIDATES, progress=False
         )

@@ -56,7 +56,7 @@ class Study:
         run_seed: all outcomes of one seed of a task, trained for `steps` steps an arm; runs in a process of its own.
         steps: of an arm.
         method: paragraphs for the page.
-        appendix: a section of Markdown, made after the seeds, in this process, on one thread.
+        appendix: a section of Markdown, made after the seeds, in this process, on one thread; given `quick`.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Study:
     comparisons: Sequence[Comparison]
     run_seed: Callable[[Task, int, int], list[Outcome]]
     steps: int = 600
-    appendix: Callable[[], str] | None = None
+    appendix: Callable[[bool], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def run_study(study: Study, seeds: int, *, quick: bool = False, processes: int |
     if study.appendix is not None:
         with torch_threads():
             torch.set_num_threads(1)
-            appendix = study.appendix()
+            appendix = study.appendix(quick)
     seconds = time.perf_counter() - start
     return Findings(study, outcomes, answer(study, outcomes), seeds, steps, seconds, workers, appendix)
 
