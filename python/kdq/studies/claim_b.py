@@ -132,8 +132,8 @@ teacher without labels for half of the steps. Every student runs on the integer 
             "label loss",
             "Bits by teacher KL against bits by label loss",
             "The KL sees every class, on samples that need no label, where labels are few and say little about a "
-            "sample that the student has right anyway. But what moves the one mostly moves the other: with measuring again "
-            "around the plan, both find almost the same plans.",
+            "sample that the student has right anyway. But what moves the one mostly moves the other: with measuring "
+            "again around the plan, both find almost the same plans.",
         ),
         *against(
             "teacher KL",
