@@ -136,7 +136,8 @@ on the integer and binary kernels.""",
             "switchable",
             "dedicated, same total",
             "The shared weights see every step, a dedicated student only its own share of them; but they must serve "
-            "all precisions.",
+            "all precisions. From 8 to 2 bits the two even out; the weights that suit 1 bit are others, and a narrow "
+            "net has no room for both.",
         ),
         Comparison(
             "One switchable student against dedicated ones, same cost a precision",
@@ -149,7 +150,8 @@ on the integer and binary kernels.""",
             "The error that does not matter: rounding of the weights",
             "switchable",
             "dedicated, same each",
-            "Compare the KL above. A plan by weight SQNR would choose by this.",
+            "The switchable student's weights lie nearer to their grids, and its outputs no nearer to the teacher (the "
+            "KL above): who goes by the error of the weights takes the worse student.",
             metrics=(SQNR,),
             groups=tuple(PRECISIONS),
         ),
@@ -169,7 +171,8 @@ on the integer and binary kernels.""",
             "Recursive distillation against all precisions from the teacher",
             "switchable",
             "switchable, all from the teacher",
-            "The next wider precision is a nearer goal than the teacher, and a worse one.",
+            "The next wider precision is a nearer goal than the teacher, and a worse one: it helps where the distance "
+            "is large, at 1 bit.",
         ),
         Comparison(
             "A short finetune of a mixed plan, against a dedicated student of that plan",
