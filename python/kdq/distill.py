@@ -25,11 +25,20 @@ from kdq.layers.base import fused_activation
 from kdq.layers.qat import QATLinear
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
 from kdq.losses.features import make_adapters
-from kdq.observe import Batch, captured_outputs, check_same_shape, device_of, evaluating, find_layer, parse_batch
+from kdq.observe import (
+    Batch,
+    captured_outputs,
+    check_same_shape,
+    device_of,
+    evaluating,
+    find_layer,
+    parse_batch,
+    training,
+)
 from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
 from kdq.teacher_cache import CachedTeacher
-from kdq.training import Loop, check_count, progress_bar, training
+from kdq.training import Loop, check_count, progress_bar
 from kdq.validation import BestWeights, Validation, validate
 
 __all__ = ["Distiller", "Hint", "History", "SoftTargets", "mean_kl"]

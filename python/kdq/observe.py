@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +116,21 @@ def check_same_shape(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> AbstractContextManager[None]:
     """eval() inside; afterwards every submodule is back in the mode it was in, even if they were mixed."""
+    return _in_mode(False, models)
+
+
+def training(*models: nn.Module) -> AbstractContextManager[None]:
+    """train() inside; afterwards as `evaluating`."""
+    return _in_mode(True, models)
+
+
+@contextmanager
+def _in_mode(train: bool, models: tuple[nn.Module, ...]) -> Iterator[None]:
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
-        model.eval()
+        model.train(train)
     try:
         yield
     finally:

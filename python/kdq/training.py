@@ -131,19 +131,6 @@ def check_count(name: str, count: int) -> None:
 
 
 @contextmanager
-def training(*models: nn.Module) -> Iterator[None]:
-    """train() inside; afterwards every submodule is back in the mode it was in."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def progress_bar(progress: bool | Progress, total: int | None) -> Iterator[Callable[[float], None]]:
     """A function that advances a bar and shows the loss; a Progress of the caller's stays, without our task."""
     bar = progress if isinstance(progress, Progress) else Progress(disable=not progress)
