@@ -24,9 +24,11 @@ BITS = (1, 2, 3, 4, 6, 8)
 CANDIDATES: Sequence[Config] = [LowBit(weight_bits=bits, act_bits=ACT_BITS) for bits in BITS]
 BUDGETS = {"2 bits": 2, "3 bits": 3, "4 bits": 4}  # average bits of a weight; uniform plans meet them exactly
 REFINE = 3
+TEN_LABELS = "label loss, ten labels"
 PLANS: Mapping[str, tuple[Sensitivity, int]] = {  # by what, and how often it is measured again
     "teacher KL": ("teacher_kl", REFINE),
     "label loss": ("label_loss", REFINE),
+    TEN_LABELS: ("label_loss", REFINE),
     "weight SQNR": ("weight_sqnr", 0),
     "teacher KL, once": ("teacher_kl", 0),
 }
@@ -61,12 +63,14 @@ def split(x: torch.Tensor, y: torch.Tensor) -> Loader:
 
 def plans(student: nn.Module, pair: Pair, bits: int) -> dict[str, ConfigMap]:
     """All plans of one budget, by arm. Labels are few; for the KL, samples need none."""
+    few_x, few_y = pair.data.few()
     found: dict[str, ConfigMap] = {UNIFORM: LowBit(weight_bits=bits, act_bits=ACT_BITS)}
     for arm, (sensitivity, refine) in PLANS.items():
+        loader = split(*(pair.data.few() if sensitivity == "label_loss" else pair.data.many()))
         found[arm] = search_precision(
             student,
             pair.teacher,
-            split(*(pair.data.few() if sensitivity == "label_loss" else pair.data.many())),
+            [(few_x[:10], few_y[:10])] if arm == TEN_LABELS else loader,
             budget=Budget(average_bits=float(bits)),
             candidates=CANDIDATES,
             sensitivity=sensitivity,
@@ -116,8 +120,8 @@ A student of five linear layers learns in float from the few labels and then fro
 each arm gives its layers 1 to 8 bits (weights; activations have {ACT_BITS}) at 2, 3 and 4 bits a weight on average:
 *uniform* the same to all; the others solve for the least summed sensitivity, each layer measured alone: *teacher KL*
 by the increase of KL(teacher || student) on {MEASURED_SAMPLES} training samples, *label loss* by that of the
-cross-entropy on as many of the labelled ones as there are, *weight SQNR* by the noise power of the rounded weights,
-which needs no data. The first two measure again around the best plan so far, the uniform one among them, up to
+cross-entropy on as many of the labelled ones as there are, or on *ten labels*, *weight SQNR* by the noise power of the
+rounded weights, which needs no data. KL and loss measure again around the best plan so far, the uniform one among them, up to
 {REFINE} times; *once* does not. The plans are rounded and calibrated (`quantize_`), and, *finetuned*, trained under the
 teacher without labels for half of the steps. Every student runs on the integer kernels.""",
     comparisons=(
@@ -134,6 +138,12 @@ teacher without labels for half of the steps. Every student runs on the integer 
             "The KL sees every class, on samples that need no label, where labels are few and say little about a "
             "sample that the student has right anyway. But what moves the one mostly moves the other: with measuring "
             "again around the plan, both find almost the same plans.",
+        ),
+        Comparison(
+            "Bits by teacher KL against bits by the loss on ten labels",
+            "teacher KL",
+            TEN_LABELS,
+            "Even so few labels rank the layers much as the KL does. Where there is none, the KL is what is left.",
         ),
         *against(
             "teacher KL",

@@ -37,6 +37,7 @@ def about(findings: Findings) -> dict[str, object]:
         "seeds": findings.seeds,
         "steps": findings.steps,
         "seconds": round(findings.seconds),
+        "processor_seconds": round(findings.processor_seconds),
         "processes": findings.processes,
         "cpu": kdq_kernels.build_info()["cpu"],
         "isa": kdq_kernels.cpu_isa(),
@@ -67,8 +68,8 @@ def markdown(findings: Findings, picture: str) -> str:
         f"of the mean. *better* and *worse* stand where the difference is {SURE:g} standard errors or more; everything "
         "else is *not shown*. With so many comparisons one or two of them may stand by chance.",
         "",
-        f"{facts['cpu']}, kernels {facts['isa']}, torch {facts['torch']}; {findings.seconds / 60:.0f} minutes with "
-        f"{findings.processes} processes of one thread.",
+        f"{facts['cpu']}, kernels {facts['isa']}, torch {facts['torch']}; {findings.processor_seconds / 60:.0f} minutes "
+        f"of processor time in {findings.processes} processes of one thread, {findings.seconds / 60:.0f} by the clock.",
     ]
     for comparison, group in groupby(findings.answers, key=lambda a: a.comparison):
         lines += ["", f"## {comparison.title}", "", f"*{comparison.arm}* against *{comparison.against}*.", ""]

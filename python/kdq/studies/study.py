@@ -16,6 +16,8 @@ from kdq.bench.runner import torch_threads
 from kdq.studies.paired import Difference, Outcome, compare
 from kdq.studies.tasks import TASKS, Task
 
+QUICK_STEPS = 16  # enough for every precision of a switchable student to have its turn
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -86,7 +88,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Findings:
-    """A study that has been run."""
+    """A study that has been run.
+
+    Attributes:
+        seconds: of a clock.
+        processor_seconds: of all processes together: what it costs on a machine that nobody else uses.
+    """
 
     study: Study
     outcomes: list[Outcome]
@@ -94,6 +101,7 @@ class Findings:
     seeds: int
     steps: int
     seconds: float
+    processor_seconds: float
     processes: int
     appendix: str
 
@@ -110,9 +118,9 @@ def run_study(study: Study, seeds: int, *, quick: bool = False, processes: int |
     """
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
-    start = time.perf_counter()
+    start, used = time.perf_counter(), processor_seconds()
     workers = min(processes or len(os.sched_getaffinity(0)), seeds * len(TASKS))
-    steps = 4 if quick else study.steps
+    steps = QUICK_STEPS if quick else study.steps
     outcomes: list[Outcome] = []
     # Forked threads of torch hang; a spawned process starts anew.
     context = multiprocessing.get_context("spawn")
@@ -128,8 +136,14 @@ def run_study(study: Study, seeds: int, *, quick: bool = False, processes: int |
         with torch_threads():
             torch.set_num_threads(1)
             appendix = study.appendix(quick)
-    seconds = time.perf_counter() - start
-    return Findings(study, outcomes, answer(study, outcomes), seeds, steps, seconds, workers, appendix)
+    seconds, used = time.perf_counter() - start, processor_seconds() - used
+    return Findings(study, outcomes, answer(study, outcomes), seeds, steps, seconds, used, workers, appendix)
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _run_job(study: Study, task: str, seed: int, steps: int, quick: bool) -> list[Outcome]:
