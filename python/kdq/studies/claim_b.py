@@ -121,9 +121,9 @@ each arm gives its layers 1 to 8 bits (weights; activations have {ACT_BITS}) at 
 *uniform* the same to all; the others solve for the least summed sensitivity, each layer measured alone: *teacher KL*
 by the increase of KL(teacher || student) on {MEASURED_SAMPLES} training samples, *label loss* by that of the
 cross-entropy on as many of the labelled ones as there are, or on *ten labels*, *weight SQNR* by the noise power of the
-rounded weights, which needs no data. KL and loss measure again around the best plan so far, the uniform one among them, up to
-{REFINE} times; *once* does not. The plans are rounded and calibrated (`quantize_`), and, *finetuned*, trained under the
-teacher without labels for half of the steps. Every student runs on the integer kernels.""",
+rounded weights, which needs no data. KL and loss measure again around the best plan so far, the uniform one among
+them, up to {REFINE} times; *once* does not. The plans are rounded and calibrated (`quantize_`), and, *finetuned*,
+trained under the teacher without labels for half of the steps. Every student runs on the integer kernels.""",
     comparisons=(
         *against(
             "teacher KL",
