@@ -10,7 +10,7 @@ The losses are in `kdq.losses`.
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdq import distributed
 from kdq.layers.base import fused_activation
 from kdq.layers.qat import QATLinear
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
@@ -29,6 +30,7 @@ from kdq.observe import (
     Batch,
     captured_outputs,
     check_same_shape,
+    count_of_rows,
     device_of,
     evaluating,
     find_layer,
@@ -77,6 +79,10 @@ class Distiller:
     exist from the first batch on, in `adapters` by position of the loss and student layer, and are trained with the
     student.
 
+    Where the student is wrapped in DistributedDataParallel or by `fully_shard`, every rank makes the same calls, each
+    with its own batches, and all together compute what one process would on their batches together. The teacher is
+    whole on every rank, or sharded by `fully_shard` too. `kdq.distributed` and docs/distributed.md tell more.
+
     Args:
         teacher, student: models whose outputs are logits (or have `.logits`) of one shape.
         losses: their sum is the loss; `Weighted(loss, weight)` gives one a factor or a schedule.
@@ -88,7 +94,8 @@ class Distiller:
 
     Raises:
         ValueError: a feature loss names a layer that does not exist, or asks for features of a `CachedTeacher`, a
-            cached teacher shall be trained, or there is no loss.
+            cached teacher shall be trained, or one that DDP or FSDP2 does not keep the same on all ranks while it does
+            the student, or there is no loss.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class Distiller:
             raise ValueError("losses: expected at least one, for example [SoftTargets(T=4)]")
         self.teacher = teacher
         self.student = student
+        self._inner = distributed.unwrapped(student)
         self.losses = [loss if isinstance(loss, Weighted) else Weighted(loss) for loss in losses]
         self.train_teacher = train_teacher
         self.progress = 0.0
@@ -118,6 +126,14 @@ class Distiller:
                 raise ValueError("losses: a CachedTeacher keeps logits, not features; take the teacher itself")
             if train_teacher:
                 raise ValueError("train_teacher: the outputs of a CachedTeacher cannot change; take the teacher itself")
+        distributed.check_spread(student)
+        if train_teacher and distributed.is_spread(student) != distributed.is_spread(teacher):
+            raise ValueError("train_teacher: expected DDP or FSDP2 around both student and teacher, or neither")
+        trained = (student, teacher) if train_teacher else (student,)
+        self._replicated = [p for model in trained for p in distributed.replicated_parameters(model)]
+        with distributed.scope_of(student):
+            distributed.broadcast_([*self._replicated, *student.buffers()])
+            distributed.broadcast_(t for term in self.losses for t in state_of(term.loss))
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
@@ -131,10 +147,16 @@ class Distiller:
             raise RuntimeError(
                 "the feature losses' adapters take their shapes from a batch: call distiller.prepare(batch) first"
             )
+        self._reshard()
         yield from (p for p in self.student.parameters() if p.requires_grad)
         yield from self.own_parameters()
         if self.train_teacher:
             yield from (p for p in self.teacher.parameters() if p.requires_grad)
+
+    def _reshard(self) -> None:
+        """After a forward pass alone FSDP2 leaves gathered parameters in the model, which no optimizer must take."""
+        distributed.reshard(self.student)
+        distributed.reshard(self.teacher)
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the adapters and losses."""
@@ -143,22 +165,27 @@ class Distiller:
                 yield from module.parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """The student's state, and that of the adapters and losses, for checkpoints of training; not the teacher's."""
+        """The student's state, and that of the adapters and losses, for checkpoints of training; not the teacher's.
+
+        It does not depend on the number of ranks or the wrapper. All ranks call it; a sharded student's part is whole
+        on rank 0, and empty on the others.
+        """
         own = {f"adapters.{i}.{layer}": module.state_dict() for (i, layer), module in self.adapters.items()}
         own |= {f"losses.{i}": t.loss.state_dict() for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
-        return {"student": self.student.state_dict(), **own}
+        return {"student": distributed.full_state_dict(self.student), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; where there are adapters, after `prepare`.
+        """The inverse of `state_dict`; where there are adapters, after `prepare`. All ranks call it with the same
+        state; of a sharded student's, that of rank 0 counts.
 
         Raises:
             RuntimeError: a part is missing or does not fit.
         """
-        parts: dict[str, nn.Module] = {"student": self.student}
-        parts |= {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
+        parts: dict[str, nn.Module] = {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
         parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
-        if parts.keys() != state.keys():
-            raise RuntimeError(f"state: expected {', '.join(sorted(parts))}, got {', '.join(sorted(state))}")
+        if (expected := {"student", *parts}) != state.keys():
+            raise RuntimeError(f"state: expected {', '.join(sorted(expected))}, got {', '.join(sorted(state))}")
+        distributed.load_full_state_dict(self.student, state["student"])
         for name, module in parts.items():
             module.load_state_dict(state[name])
 
@@ -166,8 +193,9 @@ class Distiller:
         """Makes the adapters from the shapes that one batch shows. Nothing is trained, no statistics change; activation
         grids that have seen no batch yet start from this one."""
         parsed = parse_batch(batch, device_of(self.student))
-        with torch.no_grad(), evaluating(self.student, self.teacher):
+        with distributed.scope_of(self.student), torch.no_grad(), evaluating(self.student, self.teacher):
             self._compare(parsed, *self._run_teacher(parsed))
+        self._reshard()
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -179,18 +207,26 @@ class Distiller:
             TypeError: the batch or an output is of an unknown kind.
         """
         parsed = parse_batch(batch, device_of(self.student))
-        teacher, taught = self._run_teacher(parsed)
-        return self._compare(parsed, teacher, taught)[0]
+        with distributed.scope_of(self.student):
+            teacher, taught = self._run_teacher(parsed)
+            return self._as_step(lambda: self._compare(parsed, teacher, taught)[0])
+
+    def _as_step(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The loss that compute gives, whose backward pass averages all gradients over the ranks."""
+        loss = distributed.run_as_forward(self.student, compute)
+        distributed.average_after_backward(loss, [*self._replicated, *self.own_parameters()])
+        return loss
 
     def _compare(self, batch: Batch, teacher: Tensor | None, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Runs the student: the loss against the given logits and features, and the student's logits."""
-        with captured_outputs(self.student, [ours for ours, _ in self._pairs], "student") as learned:
-            student = batch.logits(self.student, "student")
+        with captured_outputs(self._inner, [ours for ours, _ in self._pairs], "student") as learned:
+            student = batch.logits(self._inner, "student")
         if teacher is None:
             teacher = student.detach()  # nobody reads it
         check_same_shape(student, teacher)
         self._see_features(learned, taught)
         terms = [student[:0].sum()]
+        share = distributed.share_of_rows(count_of_rows(student, batch.target), student.device)
         for i, term in enumerate(self.losses):
             weight = term.at(self.progress)
             if weight == 0:
@@ -199,9 +235,9 @@ class Distiller:
                 adapters = {layer: module for (of, layer), module in self.adapters.items() if of == i}
                 terms.append(weight * term.loss(learned, taught, batch.target, adapters))
                 continue
-            terms.append(weight * term.loss(student, teacher.detach(), batch.target))
+            terms.append(weight * share * term.loss(student, teacher.detach(), batch.target))
             if self.train_teacher:
-                terms.append(weight * term.loss(teacher, student.detach(), batch.target))
+                terms.append(weight * share * term.loss(teacher, student.detach(), batch.target))
         dtype = torch.promote_types(student.dtype, torch.float32)
         return torch.stack([term.to(dtype) for term in terms]).sum(), student
 
@@ -217,7 +253,7 @@ class Distiller:
 
     def _see_features(self, learned: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> None:
         """Checks that all layers of the pairs gave a feature; the first features give the adapters."""
-        roles = (("student", self.student, learned, 0), ("teacher", self.teacher, taught, 1))
+        roles = (("student", self._inner, learned, 0), ("teacher", self.teacher, taught, 1))
         for role, model, features, side in roles:
             for name in (pair[side] for pair in self._pairs):
                 if name not in features:
@@ -226,6 +262,7 @@ class Distiller:
                     check_unfused(model, name, role)
         if not self._adapters_known:
             self.adapters, self._adapters_known = make_adapters(self._features, learned, taught), True
+            distributed.broadcast_(t for adapter in self.adapters.values() for t in state_of(adapter))
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -249,6 +286,9 @@ class Distiller:
         With validation, a UserWarning says once if the teacher is worse than the student on its labels, by more than
         two standard errors of the paired difference.
 
+        Several ranks take the same steps and decisions; losses and validation are those of all their batches, and rank
+        0 draws the bar. A sampler with `set_epoch` is told the epoch.
+
         Args:
             optimizer: None: Adam with the learning rate `lr` on `parameters()`.
             scheduler: stepped after every optimizer step.
@@ -261,7 +301,7 @@ class Distiller:
             progress: False: no bar; a rich Progress: a task is added to it.
 
         Raises:
-            ValueError: the loader gives nothing or in one epoch more than in another, the student has nothing to train,
+            ValueError: the loader gives nothing or in one epoch or rank more than in another, nothing can be trained,
                 the optimizer lacks adapters, learned scales or the teacher that trains, or an argument is out of range.
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
@@ -277,15 +317,17 @@ class Distiller:
             return self._checked(optimizer, loss, lr)
 
         loop = Loop(self, loader, epochs, optimizer_for, scheduler, clip_grad_norm, accumulate, span)
-        best = BestWeights(self.student)
+        best = BestWeights(self._inner)
         losses: list[float] = []
         found: list[Validation] = []
         warned = False
         total = None if loop.batches is None else epochs * loop.batches
         trained = (self.student, self.teacher) if self.train_teacher else (self.student,)
-        with training(*trained), progress_bar(progress, total) as advance:
+        scope = distributed.scope_of(self.student)
+        with scope, training(*trained), progress_bar(progress, total) as advance:
             for epoch in range(epochs):
                 losses.append(loop.epoch(epoch, advance))
+                distributed.broadcast_(self.student.buffers())
                 if validation is None:
                     continue
                 found.append(validate(self.student, self.teacher, validation))
@@ -309,7 +351,7 @@ class Distiller:
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
         for phase in phases:
             if phase.config is not None:
-                plan_lower_precision(self.student, phase.config)
+                plan_lower_precision(self.student, phase.config)  # an error too if DDP or FSDP2 is around the student
         histories = []
         for phase, distiller in zip(phases, distillers, strict=True):
             if phase.config is not None:
@@ -333,7 +375,8 @@ class Distiller:
         if self.train_teacher and not any(p.requires_grad for p in self.teacher.parameters()):
             raise ValueError("train_teacher: no parameter of the teacher requires a gradient")
         if optimizer is None:
-            return torch.optim.Adam(self.parameters(), lr=lr)
+            return torch.optim.Adam(distributed.parameter_groups(self.parameters()), lr=lr)
+        self._reshard()
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) not in trained for p in self.own_parameters()):
             raise ValueError(
@@ -350,6 +393,13 @@ class Distiller:
 def _frozen(model: nn.Module) -> Iterator[None]:
     with torch.no_grad(), evaluating(model):
         yield
+
+
+def state_of(loss: object) -> Iterator[Tensor]:
+    """Parameters and buffers, if it is a module."""
+    if isinstance(loss, nn.Module):
+        yield from loss.parameters()
+        yield from loss.buffers()
 
 
 def check_scales_train(student: nn.Module, trained: Container[int]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdq.distributed import unwrapped
+
 TARGET_KEYS = ("labels", "label", "target")
 IGNORED_TARGET = -100
 
@@ -107,6 +109,11 @@ def rows_of(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | Non
     return rows, flat, kept
 
 
+def count_of_rows(logits: Tensor, target: Tensor | None) -> Tensor | int:
+    """How many rows of logits `[..., C]` count: those whose target is not -100."""
+    return (target != IGNORED_TARGET).sum() if target is not None else logits.shape[:-1].numel()
+
+
 def check_same_shape(student: Tensor, teacher: Tensor) -> None:
     """Raises ValueError unless both are logits `[..., C]` of one shape."""
     if student.shape != teacher.shape or student.dim() < 1:
@@ -139,12 +146,12 @@ def _in_mode(train: bool, models: tuple[nn.Module, ...]) -> Iterator[None]:
 
 
 def find_layer(model: nn.Module, name: str, role: str) -> nn.Module:
-    """The submodule of that name.
+    """The submodule of that name; DDP's wrapper does not count.
 
     Raises:
         ValueError: there is none; the message proposes the nearest names.
     """
-    layers = dict(model.named_modules(remove_duplicate=False))
+    layers = dict(unwrapped(model).named_modules(remove_duplicate=False))
     if name in layers:
         return layers[name]
     near = difflib.get_close_matches(name, list(layers), n=3, cutoff=0.4) or [n for n in layers if n][:8]

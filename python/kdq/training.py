@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdq import distributed
+from kdq.observe import device_of
 from kdq.teacher_cache import CachedTeacher
 
 if TYPE_CHECKING:
@@ -59,18 +61,21 @@ class Loop:
         """Trains on all batches once; returns the mean loss. `advance` is told each.
 
         Raises:
-            ValueError: the loader gives nothing, or another number of batches than in the first epoch.
+            ValueError: the loader gives nothing, or another number of batches than in the first epoch or on other
+                ranks.
             RuntimeError: a loss is not finite.
         """
         losses: list[float] = []
+        device = device_of(self.distiller.student)
+        distributed.start_epoch(self.loader, epoch)
         with _watched(self.distiller.teacher, repeats=epoch > 0 or self.span[0] > 0):
-            for batch in self.loader:
+            for batch in distributed.batches_in_step(self.loader, device):
                 self.distiller.progress = self._progress(epoch, len(losses))
                 loss = self.distiller.loss(batch)
                 if self.optimizer is None:
                     self.optimizer = self.optimizer_for(loss)
                     self.optimizer.zero_grad()
-                losses.append(float(loss.detach()))
+                losses.append(float(distributed.gather_numbers([float(loss.detach())], device).mean()))
                 if not math.isfinite(losses[-1]):
                     where = f"step {len(losses)}" if self.epochs == 1 else f"epoch {epoch + 1}, step {len(losses)}"
                     raise RuntimeError(f"the loss is {losses[-1]} at {where}: lower the learning rate, check the data")
@@ -98,7 +103,7 @@ class Loop:
             for parameter in parameters:
                 parameter.grad.div_(self.pending)
         if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+            distributed.clip_gradients_(parameters, self.clip_grad_norm)
         optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -132,8 +137,9 @@ def check_count(name: str, count: int) -> None:
 
 @contextmanager
 def progress_bar(progress: bool | Progress, total: int | None) -> Iterator[Callable[[float], None]]:
-    """A function that advances a bar and shows the loss; a Progress of the caller's stays, without our task."""
-    bar = progress if isinstance(progress, Progress) else Progress(disable=not progress)
+    """A function that advances a bar and shows the loss; a Progress of the caller's stays, without our task. A bar of
+    our own is drawn by rank 0 only."""
+    bar = progress if isinstance(progress, Progress) else Progress(disable=not (progress and distributed.is_main()))
     task = bar.add_task("distil", total=total)
     if bar is not progress:
         bar.start()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from kdq.distributed import batches_in_step, gather_numbers, unwrapped
 from kdq.observe import device_of, evaluating, parse_batch
 from kdq.reporting import compared_outputs, teacher_kl
 
@@ -50,44 +51,48 @@ class Validation:
 
 
 def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> Validation:
-    """Runs both models, in eval mode and without gradients, over a loader's batches.
+    """Runs both models, in eval mode and without gradients, over a loader's batches; where ranks train together, over
+    those of all.
 
     Rows whose target is -100 are left out.
 
     Raises:
-        ValueError: the loader gives no row, or the outputs' shapes differ.
+        ValueError: the loader gives no row, ranks differ in the number of batches, or the outputs' shapes differ.
     """
-    divergence, rows, labelled = 0.0, 0, True
-    right: list[Tensor] = []  # [2, rows] a batch: student, teacher
+    student, teacher = unwrapped(student), unwrapped(teacher)
+    device = device_of(student)
+    divergence, rows, unlabelled = 0.0, 0, 0
+    right = torch.zeros(2, 2, dtype=torch.long)  # rows by whether the student is right, and the teacher
     with evaluating(student, teacher), torch.no_grad():
-        for batch in loader:
-            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, device_of(student)))
+        for batch in batches_in_step(loader, device):
+            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, device))
             if len(ours) == 0:
                 continue
             divergence += teacher_kl(ours, theirs) * len(ours)
             rows += len(ours)
             if target is None:
-                labelled = False
+                unlabelled += len(ours)
             else:
-                right.append(torch.stack([ours.argmax(-1) == target, theirs.argmax(-1) == target]).double().cpu())
+                cases = 2 * (ours.argmax(-1) == target) + (theirs.argmax(-1) == target)
+                right += torch.bincount(cases.cpu(), minlength=4).view(2, 2)
+    numbers = gather_numbers([divergence, rows, unlabelled, *right.flatten().tolist()], device).sum(0).tolist()
+    divergence, rows, unlabelled, _, only_teacher, only_student, both = numbers
     if rows == 0:
         raise ValueError("validation: expected at least one batch with a row that counts, got none")
-    if not labelled:
+    if unlabelled:
         return Validation(None, None, divergence / rows, None)
-    student_right, teacher_right = torch.cat(right, 1)
-    return Validation(
-        float(student_right.mean()), float(teacher_right.mean()), divergence / rows, _lead(student_right, teacher_right)
-    )
+    lead = _lead(only_student, only_teacher, rows)
+    return Validation((only_student + both) / rows, (only_teacher + both) / rows, divergence / rows, lead)
 
 
-def _lead(student: Tensor, teacher: Tensor) -> float:
-    """The paired difference of two 0/1 rows in its standard errors; infinite if it is the same at every row."""
-    difference = student - teacher
-    mean = float(difference.mean())
+def _lead(ahead: float, behind: float, rows: float) -> float:
+    """The paired difference of two 0/1 rows, 1 in `ahead` of them and -1 in `behind`, in its standard errors; infinite
+    if it is the same at every row."""
+    mean = (ahead - behind) / rows
     if mean == 0:
         return 0.0
-    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
-    return math.copysign(math.inf, mean) if error == 0 else mean / error
+    variance = (ahead + behind - rows * mean**2) / (rows - 1) if rows > 1 else math.inf
+    return math.copysign(math.inf, mean) if variance <= 0 else mean / math.sqrt(variance / rows)
 
 
 class BestWeights:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
+from kdq.distributed import check_first_batch, pooled_range, sum_over_ranks
 from kdq.grids import (
     SMALLEST_SCALE,
     AffineGrid,
@@ -29,7 +30,8 @@ from kdq.layers.qat_product import integer_zero_point, learned_scale, quantized_
 class LearnedActivationGrid(nn.Module):
     """Unsigned activations with a learned scale and zero point (LSQ+, Bhalgat et al. 2020).
 
-    Both are initialised from the first batch that comes through, by least squared error.
+    Both are initialised from the first batch that comes through, by least squared error; from those of all ranks where
+    they train together (`kdq.distributed`).
     """
 
     initialized: Tensor
@@ -43,10 +45,12 @@ class LearnedActivationGrid(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
+        check_first_batch()
         sample = x.detach().float().flatten()
-        if sample.numel() == 0:
+        low, high = pooled_range(sample)
+        if low > high:
             return
-        grid = search_affine_grid(sample, float(sample.min()), float(sample.max()), self.bits)
+        grid = search_affine_grid(sample, low, high, self.bits, pooled=lambda errors: sum_over_ranks(errors, x.device))
         self.scale.copy_(grid.scale)
         self.zero_point.copy_(grid.zero_point)
         self.initialized.fill_(True)
