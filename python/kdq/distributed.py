@@ -221,9 +221,9 @@ class _Computation(nn.Module):
 
 def gather_numbers(values: Sequence[float], device: torch.device | None) -> Tensor:
     """float64 `[ranks, n]` on the CPU, the same on all ranks, `[1, n]` if this one computes alone."""
-    own = torch.tensor(values, dtype=torch.float64, device=device)
     if not pooling():
-        return own[None].cpu()
+        return torch.tensor([list(values)], dtype=torch.float64)
+    own = torch.tensor(values, dtype=torch.float64, device=device)
     every = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(every, own)
     return torch.stack(every).cpu()

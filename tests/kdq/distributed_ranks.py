@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -263,7 +264,9 @@ def first_batches() -> None:
     with alone():
         other = prepared()
         other(part)
-    assert not torch.equal(other[0].input_grid.scale, ours[0].input_grid.scale)
+    scales: list[Any] = [None] * RANKS
+    dist.all_gather_object(scales, float(other[0].input_grid.scale.detach()))
+    assert scales[0] != scales[1], "each from its own rows"
     with together():
         empty = prepared()
         empty(part if dist.get_rank() == 0 else part[:0])
@@ -442,6 +445,4 @@ def main(rank: int, folder: Path, names: tuple[str, ...] = NAMES) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     main(int(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:]) or NAMES)
