@@ -9,8 +9,9 @@ The losses are in `kdq.losses`.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdq.averaging import WeightAverage
 from kdq.layers.base import fused_activation
-from kdq.layers.qat import QATLinear
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
 from kdq.losses.features import make_adapters
 from kdq.observe import (
@@ -38,7 +39,7 @@ from kdq.observe import (
 from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
 from kdq.teacher_cache import CachedTeacher
-from kdq.training import Loop, check_count, progress_bar
+from kdq.training import Log, Loop, check_count, check_scales_train, progress_bar, taken_up
 from kdq.validation import BestWeights, Validation, validate
 
 __all__ = ["Distiller", "Hint", "History", "SoftTargets", "mean_kl"]
@@ -169,6 +170,13 @@ class Distiller:
         with torch.no_grad(), evaluating(self.student, self.teacher):
             self._compare(parsed, *self._run_teacher(parsed))
 
+    def prepare_for(self, loader: Iterable[Any]) -> None:
+        """`prepare` on the loader's first batch, if there are adapters to make."""
+        if not self._adapters_known:
+            for batch in loader:
+                self.prepare(batch)
+                break
+
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Any) -> Tensor:
@@ -242,12 +250,21 @@ class Distiller:
         clip_grad_norm: float | None = None,
         accumulate: int = 1,
         span: tuple[float, float] = (0.0, 1.0),
+        ema: float | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        log: Log | None = None,
         progress: bool | Progress = True,
     ) -> History:
         """Trains for some passes over the loader; the student is in training mode meanwhile.
 
-        With validation, a UserWarning says once if the teacher is worse than the student on its labels, by more than
-        two standard errors of the paired difference.
+        For mixed precision, `torch.autocast` may be around the call. With validation, a UserWarning says once if the
+        teacher is worse than the student on its labels, by more than two standard errors of the paired difference.
+
+        A training with a checkpoint that was killed is taken up by the same call in a new process, with models,
+        optimizer and scheduler made anew: it ends with the same weights, bit for bit, as it would have. A finished one
+        gives its result again. The order of a DataLoader and the random numbers of torch, NumPy, `random` and of the
+        loaders' generators are taken up too; what else a loader draws from, and persistent workers, are not.
 
         Args:
             optimizer: None: Adam with the learning rate `lr` on `parameters()`.
@@ -258,11 +275,19 @@ class Distiller:
             clip_grad_norm: largest norm of all gradients of a step together.
             accumulate: batches a step; the gradient is their mean. An epoch's last step may have fewer.
             span: the part of the whole training that this call is, for the losses' schedules.
+            ema: decay of a moving average of the student's weights (`WeightAverage`), which is what is validated, and
+                what the student has at the end.
+            checkpoint: a file, written after each epoch and read first, if it exists.
+            checkpoint_every: it is also written every so many steps; where an epoch is taken up, the loader goes
+                through the batches before.
+            log: called with the number of steps and values by name: after each step "loss", "lr" (of the first group)
+                and, if clipped, "grad_norm"; after each validation "accuracy", "teacher_accuracy" and "teacher_kl".
             progress: False: no bar; a rich Progress: a task is added to it.
 
         Raises:
             ValueError: the loader gives nothing or in one epoch more than in another, the student has nothing to train,
-                the optimizer lacks adapters, learned scales or the teacher that trains, or an argument is out of range.
+                the optimizer lacks adapters, learned scales or the teacher that trains, an argument is out of range, or
+                the checkpoint is damaged or of another training.
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
         if scheduler is not None and optimizer is None:
@@ -271,35 +296,48 @@ class Distiller:
             check_count("patience", patience)
             if validation is None:
                 raise ValueError("patience: it needs validation, on which the best epoch shows")
+        if checkpoint_every is not None:
+            check_count("checkpoint_every", checkpoint_every)
+            if checkpoint is None:
+                raise ValueError("checkpoint_every: it needs checkpoint, the file to write")
         start = time.perf_counter()
 
-        def optimizer_for(loss: Tensor) -> Optimizer:
+        def optimizer_for(loss: Tensor | None) -> Optimizer:
             return self._checked(optimizer, loss, lr)
 
-        loop = Loop(self, loader, epochs, optimizer_for, scheduler, clip_grad_norm, accumulate, span)
-        best = BestWeights(self.student)
-        losses: list[float] = []
-        found: list[Validation] = []
+        average = None if ema is None else WeightAverage(self.student, ema)
+        loop = Loop(
+            self, loader, epochs, optimizer_for, scheduler, clip_grad_norm, accumulate, span, average=average, log=log
+        )
+        best = BestWeights(self.student, patience)
+        saved = None
+        if checkpoint is not None:
+            how = f"Adam, lr={lr}" if optimizer is None else type(optimizer).__name__
+            saved = taken_up(checkpoint, checkpoint_every, loop, best, validation, how)
         warned = False
-        total = None if loop.batches is None else epochs * loop.batches
         trained = (self.student, self.teacher) if self.train_teacher else (self.student,)
-        with training(*trained), progress_bar(progress, total) as advance:
-            for epoch in range(epochs):
-                losses.append(loop.epoch(epoch, advance))
-                if validation is None:
-                    continue
-                found.append(validate(self.student, self.teacher, validation))
-                warned = warned or found[-1].warn_of_worse_teacher()
-                if patience is not None:
-                    best.see(found[-1], epoch)
-                    if best.epochs_since >= patience:
-                        break
-        best.put_back()
+        with training(*trained), progress_bar(progress, *loop.total_and_done()) as advance:
+            while len(loop.losses) < epochs and not best.is_enough():
+                loop.epoch(advance)
+                if validation is not None:
+                    with nullcontext() if average is None else average.in_place():
+                        best.see(validate(self.student, self.teacher, validation))
+                    warned = warned or best.found[-1].warn_of_worse_teacher()
+                    if log is not None:
+                        log(loop.steps, best.found[-1].values())
+                if saved is not None:
+                    saved.save()
+        if patience is not None:
+            best.put_back()
+        elif average is not None:
+            average.put_in()
         self.progress = span[1]
-        return History(losses, loop.steps, time.perf_counter() - start, found, best.epoch)
+        return History(loop.losses, loop.steps, time.perf_counter() - start, best.found, best.epoch)
 
     def run(self, loader: Iterable[Any], phases: Sequence[Phase], **options: Any) -> list[History]:
         """Trains in phases, one `fit` each, with a new optimizer each; the options are those of `fit`.
+
+        A checkpoint is one file a phase: its name followed by a dot and the number of the phase, from 0.
 
         Raises:
             ValueError, RuntimeError: as `fit`, and as `lower_precision_` at the start of a phase with a config.
@@ -311,10 +349,12 @@ class Distiller:
             if phase.config is not None:
                 plan_lower_precision(self.student, phase.config)
         histories = []
-        for phase, distiller in zip(phases, distillers, strict=True):
+        checkpoint = options.pop("checkpoint", None)
+        for number, (phase, distiller) in enumerate(zip(phases, distillers, strict=True)):
             if phase.config is not None:
                 lower_precision_(self.student, phase.config)
-            histories.append(distiller.fit(loader, phase.epochs, lr=phase.lr, **options))
+            path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
+            histories.append(distiller.fit(loader, phase.epochs, lr=phase.lr, checkpoint=path, **options))
         return histories
 
     def _for_phase(self, phase: Phase) -> Distiller:
@@ -324,9 +364,9 @@ class Distiller:
         losses = self.losses if phase.losses is None else phase.losses
         return Distiller(self.teacher, self.student, losses, train_teacher=phase.train_teacher)
 
-    def _checked(self, optimizer: Optimizer | None, loss: Tensor, lr: float) -> Optimizer:
-        """The optimizer to use, once the first loss has shown what there is to train."""
-        if not loss.requires_grad:
+    def _checked(self, optimizer: Optimizer | None, loss: Tensor | None, lr: float) -> Optimizer:
+        """The optimizer to use, once the first loss (or a checkpoint: None) has shown what there is to train."""
+        if loss is not None and not loss.requires_grad:
             raise ValueError(
                 "student: nothing to train: the loss does not depend on any parameter that requires a gradient"
             )
@@ -350,19 +390,6 @@ class Distiller:
 def _frozen(model: nn.Module) -> Iterator[None]:
     with torch.no_grad(), evaluating(model):
         yield
-
-
-def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
-    """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
-    for name, module in student.named_modules():
-        # A twin within a switchable layer has a weight only while it is in use.
-        if isinstance(module, QATLinear) and id(getattr(module, "weight", None)) in trained:
-            scales = [p for p in module.parameters() if p.requires_grad and p is not module.bias]
-            if any(id(p) not in trained for p in scales):
-                raise ValueError(
-                    f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "
-                    "prepare_qat_, or freeze them by requires_grad_(False)"
-                )
 
 
 def check_unfused(model: nn.Module, name: str, role: str) -> None:

@@ -23,8 +23,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kdq.checkpoint import write_atomically
 from kdq.compression.evaluate import count_samples, describe_layers, evaluate
-from kdq.compression.folder import RunFolder, fingerprint, write_atomically
+from kdq.compression.folder import RunFolder, fingerprint
 from kdq.compression.repeatable import seeded
 from kdq.compression.report import CompressionReport, Training
 from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize, short_name
