@@ -30,7 +30,6 @@ from kdq.observe import (
     Batch,
     captured_outputs,
     check_same_shape,
-    device_of,
     evaluating,
     find_layer,
     parse_batch,
@@ -39,7 +38,7 @@ from kdq.observe import (
 from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
 from kdq.teacher_cache import CachedTeacher
-from kdq.training import Log, Loop, check_count, check_scales_train, progress_bar, taken_up
+from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, taken_up
 from kdq.validation import BestWeights, Validation, validate
 
 __all__ = ["Distiller", "Hint", "History", "SoftTargets", "mean_kl"]
@@ -79,7 +78,7 @@ class Distiller:
     student.
 
     Args:
-        teacher, student: models whose outputs are logits (or have `.logits`) of one shape.
+        teacher, student: models whose outputs are logits of one shape, have them as `.logits`, or are tuples that start with them.
         losses: their sum is the loss; `Weighted(loss, weight)` gives one a factor or a schedule.
         train_teacher: the teacher trains too, in the same steps, in the mode that it is in (`fit`: training mode): on
             the losses on logits with the roles swapped, that is on the labels and the student's outputs.
@@ -139,9 +138,13 @@ class Distiller:
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the adapters and losses."""
-        for module in (*self.adapters.values(), *(term.loss for term in self.losses)):
-            if isinstance(module, nn.Module):
-                yield from module.parameters()
+        for module in self.own_modules():
+            yield from module.parameters()
+
+    def own_modules(self) -> list[nn.Module]:
+        """The adapters, and the losses that are modules."""
+        modules = (*self.adapters.values(), *(term.loss for term in self.losses))
+        return [module for module in modules if isinstance(module, nn.Module)]
 
     def state_dict(self) -> dict[str, Any]:
         """The student's state, and that of the adapters and losses, for checkpoints of training; not the teacher's."""
@@ -166,7 +169,7 @@ class Distiller:
     def prepare(self, batch: Any) -> None:
         """Makes the adapters from the shapes that one batch shows. Nothing is trained, no statistics change; activation
         grids that have seen no batch yet start from this one."""
-        parsed = parse_batch(batch, device_of(self.student))
+        parsed = parse_batch(batch, self.student)
         with torch.no_grad(), evaluating(self.student, self.teacher):
             self._compare(parsed, *self._run_teacher(parsed))
 
@@ -180,13 +183,13 @@ class Distiller:
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Any) -> Tensor:
-        """The loss of a batch (a tensor, `(x, target)` or a dict): a scalar to call `backward()` on.
+        """The loss of a batch (`kdq.observe.parse_batch` says of which kinds): a scalar to call `backward()` on.
 
         Raises:
             ValueError: teacher and student differ in the shape of their logits, or features cannot be compared.
             TypeError: the batch or an output is of an unknown kind.
         """
-        parsed = parse_batch(batch, device_of(self.student))
+        parsed = parse_batch(batch, self.student)
         teacher, taught = self._run_teacher(parsed)
         return self._compare(parsed, teacher, taught)[0]
 
@@ -374,15 +377,7 @@ class Distiller:
             raise ValueError("train_teacher: no parameter of the teacher requires a gradient")
         if optimizer is None:
             return torch.optim.Adam(self.parameters(), lr=lr)
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in trained for p in self.own_parameters()):
-            raise ValueError(
-                "optimizer: it lacks the adapters of the feature losses; call distiller.prepare(batch), then make it "
-                "from distiller.parameters()"
-            )
-        if self.train_teacher and not any(id(p) in trained for p in self.teacher.parameters()):
-            raise ValueError("optimizer: it lacks the teacher's parameters; make it from distiller.parameters()")
-        check_scales_train(self.student, trained)
+        check_optimizer(self, optimizer)
         return optimizer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdq.configs import Config
 from kdq.distill import Distiller
 from kdq.losses import Loss, Weighted
-from kdq.observe import device_of, parse_batch
+from kdq.observe import parse_batch
 from kdq.phases import Phase
 from kdq.switch import keeping_precision, precisions, set_precision_
 
@@ -72,7 +72,7 @@ class SwitchableDistiller(Distiller):
 
     def loss(self, batch: Any) -> Tensor:
         """The sum of the losses of the precisions that are drawn for this step. Errors as for `Distiller.loss`."""
-        parsed = parse_batch(batch, device_of(self.student))
+        parsed = parse_batch(batch, self.student)
         goal, taught = self._run_teacher(parsed)
         terms = []
         with keeping_precision(self.student):

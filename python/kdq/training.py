@@ -261,6 +261,19 @@ def check_count(name: str, count: int) -> None:
         raise ValueError(f"{name}: expected at least 1, got {count}")
 
 
+def check_optimizer(distiller: Distiller, optimizer: Optimizer) -> None:
+    """Raises ValueError if the optimizer lacks adapters, learned scales, or the teacher that trains."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in trained for p in distiller.own_parameters()):
+        raise ValueError(
+            "optimizer: it lacks the adapters of the feature losses; call distiller.prepare(batch), then make it "
+            "from distiller.parameters()"
+        )
+    if distiller.train_teacher and not any(id(p) in trained for p in distiller.teacher.parameters()):
+        raise ValueError("optimizer: it lacks the teacher's parameters; make it from distiller.parameters()")
+    check_scales_train(distiller.student, trained)
+
+
 def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
     """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
     for name, module in student.named_modules():

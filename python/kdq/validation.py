@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.observe import device_of, evaluating, parse_batch
+from kdq.observe import evaluating, parse_batch
 from kdq.reporting import compared_outputs, teacher_kl
 
 
@@ -66,7 +66,7 @@ def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> V
     right: list[Tensor] = []  # [2, rows] a batch: student, teacher
     with evaluating(student, teacher), torch.no_grad():
         for batch in loader:
-            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, device_of(student)))
+            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, student))
             if len(ours) == 0:
                 continue
             divergence += teacher_kl(ours, theirs) * len(ours)
