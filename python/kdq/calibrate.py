@@ -51,7 +51,7 @@ def run_batches(model: nn.Module, batches: Iterable[Any], role: str) -> None:
     count = 0
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            parsed = parse_batch(batch)
+            parsed = parse_batch(batch, model)
             model(*parsed.args, **parsed.kwargs)
             count += 1
     if count == 0:

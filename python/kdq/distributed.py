@@ -150,9 +150,16 @@ def printed(model: nn.Module) -> str:
     if is_sharded(model):
         from torch.distributed.fsdp import FSDPModule
 
-        for name in {type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule)}:
-            text = text.replace(f"{name}(", f"{name.removeprefix('FSDP')}(")
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                text = text.replace(f"{type(module).__name__}(", f"{class_name(module)}(")
     return text
+
+
+def class_name(module: nn.Module) -> str:
+    """As it was before `fully_shard`."""
+    name = type(module).__name__
+    return name.removeprefix("FSDP") if is_sharded(module) else name
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -291,6 +298,11 @@ def gather_objects(value: Any) -> list[Any]:
     return every
 
 
+def own_of(values: Sequence[Any]) -> Any:
+    """This rank's, of what `gather_objects` gave; where there are more ranks than then, it starts again."""
+    return values[dist.get_rank() % len(values) if world_size() > 1 else 0]
+
+
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Gives all ranks what rank 0 has."""
     if pooling():
@@ -388,8 +400,8 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
     return [{"params": group} for group in split_by_kind(parameters) if group]
 
 
-def clip_gradients_(parameters: Sequence[nn.Parameter], max_norm: float) -> None:
-    """`torch.nn.utils.clip_grad_norm_`, on plain and sharded parameters together."""
+def clip_gradients_(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """`torch.nn.utils.clip_grad_norm_`, on plain and sharded parameters together; returns the norm."""
     norms = []
     for group in split_by_kind(parameters):
         norm: Any = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
@@ -397,6 +409,7 @@ def clip_gradients_(parameters: Sequence[nn.Parameter], max_norm: float) -> None
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in split_by_kind(parameters):
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+    return float(total)
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
@@ -419,3 +432,24 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def to_save(value: Any) -> Any:
+    """A tensor, or a dict of such, as a checkpoint keeps it: a sharded one whole, on the CPU of rank 0, and empty on
+    the others, which take part."""
+    if isinstance(value, dict):
+        return {name: to_save(entry) for name, entry in value.items()}
+    if not hasattr(value, "full_tensor"):
+        return value
+    tensor = value.full_tensor()
+    return tensor.cpu() if is_main() else tensor.new_empty(0, device="cpu")
+
+
+def distribute_as(like: Tensor, value: Any) -> Any:
+    """This rank's shard of a whole tensor, if `like` is sharded and of its shape; anything else as it is."""
+    if not hasattr(like, "device_mesh") or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = like.device_mesh
+    return distribute_tensor(value.to(like.device), mesh, cast(Any, like).placements, src_data_rank=None)

@@ -16,7 +16,7 @@ from kdq import distributed
 from kdq.configs import Config
 from kdq.distill import Distiller
 from kdq.losses import Loss, Weighted
-from kdq.observe import Batch, device_of, parse_batch
+from kdq.observe import Batch, parse_batch
 from kdq.phases import Phase
 from kdq.switch import keeping_precision, precisions, set_precision_
 
@@ -74,7 +74,7 @@ class SwitchableDistiller(Distiller):
 
     def loss(self, batch: Any) -> Tensor:
         """The sum of the losses of the precisions that are drawn for this step. Errors as for `Distiller.loss`."""
-        parsed = parse_batch(batch, device_of(self.student))
+        parsed = parse_batch(batch, self._inner)
         with distributed.scope_of(self.student), keeping_precision(self._inner):
             goal, taught = self._run_teacher(parsed)
             drawn: list[Config] = distributed.gather_objects(self.draw())[0]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdq.distributed import batches_in_step, gather_numbers, unwrapped
+from kdq.distributed import batches_in_step, distribute_as, gather_numbers, reshard, to_save, unwrapped
 from kdq.observe import device_of, evaluating, parse_batch
 from kdq.reporting import compared_outputs, teacher_kl
 
@@ -32,6 +32,11 @@ class Validation:
     teacher_accuracy: float | None
     teacher_kl: float
     lead: float | None
+
+    def values(self) -> dict[str, float]:
+        """What a log is told: without what there is not."""
+        values = {name: getattr(self, name) for name in ("accuracy", "teacher_accuracy", "teacher_kl")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def better_than(self, other: Validation) -> bool:
         """By accuracy, if there are labels; then by KL to the teacher."""
@@ -65,7 +70,7 @@ def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> V
     right = torch.zeros(2, 2, dtype=torch.long)  # rows by whether the student is right, and the teacher
     with evaluating(student, teacher), torch.no_grad():
         for batch in batches_in_step(loader, device):
-            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, device))
+            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, student))
             if len(ours) == 0:
                 continue
             divergence += teacher_kl(ours, theirs) * len(ours)
@@ -75,6 +80,7 @@ def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> V
             else:
                 cases = 2 * (ours.argmax(-1) == target) + (theirs.argmax(-1) == target)
                 right += torch.bincount(cases.cpu(), minlength=4).view(2, 2)
+    reshard(student)
     numbers = gather_numbers([divergence, rows, unlabelled, *right.flatten().tolist()], device).sum(0).tolist()
     divergence, rows, unlabelled, _, only_teacher, only_student, both = numbers
     if rows == 0:
@@ -96,22 +102,44 @@ def _lead(ahead: float, behind: float, rows: float) -> float:
 
 
 class BestWeights:
-    """Keeps the weights of the best epoch, and counts how long ago it was."""
+    """What the epochs' validations found, and the weights of the best of them.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        patience: so many epochs without a better one are enough. None: no weights are kept.
+    """
+
+    def __init__(self, model: nn.Module, patience: int | None) -> None:
         self.model = model
-        self.best: Validation | None = None
+        self.patience = patience
+        self.found: list[Validation] = []
         self.epoch: int | None = None
-        self.epochs_since = 0
-        self.state: dict[str, Any] = {}
+        self.weights: dict[str, Any] = {}
 
-    def see(self, validation: Validation, epoch: int) -> None:
-        if self.best is not None and not validation.better_than(self.best):
-            self.epochs_since += 1
+    def see(self, validation: Validation) -> None:
+        """One after each epoch, while the model has the weights that it is of."""
+        self.found.append(validation)
+        if self.patience is None:
             return
-        self.best, self.epoch, self.epochs_since = validation, epoch, 0
-        self.state = copy.deepcopy(self.model.state_dict())
+        if self.epoch is None or validation.better_than(self.found[self.epoch]):
+            self.epoch = len(self.found) - 1
+            self.weights = copy.deepcopy(self.model.state_dict())  # of this rank's shards, if there are
+
+    def is_enough(self) -> bool:
+        if self.patience is None or self.epoch is None:
+            return False
+        return len(self.found) - 1 - self.epoch >= self.patience
 
     def put_back(self) -> None:
-        if self.state:
-            self.model.load_state_dict(self.state)
+        self.model.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = to_save(self.weights)
+        return {"found": [asdict(found) for found in self.found], "epoch": self.epoch, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.found = [Validation(**found) for found in state["found"]]
+        self.epoch = state["epoch"]
+        if state["weights"]:
+            self.weights = {
+                name: distribute_as(tensor, state["weights"][name]) for name, tensor in self.model.state_dict().items()
+            }

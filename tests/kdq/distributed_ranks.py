@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kdq
-from kdq.distributed import alone, learned_scales, together, unwrapped
+from kdq.distributed import alone, learned_scales, together
 from small_models import ONE, PRECISIONS, randn
 
 RANKS = 2
@@ -239,7 +238,13 @@ def mixed_precision() -> None:
 
 def observers() -> None:
     data = batches(4)
-    for observer in (kdq.MinMax(), kdq.MeanSquaredError(), kdq.Percentile(99.0), kdq.KLHistogram(), kdq.MovingAverage()):
+    for observer in (
+        kdq.MinMax(),
+        kdq.MeanSquaredError(),
+        kdq.Percentile(99.0),
+        kdq.KLHistogram(),
+        kdq.MovingAverage(),
+    ):
         ours, single = net(), net()
         with together():
             kdq.quantize_(ours, kdq.Int8Static(), calibration=own(data), observer=observer)

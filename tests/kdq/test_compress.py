@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import kdq
+from kdq.checkpoint import write_atomically
 from kdq.cli import app
 from kdq.compression import road
-from kdq.compression.folder import RunFolder, write_atomically
+from kdq.compression.folder import RunFolder
 from kdq.compression.report import CompressionReport, Model, pareto_front, times
 from kdq.search.cost import tensor_bytes
 

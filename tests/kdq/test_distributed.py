@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import kdq
 import distributed_ranks
+import kdq
 from small_models import mlp, randn
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
@@ -83,7 +83,9 @@ def test_without_processes_nothing_is_shared() -> None:
     kdq.prepare_qat_(model, kdq.LowBit(weight_bits=4, act_bits=4))
     model(randn(3, 6))
     names = {name for name, p in model.named_parameters() if p in kdq.distributed.learned_scales(model)}
-    grids = {f"{layer}.{part}" for layer in (0, 2) for part in ("weight_scale", "input_grid.scale", "input_grid.zero_point")}
+    grids = {
+        f"{layer}.{part}" for layer in (0, 2) for part in ("weight_scale", "input_grid.scale", "input_grid.zero_point")
+    }
     assert names == grids
 
 

@@ -103,7 +103,7 @@ class QATLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, bias={getattr(self, 'bias', None) is not None}"
 
 
 class Int8QATLinear(QATLinear):

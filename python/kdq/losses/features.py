@@ -318,6 +318,13 @@ class ContrastiveHeads(nn.Module):
         self.size = size
         self.register_buffer("queue", torch.empty(0, teacher_width), persistent=False)
 
+    def get_extra_state(self) -> Tensor:
+        """The queue, which a buffer of the state dict could not be: it grows."""
+        return self.queue
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.queue = state.to(self.queue)
+
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """`[n, width]` and `[n + negatives, width]`. Only a forward pass that trains puts features into the queue."""
         teacher, own = gather_rows(teacher.flatten(1))
