@@ -33,8 +33,8 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process draws progress bars and gives warnings: rank 0, or the only one."""
-    return world_size() == 1 or dist.get_rank() == 0
+    """Whether this process draws progress bars and writes files: rank 0, or one that computes alone."""
+    return not pooling() or dist.get_rank() == 0
 
 
 @contextmanager
@@ -300,7 +300,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def own_of(values: Sequence[Any]) -> Any:
     """This rank's, of what `gather_objects` gave; where there are more ranks than then, it starts again."""
-    return values[dist.get_rank() % len(values) if world_size() > 1 else 0]
+    return values[dist.get_rank() % len(values) if pooling() else 0]
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:

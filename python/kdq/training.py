@@ -256,11 +256,7 @@ def taken_up(
 def _digest(model: nn.Module) -> str:
     """Of its structure and precisions, not of its weights."""
     layers = [
-        (
-            name,
-            distributed.class_name(module),
-            getattr(module, "config", None) if isinstance(module, QATLinear) else None,
-        )
+        (name, distributed.class_name(module), vars(module).get("config") if isinstance(module, QATLinear) else None)
         for name, module in model.named_modules()
     ]
     return hashlib.sha256(description(layers).encode()).hexdigest()[:16]

@@ -1,16 +1,21 @@
-"""What each of two processes does in `test_distributed`: every check compares ranks with one process on all their data."""
+"""What each of two processes does in `test_distributed`: ranks are compared with one process on all their data."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -72,41 +77,34 @@ def own(loader: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     return [(x.chunk(RANKS)[dist.get_rank()], y.chunk(RANKS)[dist.get_rank()]) for x, y in loader]
 
 
-def whole_state(distiller: kdq.Distiller) -> dict[str, Any]:
-    """On every rank, flat."""
-    state: list[Any] = [distiller.state_dict()]
-    dist.broadcast_object_list(state, 0)
-    return {f"{part}.{name}": tensor for part, tensors in state[0].items() for name, tensor in tensors.items()}
-
-
 def assert_same_training(ours: kdq.Distiller, single: kdq.Distiller) -> None:
-    state, expected = whole_state(ours), {}
-    for part, tensors in single.state_dict().items():
-        expected |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-    assert not any("module" in name for name in state)
-    torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+    state: list[Any] = [ours.state_dict()]
+    dist.broadcast_object_list(state, 0)
+    assert not any("module" in name for name in state[0]["student"])
+    assert_close_flat(state[0], single.state_dict())
+
+
+def assert_close_flat(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    ours, theirs = ({f"{part}.{n}": t for part, ts in s.items() for n, t in ts.items()} for s in (state, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def assert_agreed(value: Any) -> None:
     every: list[Any] = [None] * RANKS
     dist.all_gather_object(every, value)
-    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(every, every[1:], strict=False))
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairwise(every))
 
 
 def raises(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
-    try:
+    with pytest.raises(kind, match=re.escape(text)):
         call()
-    except kind as error:
-        assert text in str(error), error
-    else:
-        raise AssertionError(f"expected {kind.__name__}: {text}")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
 def training(wrap: Wrap) -> None:
-    """Weights, scales, adapters, losses and validation, with labels that only some ranks lack, and losses across rows."""
+    """Weights, scales, adapters, losses, validation; with rows that one rank leaves out, and losses across rows."""
     losses = [
         kdq.SoftTargets(T=2.0, alpha=0.5),
         kdq.Hint({"2": "2"}),
@@ -238,20 +236,15 @@ def mixed_precision() -> None:
 
 def observers() -> None:
     data = batches(4)
-    for observer in (
-        kdq.MinMax(),
-        kdq.MeanSquaredError(),
-        kdq.Percentile(99.0),
-        kdq.KLHistogram(),
-        kdq.MovingAverage(),
-    ):
+    exact = (kdq.MinMax(), kdq.MeanSquaredError(), kdq.Percentile(99.0), kdq.KLHistogram())
+    for observer in (*exact, kdq.MovingAverage()):
         ours, single = net(), net()
         with together():
             kdq.quantize_(ours, kdq.Int8Static(), calibration=own(data), observer=observer)
         kdq.quantize_(single, kdq.Int8Static(), calibration=data, observer=observer)
         for name, tensor in ours.state_dict().items():
             assert_agreed(tensor)
-            if not isinstance(observer, kdq.MovingAverage):
+            if observer in exact:
                 assert torch.equal(tensor, single.state_dict()[name]), (observer, name)
 
 
@@ -316,6 +309,47 @@ def checkpoints(wrap: Wrap, folder: Path) -> None:
     last.load_state_dict(torch.load(path, weights_only=True))
     train(last, data[4:])
     torch.testing.assert_close(last.state_dict(), through.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def resumption(wrap: Wrap, folder: Path) -> None:
+    """A fit that breaks off on two ranks is taken up by one process, and the other way round, with Adam's state, the
+    average of the weights and the best ones; as if there had been one process throughout."""
+    data, held_out = batches(3), batches(1, seed=50)
+
+    def fit(around: Wrap | None, path: Path, until: int) -> kdq.Distiller:
+        torch.manual_seed(0)
+        student = prepared()
+        distiller = kdq.Distiller(net(seed=0), student if around is None else around(student), losses)
+        part = (lambda loader: loader) if around is None else own
+
+        def log(step: int, values: dict[str, float]) -> None:
+            if step == until and "loss" in values:
+                raise InterruptedError
+
+        options: dict[str, Any] = {"ema": 0.9, "patience": 9, "checkpoint_every": 1, "log": log, "progress": False}
+        with contextlib.suppress(InterruptedError):
+            distiller.fit(part(data), 3, validation=part(held_out), checkpoint=path, lr=1e-3, **options)
+        return distiller
+
+    losses = [kdq.SoftTargets(), kdq.Hint({"0": "3"}), kdq.ContrastiveKD({"3": "3"}, width=8, queue=20)]
+    mine = folder / str(dist.get_rank())
+    through = fit(None, mine / "through", until=99)
+
+    fit(wrap, folder / wrap.__name__ / "ranks", until=5)
+    dist.barrier()
+    shutil.copy(folder / wrap.__name__ / "ranks", mine / f"{wrap.__name__}-to-one")
+    last = fit(None, mine / f"{wrap.__name__}-to-one", until=99)
+    assert_close_flat(last.state_dict(), through.state_dict())
+
+    fit(None, mine / f"{wrap.__name__}-from-one", until=5)
+    if dist.get_rank() == 0:
+        shutil.copy(mine / f"{wrap.__name__}-from-one", folder / wrap.__name__ / "one")
+    dist.barrier()
+    assert_same_training(fit(wrap, folder / wrap.__name__ / "one", until=99), through)
+    path = mine / "somewhere"
+    if dist.get_rank() == 0:
+        path.touch()
+    raises(ValueError, "some ranks see", lambda: fit(wrap, path, until=99))
 
 
 def conversion(wrap: Wrap, folder: Path) -> None:
@@ -420,7 +454,7 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
     ]  # fmt: skip
     for check in each:
         made |= {f"{check.__name__}-{name}": lambda c=check, w=wrap: c(w) for name, wrap in WRAPS.items()}
-    for saved in (checkpoints, conversion):
+    for saved in (checkpoints, resumption, conversion):
         made |= {f"{saved.__name__}-{name}": lambda c=saved, w=wrap: c(w, folder) for name, wrap in WRAPS.items()}
     for shared in (sharded_teacher, shared_cache):
         made[shared.__name__] = lambda c=shared: c(folder)

@@ -1,4 +1,4 @@
-"""Training on several processes: two of them do what `distributed_ranks` says; the page's example runs under torchrun."""
+"""Training on several processes: two do what `distributed_ranks` says; the page's example runs under torchrun."""
 
 from __future__ import annotations
 
@@ -83,14 +83,11 @@ def test_without_processes_nothing_is_shared() -> None:
     kdq.prepare_qat_(model, kdq.LowBit(weight_bits=4, act_bits=4))
     model(randn(3, 6))
     names = {name for name, p in model.named_parameters() if p in kdq.distributed.learned_scales(model)}
-    grids = {
-        f"{layer}.{part}" for layer in (0, 2) for part in ("weight_scale", "input_grid.scale", "input_grid.zero_point")
-    }
-    assert names == grids
+    parts = ("weight_scale", "input_grid.scale", "input_grid.zero_point")
+    assert names == {f"{layer}.{part}" for layer in (0, 2) for part in parts}
 
 
-def test_rows_of_several_ranks_keep_their_gradients() -> None:
-    """`clip_gradients_` on plain parameters is torch's."""
+def test_plain_gradients_are_clipped_as_by_torch() -> None:
     pair = [mlp(8), mlp(8)]
     for model in pair:
         model(randn(5, 6)).square().sum().backward()
