@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdq.distributed import gather_objects
 from kdq.observe import evaluating, parse_batch
 from kdq.observers import Observer, ObserverState, check_observer
+from kdq.ranks import gather_objects
 
 
 def observe_inputs(

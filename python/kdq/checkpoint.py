@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from kdq.distributed import distribute_as, gather_objects, is_main, own_of, to_save
+from kdq.distributed import distribute_as, to_save
+from kdq.ranks import gather_objects, is_main, own_of
 
 
 class Stateful(Protocol):

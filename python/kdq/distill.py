@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdq import distributed
+from kdq import distributed, ranks
 from kdq.averaging import WeightAverage
 from kdq.layers.base import fused_activation
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
@@ -133,8 +133,8 @@ class Distiller:
         trained = (student, teacher) if train_teacher else (student,)
         self._replicated = [p for model in trained for p in distributed.replicated_parameters(model)]
         with distributed.scope_of(student):
-            distributed.broadcast_([*self._replicated, *student.buffers()])
-            distributed.broadcast_(t for term in self.losses for t in state_of(term.loss))
+            ranks.broadcast_([*self._replicated, *student.buffers()])
+            self._start_equal()
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
@@ -162,10 +162,8 @@ class Distiller:
     def names(self) -> dict[int, str]:
         """Names of all parameters, by id: the same with any wrapper."""
         self._reshard()
-        modules = {"student": self._inner, "teacher": distributed.unwrapped(self.teacher)}
-        modules |= {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
-        modules |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
-        return {id(p): f"{part}.{name}" for part, m in modules.items() for name, p in m.named_parameters()}
+        parts = {"student": self._inner, "teacher": distributed.unwrapped(self.teacher), **self._own_parts()}
+        return {id(p): f"{part}.{name}" for part, m in parts.items() for name, p in m.named_parameters()}
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the adapters and losses."""
@@ -174,8 +172,16 @@ class Distiller:
 
     def own_modules(self) -> list[nn.Module]:
         """The adapters, and the losses that are modules."""
-        modules = (*self.adapters.values(), *(term.loss for term in self.losses))
-        return [module for module in modules if isinstance(module, nn.Module)]
+        return list(self._own_parts().values())
+
+    def _own_parts(self) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
+        parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
+        return parts
+
+    def _start_equal(self) -> None:
+        """Adapters and losses start on all ranks as on rank 0."""
+        ranks.broadcast_(t for module in self.own_modules() for t in (*module.parameters(), *module.buffers()))
 
     def state_dict(self) -> dict[str, Any]:
         """The student's state, and that of the adapters and losses, for checkpoints of training; not the teacher's.
@@ -183,8 +189,7 @@ class Distiller:
         It does not depend on the number of ranks or the wrapper. All ranks call it; a sharded student's part is whole
         on rank 0, and empty on the others.
         """
-        own = {f"adapters.{i}.{layer}": module.state_dict() for (i, layer), module in self.adapters.items()}
-        own |= {f"losses.{i}": t.loss.state_dict() for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
+        own = {name: module.state_dict() for name, module in self._own_parts().items()}
         return {"student": distributed.full_state_dict(self.student), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,8 +199,7 @@ class Distiller:
         Raises:
             RuntimeError: a part is missing or does not fit.
         """
-        parts: dict[str, nn.Module] = {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
-        parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
+        parts = self._own_parts()
         if (expected := {"student", *parts}) != state.keys():
             raise RuntimeError(f"state: expected {', '.join(sorted(expected))}, got {', '.join(sorted(state))}")
         distributed.load_full_state_dict(self.student, state["student"])
@@ -234,7 +238,7 @@ class Distiller:
     def _as_step(self, compute: Callable[[], Tensor]) -> Tensor:
         """The loss that compute gives, whose backward pass averages all gradients over the ranks."""
         loss = distributed.run_as_forward(self.student, compute)
-        distributed.average_after_backward(loss, [*self._replicated, *self.own_parameters()])
+        ranks.average_after_backward(loss, [*self._replicated, *self.own_parameters()])
         return loss
 
     def _compare(self, batch: Batch, teacher: Tensor | None, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -246,7 +250,7 @@ class Distiller:
         check_same_shape(student, teacher)
         self._see_features(learned, taught)
         terms = [student[:0].sum()]
-        share = distributed.share_of_rows(count_of_rows(student, batch.target), student.device)
+        share = ranks.share_of_rows(count_of_rows(student, batch.target), student.device)
         for i, term in enumerate(self.losses):
             weight = term.at(self.progress)
             if weight == 0:
@@ -282,7 +286,7 @@ class Distiller:
                     check_unfused(model, name, role)
         if not self._adapters_known:
             self.adapters, self._adapters_known = make_adapters(self._features, learned, taught), True
-            distributed.broadcast_(t for adapter in self.adapters.values() for t in state_of(adapter))
+            self._start_equal()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +379,7 @@ class Distiller:
                 loop.epoch(advance)
                 if validation is not None:
                     with nullcontext() if average is None else average.in_place():
-                        distributed.broadcast_(self._inner.buffers())
+                        ranks.broadcast_(self._inner.buffers())
                         best.see(validate(self.student, self.teacher, validation))
                     warned = warned or best.found[-1].warn_of_worse_teacher()
                     if log is not None:
@@ -386,7 +390,7 @@ class Distiller:
                 best.put_back()
             elif average is not None:
                 average.put_in()
-            distributed.broadcast_(self._inner.buffers())
+            ranks.broadcast_(self._inner.buffers())
         self.progress = span[1]
         return History(loop.losses, loop.steps, time.perf_counter() - start, best.found, best.epoch)
 
@@ -439,13 +443,6 @@ class Distiller:
 def _frozen(model: nn.Module) -> Iterator[None]:
     with torch.no_grad(), evaluating(model):
         yield
-
-
-def state_of(loss: object) -> Iterator[Tensor]:
-    """Parameters and buffers, if it is a module."""
-    if isinstance(loss, nn.Module):
-        yield from loss.parameters()
-        yield from loss.buffers()
 
 
 def check_unfused(model: nn.Module, name: str, role: str) -> None:

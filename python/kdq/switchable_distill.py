@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq import distributed
+from kdq import distributed, ranks
 from kdq.configs import Config
 from kdq.distill import Distiller
 from kdq.losses import Loss, Weighted
@@ -77,7 +77,7 @@ class SwitchableDistiller(Distiller):
         parsed = parse_batch(batch, self._inner)
         with distributed.scope_of(self.student), keeping_precision(self._inner):
             goal, taught = self._run_teacher(parsed)
-            drawn: list[Config] = distributed.gather_objects(self.draw())[0]
+            drawn: list[Config] = ranks.gather_objects(self.draw())[0]
             return self._as_step(lambda: self._sandwich(parsed, goal, taught, drawn))
 
     def _sandwich(

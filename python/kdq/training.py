@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdq import distributed
+from kdq import distributed, ranks
 from kdq.averaging import WeightAverage
 from kdq.checkpoint import (
     Checkpoint,
@@ -130,9 +130,9 @@ class Loop:
         else:
             self.random_at_start = now
         number = 0
-        distributed.start_epoch(self.loader, epoch)
+        ranks.start_epoch(self.loader, epoch)
         device = device_of(self.distiller.student)
-        for number, batch in enumerate(distributed.batches_in_step(self.loader, device), 1):
+        for number, batch in enumerate(ranks.batches_in_step(self.loader, device), 1):
             if number > known:
                 yield batch
             elif number == known:
@@ -146,7 +146,7 @@ class Loop:
         if self.optimizer is None:
             self.begin(self.optimizer_for(loss))
         assert self.optimizer is not None
-        value = float(distributed.gather_numbers([float(loss.detach())], loss.device).mean())
+        value = float(ranks.gather_numbers([float(loss.detach())], loss.device).mean())
         if not math.isfinite(value):
             step = f"step {len(self.within) + 1}"
             where = step if self.epochs == 1 else f"epoch {epoch + 1}, {step}"
@@ -186,7 +186,7 @@ class Loop:
             "optimizer": optimizer_state(self.optimizer, self.distiller.names()),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "random_at_start": distributed.gather_objects(self.random_at_start) if self.within else [],
+            "random_at_start": ranks.gather_objects(self.random_at_start) if self.within else [],
             **{name: getattr(self, name) for name in ("steps", "losses", "within", "first_epoch")},
         }
 
@@ -198,7 +198,7 @@ class Loop:
             if part is not None:
                 part.load_state_dict(state[name])
         if state["random_at_start"]:
-            self.random_at_start = distributed.own_of(state["random_at_start"])
+            self.random_at_start = ranks.own_of(state["random_at_start"])
         for name in ("steps", "losses", "within", "first_epoch"):
             setattr(self, name, state[name])
         self.batches = self.batches if self.first_epoch is None else self.first_epoch
@@ -308,7 +308,7 @@ def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
 def progress_bar(progress: bool | Progress, total: int | None, completed: int = 0) -> Iterator[Callable[[float], None]]:
     """A function that advances a bar and shows the loss; a Progress of the caller's stays, without our task. A bar of
     our own is drawn by rank 0 only."""
-    bar = progress if isinstance(progress, Progress) else Progress(disable=not (progress and distributed.is_main()))
+    bar = progress if isinstance(progress, Progress) else Progress(disable=not (progress and ranks.is_main()))
     task = bar.add_task("distil", total=total, completed=completed)
     if bar is not progress:
         bar.start()

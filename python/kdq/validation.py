@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdq.distributed import batches_in_step, distribute_as, gather_numbers, reshard, to_save, unwrapped
+from kdq.distributed import distribute_as, reshard, to_save, unwrapped
 from kdq.observe import device_of, evaluating, parse_batch
+from kdq.ranks import batches_in_step, gather_numbers
 from kdq.reporting import compared_outputs, teacher_kl
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import distributed_ranks
 import kdq
+import kdq.ranks as ranks_module
 from small_models import mlp, randn
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
@@ -71,13 +72,13 @@ def test_the_example_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
 def test_without_processes_nothing_is_shared() -> None:
     model = mlp(8)
     with kdq.distributed.together():
-        assert not kdq.distributed.pooling()
+        assert not ranks_module.pooling()
         x = randn(3, 6)
-        rows, first = kdq.distributed.gather_rows(x)
+        rows, first = ranks_module.gather_rows(x)
         assert rows is x
         assert first == 0
-        assert kdq.distributed.share_of_rows(3, x.device) == 1.0
-        assert list(kdq.distributed.batches_in_step([1, 2], None)) == [1, 2]
+        assert ranks_module.share_of_rows(3, x.device) == 1.0
+        assert list(ranks_module.batches_in_step([1, 2], None)) == [1, 2]
     assert kdq.distributed.unwrapped(model) is model
     assert not kdq.distributed.is_spread(model)
     kdq.prepare_qat_(model, kdq.LowBit(weight_bits=4, act_bits=4))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
-from kdq.distributed import check_first_batch, pooled_range, sum_over_ranks
 from kdq.grids import (
     SMALLEST_SCALE,
     AffineGrid,
@@ -25,6 +24,7 @@ from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat_product import integer_zero_point, learned_scale, quantized_product
+from kdq.ranks import check_first_batch, pooled_range, sum_over_ranks
 
 
 class LearnedActivationGrid(nn.Module):

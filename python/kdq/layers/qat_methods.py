@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.configs import LowBit
-from kdq.distributed import check_first_batch, pooled_range
 from kdq.grids import (
     SMALLEST_SCALE,
     AffineGrid,
@@ -26,6 +25,7 @@ from kdq.grids import (
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import QATLinear
 from kdq.layers.qat_product import gradient_factor, learned_scale
+from kdq.ranks import check_first_batch, pooled_range
 
 
 class _Rounded(torch.autograd.Function):

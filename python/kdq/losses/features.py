@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.distributed import gather_rows, pooling, share_of_rows
 from kdq.observe import IGNORED_TARGET
+from kdq.ranks import gather_rows, pooling, share_of_rows
 
 
 @dataclass(frozen=True)
