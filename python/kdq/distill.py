@@ -78,7 +78,8 @@ class Distiller:
     student.
 
     Args:
-        teacher, student: models whose outputs are logits of one shape, have them as `.logits`, or are tuples that start with them.
+        teacher, student: models whose outputs are logits of one shape, have `.logits`, or are tuples that start with
+            them.
         losses: their sum is the loss; `Weighted(loss, weight)` gives one a factor or a schedule.
         train_teacher: the teacher trains too, in the same steps, in the mode that it is in (`fit`: training mode): on
             the losses on logits with the roles swapped, that is on the labels and the student's outputs.
