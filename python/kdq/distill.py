@@ -51,7 +51,7 @@ class History:
     Attributes:
         losses: the mean loss of each epoch.
         steps: of the optimizer.
-        seconds: they all took.
+        seconds: that the call took.
         validation: what each epoch's validation found, if there was one.
         best_epoch: index of the epoch whose weights were put back; None without `patience`.
     """
