@@ -58,11 +58,9 @@ class WeightAverage:
             if name.rpartition(".")[2] == "initialized" and bool(tensor) and not bool(self.values[name])
         }
 
-    @torch.no_grad()
     def put_in(self) -> None:
         """The model's weights become the average."""
-        for name, tensor in self._tensors():
-            tensor.copy_(self.values[name])
+        self._write(self.values)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -72,9 +70,13 @@ class WeightAverage:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in self._tensors():
-                    tensor.copy_(own[name])
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._tensors():
+            tensor.copy_(values[name])
+        torch.clear_autocast_cache()  # an autocast around it all would go on with the weights of before
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "values": to_save(self.values)}

@@ -53,7 +53,7 @@ class History:
     Attributes:
         losses: the mean loss of each epoch.
         steps: of the optimizer.
-        seconds: they all took.
+        seconds: that the call took.
         validation: what each epoch's validation found, if there was one.
         best_epoch: index of the epoch whose weights were put back; None without `patience`.
     """
@@ -84,8 +84,8 @@ class Distiller:
     whole on every rank, or sharded by `fully_shard` too. `kdq.distributed` and docs/distributed.md tell more.
 
     Args:
-        teacher, student: models whose outputs are logits of one shape, have them as `.logits`, or are tuples that start
-            with them.
+        teacher, student: models whose outputs are logits of one shape, have `.logits`, or are tuples that start with
+            them.
         losses: their sum is the loss; `Weighted(loss, weight)` gives one a factor or a schedule.
         train_teacher: the teacher trains too, in the same steps, in the mode that it is in (`fit`: training mode): on
             the losses on logits with the roles swapped, that is on the labels and the student's outputs.

@@ -107,7 +107,7 @@ def same(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("fit", "left"),
-    [(plain, 1), (plain, 6), (everything, 9), (everything, 12), (switchable, 9), (phases, 9), (phases, 20)],
+    [(plain, 1), (plain, 6), (everything, 11), (everything, 12), (switchable, 9), (phases, 9), (phases, 20)],
 )
 def test_a_killed_training_ends_with_the_same_weights(fit: Any, left: int, tmp_path: Path) -> None:
     seed()
@@ -210,6 +210,37 @@ def test_a_loader_that_has_shrunk_is_named(tmp_path: Path) -> None:
         fit(unsized(1, killed=False))
 
 
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_log_is_told_each_step_and_validation() -> None:
+    told: list[tuple[int, dict[str, float]]] = []
+    student = mlp(5, seed=1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    distiller = kdq.Distiller(mlp(16), student, [kdq.SoftTargets()])
+    losses = [float(distiller.loss(x).detach()) for x in X.split(12)]
+    history = distiller.fit(
+        X.split(12),
+        1,
+        optimizer,
+        scheduler=scheduler,
+        accumulate=2,
+        clip_grad_norm=100.0,
+        validation=HELD,
+        log=lambda step, values: told.append((step, values)),
+        progress=False,
+    )
+    assert [(step, list(values)) for step, values in told] == [
+        (1, ["loss", "lr", "grad_norm"]),
+        (2, ["loss", "lr", "grad_norm"]),
+        (2, ["accuracy", "teacher_accuracy", "teacher_kl"]),
+    ]
+    assert told[0][1]["loss"] == pytest.approx(sum(losses[:2]) / 2)
+    assert [values["lr"] for _, values in told[:2]] == [0.5, 0.25]
+    assert told[2][1]["teacher_kl"] == history.validation[0].teacher_kl
+
+
 # ---- the average of weights ------------------------------------------------------------------------------------------
 
 
@@ -247,6 +278,23 @@ def test_average_takes_a_scale_as_its_first_batch_made_it() -> None:
     scale = model[0].input_grid.scale
     assert scale < 1e-2
     assert torch.equal(average.values["0.input_grid.scale"], scale.detach())
+
+
+@pytest.mark.parametrize("config", [None, TWO], ids=str)
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_validating_leaves_the_training_alone(config: Any, ema: float | None) -> None:
+    """Also inside an autocast, which keeps the rounded weights of whoever ran last."""
+    students = []
+    for validation in (None, [X]):
+        student = mlp(5, seed=1)
+        if config is not None:
+            kdq.prepare_qat_(student, config)
+        with torch.autocast("cpu", torch.bfloat16):
+            kdq.Distiller(mlp(16), student, [kdq.SoftTargets()]).fit(
+                [X] * 2, 3, lr=0.05, ema=ema, validation=validation, progress=False
+            )
+        students.append(student)
+    same(*students)
 
 
 def test_average_in_half_precision_does_not_stand_still() -> None:

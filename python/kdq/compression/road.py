@@ -10,7 +10,6 @@ import copy
 import importlib.util
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kdq.checkpoint import write_atomically
+from kdq.checkpoint import description, write_atomically
 from kdq.compression.evaluate import count_samples, describe_layers, evaluate
 from kdq.compression.folder import RunFolder, fingerprint
 from kdq.compression.repeatable import seeded
@@ -197,7 +196,7 @@ class _Road:
             "model": fingerprint_of(self.model),
             "teacher": fingerprint_of(self.goal),
             "precisions": [config_to_json(config) for config in self.precisions],
-            "losses": [re.sub(r" at 0x[0-9a-f]+", "", repr(loss)) for loss in self.losses],
+            "losses": [description(loss) for loss in self.losses],
             "training": [self.epochs, self.lr, self.seed],
         }
         distilled = fingerprint(**about)

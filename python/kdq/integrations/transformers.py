@@ -3,11 +3,12 @@
     prepare_qat_(student, LowBit(weight_bits=4, act_bits=8))
     distiller = Distiller(teacher, student, [SoftTargets(T=2)])
     DistillationTrainer(distiller, TrainingArguments(...), train_dataset=data).train()
+
+docs/training-loops.md has more.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +36,13 @@ except ImportError as error:
 STATE = "distiller.pt"
 
 
-class DistillationMixin:
-    """For a subclass of Trainer: `class MyTrainer(DistillationMixin, Seq2SeqTrainer)`.
+class DistillationTrainer(Trainer):
+    """`Trainer` for a `Distiller`; for another kind of Trainer, `class Mine(DistillationTrainer, Seq2SeqTrainer)`.
 
     The loss, in evaluation too, is the distiller's; metrics see the student's logits. Batches have their labels under
     any name that `parse_batch` knows, and labels of causal language models are shifted as the model would. Checkpoints
-    hold the student alone, and what the distiller trains beside it in a file of its own, `distiller.pt`. Learned scales
-    are not decayed.
+    hold the student alone, and what the distiller trains beside it in a file of its own, `distiller.pt`; the gradients
+    of that are not clipped. Learned scales are not decayed.
 
     Args:
         distiller: its student is the Trainer's model. Where losses on features need adapters, after
@@ -54,42 +55,39 @@ class DistillationMixin:
         RuntimeError: the adapters do not exist yet.
     """
 
-    distiller: Distiller
+    label_names: list[str]
 
     def __init__(self, distiller: Distiller, *args: Any, **kwargs: Any) -> None:
         if distiller.train_teacher:
             raise ValueError("distiller: a Trainer trains and saves one model; train_teacher needs Distiller.fit")
         list(distiller.parameters())  # raises where adapters are missing
         super().__init__(distiller.student, *args, **kwargs)
-        trainer: Any = self
-        if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        if self.compute_loss_func is not None or self.label_smoother is not None:
             raise ValueError("compute_loss_func, label_smoothing_factor: the loss is that of the distiller's losses")
-        if trainer.args.world_size > 1 or trainer.args.n_gpu > 1:
+        if self.args.world_size > 1 or self.args.n_gpu > 1:
             raise ValueError(
-                f"args: expected one process on one device, got {trainer.args.world_size} processes with "
-                f"{trainer.args.n_gpu} GPUs each; CUDA_VISIBLE_DEVICES=0 chooses one"
+                f"args: expected one process on one device, got {self.args.world_size} processes with "
+                f"{self.args.n_gpu} GPUs each; CUDA_VISIBLE_DEVICES=0 chooses one"
             )
         self.distiller = distiller
         for module in (distiller.teacher, *distiller.own_modules()):
-            module.to(trainer.args.device)
+            module.to(self.args.device)
         # Losses are means over a batch, and not over all that a step accumulates: Trainer has to divide them.
-        trainer.model_accepts_loss_kwargs = False
-        trainer.label_names = trainer.label_names or ["labels"]  # forward of a plain module does not name them
-        trainer.add_callback(_SavesDistiller(distiller))
+        self.model_accepts_loss_kwargs = False
+        self.label_names = self.label_names or ["labels"]  # forward of a plain module does not name them
+        self.add_callback(_BesideStudent(distiller))
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_counts: Any) -> Any:
         """The distiller's loss of a batch, and if asked for the logits that the student gave last."""
-        trainer: Any = self
-        if model.training and trainer.state.max_steps > 0:
-            self.distiller.progress = min(trainer.state.global_step / trainer.state.max_steps, 1.0)
-        with trainer.accelerator.autocast(), _last_output(self.distiller.student) as outputs:
+        if model.training and self.state.max_steps > 0:
+            self.distiller.progress = min(self.state.global_step / self.state.max_steps, 1.0)
+        with self.accelerator.autocast(), _last_output(self.distiller.student) as outputs:
             loss = self.distiller.loss(inputs)
         return (loss, {"logits": logits_of(outputs[0], "student")}) if return_outputs else loss
 
     def create_optimizer(self, *args: Any) -> Optimizer:
-        trainer: Any = self
-        made = trainer.optimizer is None
-        optimizer: Optimizer = super().create_optimizer(*args)  # type: ignore[misc]
+        made = self.optimizer is None
+        optimizer: Optimizer = super().create_optimizer(*args)
         own = list(self.distiller.own_parameters())
         if made and own:
             optimizer.add_param_group({"params": own, "weight_decay": 0.0})
@@ -97,7 +95,7 @@ class DistillationMixin:
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        decayed: list[str] = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        decayed: list[str] = super().get_decay_parameter_names(model)
         scales = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in model.named_modules()
@@ -108,24 +106,24 @@ class DistillationMixin:
         return [name for name in decayed if name not in scales]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        trainer: Any = self
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(trainer.args.output_dir)
+            folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             _load_beside_student(self.distiller, Path(folder) / STATE)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
-class DistillationTrainer(DistillationMixin, Trainer):
-    """`Trainer` for a `Distiller`; everything else is in `DistillationMixin`."""
-
-
-class _SavesDistiller(TrainerCallback):
-    """Writes what is trained beside the student, and its random numbers, into each of the Trainer's checkpoints."""
+class _BesideStudent(TrainerCallback):
+    """For what is trained beside the student, all that Trainer does for its model."""
 
     def __init__(self, distiller: Distiller) -> None:
         self.distiller = distiller
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer drops the gradients of its model, not those of its optimizer."""
+        for parameter in self.distiller.own_parameters():
+            parameter.grad = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
