@@ -95,8 +95,8 @@ class Distiller:
 
     Raises:
         ValueError: a feature loss names a layer that does not exist, or asks for features of a `CachedTeacher`, a
-            cached teacher shall be trained, or one that DDP or FSDP2 does not keep the same on all ranks while it does
-            the student, or there is no loss.
+            cached teacher shall be trained, there is no loss, or of several processes each would train its own student
+            or teacher (but within `kdq.distributed.alone`).
     """
 
     def __init__(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdq.ranks import alone, gather_numbers, is_main, together, world_size
+from kdq.ranks import alone, gather_numbers, is_alone, is_main, together, world_size
 
 __all__ = ["alone", "learned_scales", "parameter_groups", "together"]  # the others are kdq's own
 
@@ -53,7 +53,14 @@ def scope_of(model: nn.Module) -> Iterator[None]:
 
 
 def check_spread(model: nn.Module) -> None:
-    """Raises ValueError if DDP or FSDP2 keep the model the same on some ranks only."""
+    """Raises ValueError if there are several processes, and DDP or FSDP2 do not keep the model the same on all of them,
+    but for one that is this process's own by `alone`."""
+    if not is_spread(model) and not is_alone():
+        raise ValueError(
+            f"student: there are {world_size()} processes, but neither DDP nor FSDP2 is around it, so that each would "
+            "train its own; wrap it before the Distiller gets it, or, if that is meant, work within "
+            "kdq.distributed.alone()"
+        )
     ranks = world_size()
     if isinstance(model, DistributedDataParallel):
         ranks = dist.get_world_size(cast(Any, model).process_group)
@@ -62,7 +69,7 @@ def check_spread(model: nn.Module) -> None:
         ranks = next((cast(Any, p).device_mesh.size() for p in split_by_kind(model.parameters())[1]), ranks)
     if ranks != world_size():
         raise ValueError(
-            f"model: expected DDP or FSDP2 over all {world_size()} ranks of the default process group, got {ranks}"
+            f"student: expected DDP or FSDP2 over all {world_size()} ranks of the default process group, got {ranks}"
         )
 
 

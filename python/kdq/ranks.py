@@ -64,6 +64,11 @@ def pooling() -> bool:
     return _together.get() is True and world_size() > 1
 
 
+def is_alone() -> bool:
+    """Whether there is one process, or this one said so."""
+    return world_size() == 1 or _together.get() is False
+
+
 def check_first_batch() -> None:
     """Raises RuntimeError where a grid is about to start from a batch and nobody said whose batches count."""
     if world_size() > 1 and _together.get() is None:
