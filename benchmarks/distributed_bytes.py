@@ -115,6 +115,7 @@ def main() -> None:
         counted = per_step(distiller)
         if dist.get_rank() == 0:
             print(f"| {name} | {computed / 1e6:.2f} | {counted / 1e6:.2f} |", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
 
 

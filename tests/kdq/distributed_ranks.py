@@ -111,7 +111,7 @@ def training(wrap: Wrap) -> None:
         kdq.SoftTargets(T=2.0, alpha=0.5),
         kdq.Hint({"2": "2"}),
         kdq.Hint({"0": "3"}, weight=0.1),
-        kdq.RelationalKD({"2.1": "2"}, weight=0.01),
+        kdq.RelationalKD({"2.1": "2"}, weight=0.1),
         kdq.ContrastiveKD({"3": "3"}, width=8, queue=20),
     ]
     data, held_out = batches(4), batches(2, seed=50)
