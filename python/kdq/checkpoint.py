@@ -77,6 +77,7 @@ class Checkpoint:
                 )
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
+        torch.clear_autocast_cache()  # an autocast around it all would go on with the weights of before
 
     def _read(self) -> dict[str, Any]:
         try:

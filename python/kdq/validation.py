@@ -132,6 +132,7 @@ class BestWeights:
 
     def put_back(self) -> None:
         self.model.load_state_dict(self.weights)
+        torch.clear_autocast_cache()  # an autocast around it all would go on with the weights of before
 
     def state_dict(self) -> dict[str, Any]:
         weights = to_save(self.weights)
