@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kdq.architecture import build_architecture, describe_architecture
 from kdq.configs import config_from_json, config_to_json
+from kdq.distributed import check_plain
 from kdq.fuse import Fusion, find_fusions, has_own_code
 from kdq.layers.base import InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
@@ -40,8 +41,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Models made of nn.Sequential and common layers are described in the file too, so that `load(path)` can rebuild them.
 
     Raises:
-        ValueError: the model has training twins left; call `convert_` first.
+        ValueError: the model has training twins left (call `convert_` first), or is wrapped by DDP or FSDP2.
     """
+    check_plain(model)
     for name, module in model.named_modules():
         if isinstance(module, QATLinear):
             raise ValueError(

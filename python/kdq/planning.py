@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kdq.configs import Config, ConfigMap, LayerConfigs, config_for
+from kdq.distributed import check_plain
 from kdq.fuse import find_fusions, has_own_code
 from kdq.layers.base import InferenceLinear, PackedInt8Linear
 from kdq.layers.qat import QATLinear
@@ -112,9 +113,10 @@ def plan_layers(
 
     Raises:
         TypeError: configs are not kdq's.
-        ValueError: the model itself is the only layer, a weight is not finite or not on the CPU, a training twin has
-            hooks, or configs name layers that the model lacks.
+        ValueError: the model itself is the only layer or wrapped by DDP or FSDP2, a weight is not finite or not on the
+            CPU, a training twin has hooks, or configs name layers that the model lacks.
     """
+    check_plain(model)
     plan = LayerPlan()
     if config_of is None:
         config_for(configs, "")  # a wrong config is an error even where no layer would get it

@@ -133,9 +133,9 @@ def report(
     if not batches:
         raise ValueError("loader: expected at least one batch, got none")
     with evaluating(student, teacher), torch.no_grad():
-        outputs = [compared_outputs(student, teacher, parse_batch(batch)) for batch in batches]
+        outputs = [compared_outputs(student, teacher, parse_batch(batch, student)) for batch in batches]
         layers = layer_errors(student, teacher if reference is None else reference, batches[0])
-        first = parse_batch(batches[0])
+        first = parse_batch(batches[0], student)
         times = interleaved_latency(
             [lambda: first.logits(student, "student"), lambda: first.logits(teacher, "teacher")]
         )
@@ -200,7 +200,7 @@ def layer_errors(student: nn.Module, reference: nn.Module, batch: Any) -> list[L
     """
     theirs = dict(reference.named_modules())
     quantized = {n: m for n, m in student.named_modules() if isinstance(m, InferenceLinear | QATLinear) and n in theirs}
-    parsed = parse_batch(batch)
+    parsed = parse_batch(batch, student)
     with evaluating(student, reference), torch.no_grad():
         with captured_outputs(student, quantized, "student") as outputs:
             parsed.logits(student, "student")

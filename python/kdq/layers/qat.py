@@ -24,12 +24,14 @@ from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat_product import integer_zero_point, learned_scale, quantized_product
+from kdq.ranks import check_first_batch, pooled_range, sum_over_ranks
 
 
 class LearnedActivationGrid(nn.Module):
     """Unsigned activations with a learned scale and zero point (LSQ+, Bhalgat et al. 2020).
 
-    Both are initialised from the first batch that comes through, by least squared error.
+    Both are initialised from the first batch that comes through, by least squared error; from those of all ranks where
+    they train together (`kdq.distributed`).
     """
 
     initialized: Tensor
@@ -43,10 +45,12 @@ class LearnedActivationGrid(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
+        check_first_batch()
         sample = x.detach().float().flatten()
-        if sample.numel() == 0:
+        low, high = pooled_range(sample)
+        if low > high:
             return
-        grid = search_affine_grid(sample, float(sample.min()), float(sample.max()), self.bits)
+        grid = search_affine_grid(sample, low, high, self.bits, pooled=lambda errors: sum_over_ranks(errors, x.device))
         self.scale.copy_(grid.scale)
         self.zero_point.copy_(grid.zero_point)
         self.initialized.fill_(True)
@@ -99,7 +103,7 @@ class QATLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, bias={getattr(self, 'bias', None) is not None}"
 
 
 class Int8QATLinear(QATLinear):
