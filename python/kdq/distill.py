@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdq.layers.base import fused_activation
-from kdq.layers.qat import QATLinear
+from kdq.layers.qat import TrainingTwin
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
 from kdq.losses.features import make_adapters
 from kdq.observe import (
@@ -356,8 +356,8 @@ def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
     """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
     for name, module in student.named_modules():
         # A twin within a switchable layer has a weight only while it is in use.
-        if isinstance(module, QATLinear) and id(getattr(module, "weight", None)) in trained:
-            scales = [p for p in module.parameters() if p.requires_grad and p is not module.bias]
+        if isinstance(module, TrainingTwin) and id(getattr(module, "weight", None)) in trained:
+            scales = [p for p in module.parameters() if p.requires_grad and p is not getattr(module, "bias", None)]
             if any(id(p) not in trained for p in scales):
                 raise ValueError(
                     f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "
