@@ -34,7 +34,7 @@ from kdq.io import save
 from kdq.language.data import Batches, Text, library_text, spread_windows
 from kdq.language.model import LanguageModel, Shape, complete
 from kdq.language.show import picture, table
-from kdq.language.speed import measure, without_products
+from kdq.language.speed import Speed, measure, without_products
 from kdq.losses import CrossEntropy, Loss, SoftTargets
 from kdq.observe import evaluating
 from kdq.quantize import convert_, prepare_qat_, quantize_
@@ -60,8 +60,8 @@ class Settings:
     """Sizes, and how long to train. `quick` is for seeing that everything works; its figures mean nothing."""
 
     shape: Shape = field(default_factory=Shape)
-    teacher_steps: int = 1600
-    qat_steps: int = 100
+    teacher_steps: int = 3000
+    qat_steps: int = 200
     batch: int = 8
     windows: int = 256  # held out
     rounds: int = 15  # of timing
@@ -142,6 +142,52 @@ def students(
     return found
 
 
+# ---- what every model is put to --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The held-out windows x `[windows, context]` with the bytes y that follow, and the teacher's logits on them; the
+    prompt and how many bytes to write behind it; where models are saved."""
+
+    x: Tensor
+    y: Tensor
+    expected: Tensor
+    prompt: bytes
+    written: int
+    folder: Path
+
+    def row(self, precision: str, arms: Mapping[str, Student]) -> dict[str, Any]:
+        """The report's row of a precision; its models are saved."""
+        scores = {arm: self.score(student) for arm, student in arms.items()}
+        gain = None
+        if len(scores) > 1:  # of the teacher, in bits per byte
+            gain = mean_and_error((scores["text"].bits - scores["teacher"].bits).tolist())
+        for arm, student in arms.items():
+            path = self.folder / f"{precision}-{arm}.safetensors".replace(" ", "-").replace("-.", ".")
+            save(student.real, path)
+        written = {arm: complete(student.real, self.prompt, self.written) for arm, student in arms.items()}
+        return {
+            "precision": precision,
+            "arms": {arm: found.to_json() for arm, found in scores.items()},
+            "gain": gain,
+            "size_bytes": path.stat().st_size,
+            "completion": {arm: text.decode(errors="replace") for arm, text in written.items()},
+        }
+
+    def score(self, student: Student) -> Score:
+        logits = logits_of_windows(student.real, self.x)
+        fake = logits if student.fake is student.real else logits_of_windows(student.fake, self.x)
+        rows = logits.flatten(0, 1)
+        losses = F.cross_entropy(rows, self.y.flatten(), reduction="none").view_as(self.y)
+        return Score(
+            bits=losses.mean(1) / math.log(2),
+            teacher_kl=teacher_kl(rows, self.expected.flatten(0, 1)),
+            agreement=accuracy(logits, fake.argmax(-1)),
+            difference=float((logits - fake).norm() / fake.norm()),
+        )
+
+
 @torch.inference_mode()
 def logits_of_windows(model: LanguageModel, x: Tensor) -> Tensor:
     """`[windows, context, 256]`, in float32."""
@@ -149,18 +195,7 @@ def logits_of_windows(model: LanguageModel, x: Tensor) -> Tensor:
         return torch.cat([model(part).float() for part in x.split(16)])
 
 
-def score(student: Student, expected: Tensor, x: Tensor, y: Tensor) -> Score:
-    """expected: the teacher's logits on the held-out windows x, after which the bytes y come."""
-    logits = logits_of_windows(student.real, x)
-    fake = logits if student.fake is student.real else logits_of_windows(student.fake, x)
-    rows = logits.flatten(0, 1)
-    losses = F.cross_entropy(rows, y.flatten(), reduction="none").view_as(y)
-    return Score(
-        bits=losses.mean(1) / math.log(2),
-        teacher_kl=teacher_kl(rows, expected.flatten(0, 1)),
-        agreement=accuracy(logits, fake.argmax(-1)),
-        difference=float((logits - fake).norm() / fake.norm()),
-    )
+# ---- the whole demo --------------------------------------------------------------------------------------------------
 
 
 def run_language(out: Path, settings: Settings, console: Console, prompt: str = PROMPT) -> dict[str, Any]:
@@ -171,35 +206,14 @@ def run_language(out: Path, settings: Settings, console: Console, prompt: str = 
         ValueError: the prompt is empty, or leaves no room for a completion.
         RuntimeError: a model that is to be timed gives other logits than its fake-quant twin.
     """
-    given, shape = prompt.encode(), settings.shape
-    if not 0 < len(given) <= shape.context - settings.written:
-        raise ValueError(f"prompt: expected 1 to {shape.context - settings.written} bytes, got {len(given)}")
+    room = settings.shape.context - settings.written
+    if not 0 < len(prompt.encode()) <= room:
+        raise ValueError(f"prompt: expected 1 to {room} bytes, got {len(prompt.encode())}")
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     text = library_text()
-    x, y = spread_windows(text.held_out, shape.context, settings.windows)
-    torch.manual_seed(0)
-    teacher = LanguageModel(shape)
-    rows: list[dict[str, Any]] = []
-    timed: dict[str, LanguageModel] = {}
-    twins: dict[str, LanguageModel] = {}
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("teacher", total=2 + len(PRECISIONS))
-        loader = Batches(text.training, shape.context, settings.batch, settings.teacher_steps, seed=0)
-        train(teacher, teacher, CrossEntropy(), loader, FLOAT_RATE, bar)
-        expected = logits_of_windows(teacher, x)
-        half = copy.deepcopy(teacher).bfloat16()
-        in_float = {"float32": {"": Student(teacher, teacher)}, "bfloat16": {"": Student(half, half)}}
-        for precision in (*in_float, *PRECISIONS):
-            bar.update(task, description=precision)
-            arms = in_float.get(precision) or students(teacher, precision, text, settings, bar)
-            rows.append(evaluated(precision, arms, expected, x, y, given, settings.written, folder))
-            last = arms[next(reversed(arms))]
-            timed[precision], twins[precision] = last.real, teacher if precision in in_float else last.fake
-            bar.advance(task)
-        bar.update(task, description="timing")
-        timed["no products"] = without_products(timed["int8"])
-        speed = measure(timed, twins, x[:1], settings.rounds)
+        rows, speed = train_and_measure(text, settings, prompt.encode(), folder, bar)
     report = {
         "settings": asdict(settings),
         "prompt": prompt,
@@ -207,8 +221,7 @@ def run_language(out: Path, settings: Settings, console: Console, prompt: str = 
         "cpu": kk.build_info()["cpu"],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads_of_training": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in teacher.parameters()),
+        "parameters": sum(p.numel() for p in LanguageModel(settings.shape).parameters()),
         "training_bytes": len(text.training),
         "held_out_bytes": len(text.held_out),
         "files": [text.training_files, text.held_out_files],
@@ -226,32 +239,30 @@ def run_language(out: Path, settings: Settings, console: Console, prompt: str = 
     return report
 
 
-def evaluated(
-    precision: str,
-    arms: Mapping[str, Student],
-    expected: Tensor,
-    x: Tensor,
-    y: Tensor,
-    prompt: bytes,
-    written: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """A precision's row of the report, by arm where arms differ; saves the models."""
-    scores = {arm: score(student, expected, x, y) for arm, student in arms.items()}
-    sizes = []
-    for arm, student in arms.items():
-        path = folder / f"{precision} {arm}.safetensors".replace(" ", "-").replace("-.", ".")
-        save(student.real, path)
-        sizes.append(path.stat().st_size)
-    gain = None
-    if len(scores) > 1:
-        gain = mean_and_error((scores["text"].bits - scores["teacher"].bits).tolist())
-    return {
-        "precision": precision,
-        "arms": {arm: found.to_json() for arm, found in scores.items()},
-        "gain": gain,  # of the teacher, in bits per byte
-        "size_bytes": sizes[-1],
-        "completion": {
-            arm: complete(student.real, prompt, written).decode(errors="replace") for arm, student in arms.items()
-        },
-    }
+def train_and_measure(
+    text: Text, settings: Settings, prompt: bytes, folder: Path, bar: Progress
+) -> tuple[list[dict[str, Any]], dict[str, Speed]]:
+    """The report's rows and speeds."""
+    shape = settings.shape
+    task = bar.add_task("teacher", total=2 + len(PRECISIONS))
+    torch.manual_seed(0)
+    teacher = LanguageModel(shape)
+    loader = Batches(text.training, shape.context, settings.batch, settings.teacher_steps, seed=0)
+    train(teacher, teacher, CrossEntropy(), loader, FLOAT_RATE, bar)
+    half = copy.deepcopy(teacher).bfloat16()
+    in_float = {"float32": {"": Student(teacher, teacher)}, "bfloat16": {"": Student(half, half)}}
+    x, y = spread_windows(text.held_out, shape.context, settings.windows)
+    trial = Trial(x, y, logits_of_windows(teacher, x), prompt, settings.written, folder)
+    rows: list[dict[str, Any]] = []
+    timed: dict[str, LanguageModel] = {}
+    twins: dict[str, LanguageModel] = {}
+    for precision in (*in_float, *PRECISIONS):
+        bar.update(task, description=precision)
+        arms = in_float.get(precision) or students(teacher, precision, text, settings, bar)
+        rows.append(trial.row(precision, arms))
+        *_, last = arms.values()
+        timed[precision], twins[precision] = last.real, teacher if precision in in_float else last.fake
+        bar.advance(task)
+    bar.update(task, description="timing")
+    timed["no products"] = without_products(timed["int8"])
+    return rows, measure(timed, twins, x[:1], settings.rounds)
