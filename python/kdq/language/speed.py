@@ -29,13 +29,13 @@ class Speed:
 
     Attributes:
         prompt_bytes: that `prefill` reads at once; `decode` writes the byte behind as many.
-        difference: of the logits with the cache from those expected, relative norm.
+        difference: of the logits with the cache from those expected, relative norm; None where nothing was expected.
     """
 
     prefill: Latency
     decode: Latency
     prompt_bytes: int
-    difference: float
+    difference: float | None
 
     def to_json(self) -> dict[str, object]:
         """With tokens a second: at the median, the slowest and the fastest round."""
@@ -93,7 +93,7 @@ def measure(
         prefill = interleaved_latency([partial(model, ids[:, :half]) for model in models.values()], rounds)
         decode = interleaved_latency([_step(model, half) for model in models.values()], rounds)
     return {
-        name: Speed(first, second, half, differences.get(name, 0.0))
+        name: Speed(first, second, half, differences.get(name))
         for name, first, second in zip(models, prefill, decode, strict=True)
     }
 
