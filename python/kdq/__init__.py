@@ -4,7 +4,7 @@ from kdq.compression import Compressed, CompressionReport, compress
 from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
 from kdq.io import load, save
-from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
+from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear, QuantizedEmbedding
 from kdq.layers.qat_methods import pact_penalty
 from kdq.losses import (
     AttentionTransfer,
@@ -70,6 +70,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Precision",
+    "QuantizedEmbedding",
     "RelationalKD",
     "Report",
     "SoftTargets",

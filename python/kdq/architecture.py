@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kdq.layers.base import InferenceLinear
+from kdq.layers.base import InferenceLayer
 
 # Constructor arguments of the layers that can be described; each is also an attribute ("bias" says whether there is
 # one).
@@ -44,7 +44,7 @@ TYPES = {cls.__name__: cls for cls in ARGUMENTS}
 
 def describe_architecture(model: nn.Module, name: str = "") -> dict[str, Any] | None:
     """A JSON-ready description, or None if any part is not among the known layers."""
-    if isinstance(model, InferenceLinear):
+    if isinstance(model, InferenceLayer):
         return {"type": "kdq", "name": name}
     if type(model) is nn.Sequential:
         children = {  # not named_children(), which names a module once that stands in several places
@@ -60,7 +60,7 @@ def describe_architecture(model: nn.Module, name: str = "") -> dict[str, Any] | 
     return {"type": type(model).__name__, "arguments": arguments}
 
 
-def build_architecture(description: dict[str, Any], layers: dict[str, InferenceLinear]) -> nn.Module:
+def build_architecture(description: dict[str, Any], layers: dict[str, InferenceLayer]) -> nn.Module:
     """The inverse of `describe_architecture`; quantized layers come from `layers`, by name.
 
     Raises:

@@ -108,6 +108,15 @@ def config_for(configs: ConfigMap, name: str) -> Config | None:
     return None
 
 
+def bits_of(config: Config) -> tuple[int, int]:
+    """Bits of the weights and of the activations; activations that stay in floating point count 16."""
+    if isinstance(config, Binary):
+        return 1, 1
+    if isinstance(config, LowBit):
+        return config.weight_bits, config.act_bits
+    return 8, 16 if isinstance(config, Int8WeightOnly) else 8
+
+
 def short_name(config: Config | None) -> str:
     """For tables and plots: "Int8Dynamic", "LowBit w2 a8", "LowBit w4 a4 pact"; None is "float"."""
     if not isinstance(config, LowBit):

@@ -100,9 +100,9 @@ def learned_scales(model: nn.Module) -> set[nn.Parameter]:
     FSDP2 cannot shard what has no axis, and would round scales to its `param_dtype`. They stay whole and float32 on all
     ranks, some `out_features + 2` numbers a layer; a `Distiller` averages their gradients.
     """
-    from kdq.layers.qat import QATLinear  # which uses this module
+    from kdq.layers.qat import TrainingTwin  # which uses this module
 
-    twins = [module for module in model.modules() if isinstance(module, QATLinear)]
+    twins = [module for module in model.modules() if isinstance(module, TrainingTwin)]
     shardable = {id(p) for twin in twins for p in (twin._parameters.get("weight"), twin._parameters.get("bias"))}
     return {p for twin in twins for p in twin.parameters() if id(p) not in shardable}
 

@@ -6,7 +6,7 @@ model: an error on the way leaves it as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,8 +19,9 @@ from torch.nn.utils import parametrize
 from kdq.configs import Config, ConfigMap, LayerConfigs, config_for
 from kdq.distributed import check_plain
 from kdq.fuse import find_fusions, has_own_code
-from kdq.layers.base import InferenceLinear, PackedInt8Linear
-from kdq.layers.qat import QATLinear
+from kdq.layers.base import InferenceLayer, PackedInt8Linear
+from kdq.layers.embedding import why_not_embedding
+from kdq.layers.qat import TrainingTwin
 from kdq.layers.switchable import SwitchableNorm
 from kdq.transformer import run_layers_of_transformers
 
@@ -133,10 +134,10 @@ def plan_layers(
                 reason = "filter_fn is false"
             elif has_own_code(module):
                 reason = "it has hooks or a forward of its own, which a new layer would lack; remove them first"
-                if isinstance(module, QATLinear | SwitchableNorm):  # a twin that stays a twin would go unnoticed
+                if isinstance(module, TrainingTwin | SwitchableNorm):  # a twin that stays a twin would go unnoticed
                     raise ValueError(f"{name}: {reason}")
         if reason is not None or config is None:
-            if next(module.parameters(), None) is not None or isinstance(module, InferenceLinear):
+            if next(module.parameters(), None) is not None or isinstance(module, InferenceLayer):
                 plan.left[name] = reason or ""
             continue
         if name == "":
@@ -144,7 +145,7 @@ def plan_layers(
                 f"model: the model itself is a {type(module).__name__}, which cannot be replaced in place; wrap it, "
                 "as in nn.Sequential(model)"
             )
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Embedding):
             _check_weight(name, module)
         plan.chosen[name] = Target(module, config)
     if isinstance(configs, LayerConfigs):
@@ -156,7 +157,7 @@ def plan_layers(
 
 def _is_leaf(module: nn.Module) -> bool:
     return (
-        isinstance(module, nn.Linear | QATLinear | SwitchableNorm | InferenceLinear)
+        isinstance(module, nn.Linear | TrainingTwin | SwitchableNorm | InferenceLayer)
         or next(module.children(), None) is None
     )
 
@@ -165,13 +166,26 @@ def _inside_layer(model: nn.Module, name: str) -> bool:
     """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
-    return any(isinstance(module, nn.Linear | QATLinear | SwitchableNorm) for module in above)
+    return any(isinstance(module, nn.Linear | TrainingTwin | SwitchableNorm) for module in above)
+
+
+def why_not_for(configs: ConfigMap) -> Callable[[nn.Module], str | None]:
+    """The reasons why `quantize_` and `prepare_qat_` leave modules: one config for all is for linear layers, a mapping
+    takes embeddings too."""
+    return why_not_layer if isinstance(configs, Mapping) else why_not_linear
+
+
+def why_not_layer(module: nn.Module) -> str | None:
+    """The reason why a linear layer or embedding cannot be quantized; None if it can."""
+    return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_linear(module)
 
 
 def why_not_linear(module: nn.Module) -> str | None:
-    """The reason why a module cannot be quantized; None if it can."""
-    if isinstance(module, InferenceLinear | QATLinear):
+    """The reason why a linear layer cannot be quantized; None if it can."""
+    if isinstance(module, InferenceLayer | TrainingTwin):
         return f"already quantized ({type(module).__name__})"
+    if isinstance(module, nn.Embedding):
+        return "an embedding: quantize_ and prepare_qat_ take it where a pattern of the config matches its name"
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} has no quantized form"
     if parametrize.is_parametrized(module):
@@ -185,10 +199,10 @@ def why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
-def _check_weight(name: str, linear: nn.Linear) -> None:
+def _check_weight(name: str, layer: nn.Linear | nn.Embedding) -> None:
     """Conditions that a user must mend: raising beats leaving the layer."""
-    if linear.weight.device.type != "cpu":
-        raise ValueError(f"{name}: expected its weight on the CPU, got {linear.weight.device}; move the model first")
-    for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
+    if layer.weight.device.type != "cpu":
+        raise ValueError(f"{name}: expected its weight on the CPU, got {layer.weight.device}; move the model first")
+    for part, tensor in layer.named_parameters():
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: its {part} contains NaN or inf; nothing was changed")

@@ -30,7 +30,7 @@ from kdq.checkpoint import (
     load_optimizer_state,
     optimizer_state,
 )
-from kdq.layers.qat import QATLinear
+from kdq.layers.qat import TrainingTwin
 from kdq.observe import device_of
 from kdq.teacher_cache import CachedTeacher
 from kdq.validation import BestWeights
@@ -256,7 +256,7 @@ def taken_up(
 def _digest(model: nn.Module) -> str:
     """Of its structure and precisions, not of its weights."""
     layers = [
-        (name, distributed.class_name(module), vars(module).get("config") if isinstance(module, QATLinear) else None)
+        (name, distributed.class_name(module), vars(module).get("config") if isinstance(module, TrainingTwin) else None)
         for name, module in model.named_modules()
     ]
     return hashlib.sha256(description(layers).encode()).hexdigest()[:16]
@@ -295,8 +295,8 @@ def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
     """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
     for name, module in student.named_modules():
         # A twin within a switchable layer has a weight only while it is in use.
-        if isinstance(module, QATLinear) and id(getattr(module, "weight", None)) in trained:
-            scales = [p for p in module.parameters() if p.requires_grad and p is not module.bias]
+        if isinstance(module, TrainingTwin) and id(getattr(module, "weight", None)) in trained:
+            scales = [p for p in module.parameters() if p.requires_grad and p is not getattr(module, "bias", None)]
             if any(id(p) not in trained for p in scales):
                 raise ValueError(
                     f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from kdq.compression.report import Layer, Model
-from kdq.configs import short_name
+from kdq.configs import bits_of, short_name
 from kdq.layers.base import InferenceLinear
-from kdq.layers.switchable import bits_of
 from kdq.observe import evaluating, parse_batch, rows_of
 from kdq.reporting import interleaved_latency, layer_errors
 from kdq.search.cost import tensor_bytes

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from kdq.checkpoint import generators_of, write_atomically
 from kdq.distill import Distiller
-from kdq.layers.qat import QATLinear
+from kdq.layers.qat import TrainingTwin
 from kdq.observe import logits_of
 from kdq.training import check_optimizer
 
@@ -99,7 +99,7 @@ class DistillationTrainer(Trainer):
         scales = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in model.named_modules()
-            if isinstance(module, QATLinear)
+            if isinstance(module, TrainingTwin)
             for name, _ in module.named_parameters()
             if name not in ("weight", "bias")
         }

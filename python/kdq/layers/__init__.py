@@ -1,6 +1,7 @@
 """Quantized layers: for inference on the kernels, and their twins for training (`kdq.layers.qat`)."""
 
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.embedding import QATEmbedding, QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear
@@ -16,6 +17,8 @@ __all__ = [
     "LowBitLinear",
     "LowBitQATLinear",
     "PACTQATLinear",
+    "QATEmbedding",
+    "QuantizedEmbedding",
     "SwitchableLinear",
     "SwitchableNorm",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,34 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
-class InferenceLinear(nn.Module):
-    """A linear layer on quantized kernels. Its tensors are buffers: frozen, and saved in a form any machine can load.
+class InferenceLayer(nn.Module):
+    """What takes a float layer's place for inference. Its tensors are buffers: frozen, and saved in a form any machine
+    can load.
+
+    sizes: names of the attributes that say how large it is, in the float layer as well as here.
+    """
+
+    sizes: ClassVar[tuple[str, str]]
+    config: Any
+
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor takes beside the config, ready for JSON."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLayer:
+        """Moves between devices, but keeps dtypes: `model.bfloat16()` must not round the float32 scales."""
+        super()._apply(lambda t: keeping_dtype(fn, t), recurse)
+        return self
+
+
+class InferenceLinear(InferenceLayer):
+    """A linear layer on quantized kernels.
 
     Subclasses compute the result in `kernel`; `dequantized_weight` is the float32 weight that they stand for.
     `activation` (None, "relu", "gelu" in its erf form, or "silu") is applied to the result.
     """
 
+    sizes = ("in_features", "out_features")
     in_features: int
     out_features: int
     weight_scale: Tensor
@@ -69,10 +90,14 @@ class InferenceLinear(nn.Module):
             return linear
         return nn.Sequential(linear, ACTIVATION_MODULES[self.activation]())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLinear:
-        """Moves between devices, but keeps dtypes: `model.bfloat16()` must not round the float32 scales."""
-        super()._apply(lambda t: keeping_dtype(fn, t), recurse)
-        return self
+    def arguments(self) -> dict[str, Any]:
+        fused = {} if self.activation is None else {"activation": self.activation}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            **fused,
+        }
 
     def extra_repr(self) -> str:
         fused = "" if self.activation is None else f", activation={self.activation!r}"

@@ -75,17 +75,10 @@ class LearnedActivationGrid(nn.Module):
         return AffineGrid(learned_scale(self.scale.detach()), integer_zero_point(self.zero_point.detach(), self.bits))
 
 
-class QATLinear(nn.Module):
-    """Base of the training twins: the float weight and bias of an nn.Linear, taken over as they are."""
+class TrainingTwin(nn.Module):
+    """Base of the training twins: float parameters `weight` and, if any, `bias`, and what their grids learn."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QATLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingTwin:
         """`model.bfloat16()` turns weight and bias; learned scales and grids stay float32, as in inference layers."""
         parameters = [self._parameters.get(name) for name in ("weight", "bias")]
         turned = [t for p in parameters if p is not None for t in (p, p.grad)]
@@ -95,6 +88,17 @@ class QATLinear(nn.Module):
     def to_inference(self) -> nn.Module:
         """The layer on the real kernels; the twin is left as it is."""
         raise NotImplementedError
+
+
+class QATLinear(TrainingTwin):
+    """Base of the linear layers' twins: the float weight and bias of an nn.Linear, taken over as they are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
 
     def to_float(self) -> nn.Linear:
         """A plain nn.Linear that shares the float weight and bias."""
