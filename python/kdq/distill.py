@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdq.layers.base import fused_activation
+from kdq.layers.codebook_qat import CodebookQATLinear
 from kdq.layers.qat import QATLinear
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
 from kdq.losses.features import make_adapters
@@ -37,6 +38,7 @@ from kdq.observe import (
 )
 from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
+from kdq.prune import prune_
 from kdq.teacher_cache import CachedTeacher
 from kdq.training import Loop, check_count, progress_bar
 from kdq.validation import BestWeights, Validation, validate
@@ -302,16 +304,21 @@ class Distiller:
         """Trains in phases, one `fit` each, with a new optimizer each; the options are those of `fit`.
 
         Raises:
-            ValueError, RuntimeError: as `fit`, and as `lower_precision_` at the start of a phase with a config.
+            ValueError, RuntimeError: as `fit`, and as `prune_` and `lower_precision_` at the start of a phase with a
+                sparsity or a config.
         """
         if "optimizer" in options or "scheduler" in options:
             raise ValueError("options: each phase makes its own optimizer; call fit for one of yours")
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
         for phase in phases:
+            if phase.sparsity is not None:
+                break  # what later phases find depends on what is pruned
             if phase.config is not None:
                 plan_lower_precision(self.student, phase.config)
         histories = []
         for phase, distiller in zip(phases, distillers, strict=True):
+            if phase.sparsity is not None:
+                prune_(self.student, phase.sparsity)
             if phase.config is not None:
                 lower_precision_(self.student, phase.config)
             histories.append(distiller.fit(loader, phase.epochs, lr=phase.lr, **options))
@@ -353,14 +360,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
-    """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
+    """Raises ValueError if a training twin's weight (of a Codebook's, its bias) is among the parameters (by id) and its
+    learned scales or centroids are not."""
     for name, module in student.named_modules():
         # A twin within a switchable layer has a weight only while it is in use.
-        if isinstance(module, QATLinear) and id(getattr(module, "weight", None)) in trained:
+        own, learned = ("bias", "centroids") if isinstance(module, CodebookQATLinear) else ("weight", "learned scales")
+        if isinstance(module, QATLinear) and id(getattr(module, own, None)) in trained:
             scales = [p for p in module.parameters() if p.requires_grad and p is not module.bias]
             if any(id(p) not in trained for p in scales):
                 raise ValueError(
-                    f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "
+                    f"optimizer: it has the {own} of {name!r}, but not all of its {learned}: make it after "
                     "prepare_qat_, or freeze them by requires_grad_(False)"
                 )
 

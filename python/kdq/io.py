@@ -22,6 +22,7 @@ from kdq.configs import config_from_json, config_to_json
 from kdq.fuse import Fusion, find_fusions, has_own_code
 from kdq.layers.base import InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.codebook_linear import CodebookLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import QATLinear
@@ -30,7 +31,7 @@ from kdq.transformer import run_layers_of_transformers
 METADATA_KEY = "kdq"
 FORMAT_VERSION = 3  # 2: a layer may have an activation. 3: a layer may have two names. Older files are read as well.
 LAYERS: dict[str, Callable[..., InferenceLinear]] = {
-    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear)
+    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear, CodebookLinear)
 }
 
 

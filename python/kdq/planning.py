@@ -16,9 +16,10 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kdq.configs import Config, ConfigMap, LayerConfigs, config_for
+from kdq.configs import Config, ConfigMap, LayerConfigs, Pruned, config_for
 from kdq.fuse import find_fusions, has_own_code
-from kdq.layers.base import InferenceLinear, PackedInt8Linear
+from kdq.layers.base import InferenceLinear
+from kdq.layers.pruned import PrunedLinear
 from kdq.layers.qat import QATLinear
 from kdq.layers.switchable import SwitchableNorm
 from kdq.transformer import run_layers_of_transformers
@@ -33,7 +34,7 @@ class ConversionReport:
     fused: the changed layers that compute the activation behind them too (name -> "relu", "gelu" or "silu").
     """
 
-    changed: dict[str, Config] = field(default_factory=dict)
+    changed: dict[str, Config | Pruned] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
 
@@ -59,7 +60,7 @@ class Target:
     """A module to replace, and what it becomes."""
 
     module: Any
-    config: Config
+    config: Any  # a Config; of a layer that is pruned, Pruned
 
 
 @dataclass
@@ -82,10 +83,10 @@ class LayerPlan:
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{name}: {error}") from error
             built[id(target.module)] = layer.train(target.module.training)
-        able = [n for n, t in self.chosen.items() if isinstance(built[id(t.module)], PackedInt8Linear)]
+        able = [n for n, t in self.chosen.items() if getattr(built[id(t.module)], "computes_activation", False)]
         fusions = find_fusions(model, able) if fuse_activations else {}
         for name, fusion in fusions.items():
-            cast(PackedInt8Linear, built[id(self.chosen[name].module)]).activation = fusion.activation
+            cast(InferenceLinear, built[id(self.chosen[name].module)]).activation = fusion.activation
             fusion.take_out()
         for name, target in self.chosen.items():
             parent_name, _, child = name.rpartition(".")
@@ -101,7 +102,7 @@ def plan_layers(
     configs: ConfigMap,
     filter_fn: FilterFn | None,
     why_not: Callable[[nn.Module], str | None],
-    config_of: Callable[[Any], Config] | None = None,
+    config_of: Callable[[Any], Config | Pruned] | None = None,
 ) -> LayerPlan:
     """Decides about every leaf module.
 
@@ -122,7 +123,7 @@ def plan_layers(
         if not _is_leaf(module) or _inside_layer(model, name):
             continue
         reason = why_not(module)
-        config = None
+        config: Config | Pruned | None = None
         if reason is None:
             config = config_of(module) if config_of is not None else config_for(configs, name)
             if config is None:
@@ -142,7 +143,7 @@ def plan_layers(
                 f"model: the model itself is a {type(module).__name__}, which cannot be replaced in place; wrap it, "
                 "as in nn.Sequential(model)"
             )
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | PrunedLinear):
             _check_weight(name, module)
         plan.chosen[name] = Target(module, config)
     if isinstance(configs, LayerConfigs):
@@ -168,6 +169,8 @@ def _inside_layer(model: nn.Module, name: str) -> bool:
 
 def why_not_linear(module: nn.Module) -> str | None:
     """The reason why a module cannot be quantized; None if it can."""
+    if isinstance(module, PrunedLinear):
+        return "it is pruned in training; call convert_ first, which makes its zeros part of the weight"
     if isinstance(module, InferenceLinear | QATLinear):
         return f"already quantized ({type(module).__name__})"
     if not isinstance(module, nn.Linear):
@@ -183,7 +186,12 @@ def why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
-def _check_weight(name: str, linear: nn.Linear) -> None:
+def why_not_linear_or_pruned(module: nn.Module) -> str | None:
+    """As `why_not_linear`, for those who take the weight of a pruned layer with its zeros."""
+    return None if isinstance(module, PrunedLinear) else why_not_linear(module)
+
+
+def _check_weight(name: str, linear: nn.Linear | PrunedLinear) -> None:
     """Conditions that a user must mend: raising beats leaving the layer."""
     if linear.weight.device.type != "cpu":
         raise ValueError(f"{name}: expected its weight on the CPU, got {linear.weight.device}; move the model first")

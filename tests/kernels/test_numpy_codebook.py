@@ -94,7 +94,7 @@ def test_linear(isa: str, shape: tuple[int, ...], dtype: str, activation: str | 
 
 
 def test_nonfinite_rows_stay_in_their_rows(isa: str) -> None:
-    indices, packed, codebook = random_layer(33, 70, 3, seed=2)
+    _, packed, codebook = random_layer(33, 70, 3, seed=2)
     x = np.random.default_rng(2).normal(size=(20, 70)).astype("f4")
     clean = kn.codebook_linear(x, packed, codebook, 33)
     x[3, 5] = np.nan
