@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class PrunedLinear(QATLinear):
 
     pruned: Tensor
 
-    def __init__(self, linear: nn.Linear | PrunedLinear, pruned: Tensor) -> None:
+    def __init__(self, linear: Any, pruned: Tensor) -> None:
         super().__init__(linear)
         self.register_buffer("pruned", pruned)
 

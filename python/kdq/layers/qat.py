@@ -74,7 +74,7 @@ class LearnedActivationGrid(nn.Module):
 class QATLinear(nn.Module):
     """Base of the training twins: the float weight and bias of an nn.Linear, taken over as they are."""
 
-    def __init__(self, linear: nn.Linear | QATLinear) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
