@@ -212,7 +212,7 @@ magnitude to {RISING_TEXT} of each hidden layer, retraining after each step; the
 {HEAD_KEEPS} times the share of the others, as in the paper. From three of these steps it clusters what is left of each
 layer (`Codebook`; k-means from equally spaced centroids, and one more value for the zeros), finetunes the centroids for
 half as long as a pruning, and saves the Huffman-coded file (`save(huffman=True)`). *labels*: on all labels. *teacher*:
-the same samples, soft targets of the task's teacher (T = {WITH_LABELS.T:g}), which is hardly larger than the network, and a
+the same samples, soft targets of the task's teacher (T = {WITH_LABELS.T:g}), hardly larger than the network, and a
 tenth of the labels. *itself*: the same samples without labels, soft targets of the dense network. *few labels*: the 100
 samples of which the task's student has labels. *dense* is the network trained on for the steps of all prunings
 together, on what the arm trains on, and never compressed.""",
