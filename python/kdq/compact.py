@@ -81,7 +81,7 @@ def decode(data: Tensor, about: Mapping[str, Any]) -> Tensor:
             return torch.from_numpy(flat).view(dtype).view(shape)
         flat = np.zeros(total, np.uint8)
         flat[where] = _decode_symbols(rest, _size(about, about["symbols"]), count)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, MemoryError) as error:
         raise ValueError(f"its description is not valid: {error!r}") from error
     return torch.from_numpy(flat).view(shape)
 

@@ -188,6 +188,7 @@ def test_every_damaged_byte_is_noticed(tmp_path: Path) -> None:
     refuse("'2.packed' is damaged", gap_bytes=7)
     refuse("'2.packed' is damaged", shape=[3, 3])
     refuse("'2.packed' is damaged", shape=[-1])
+    refuse("'2.packed' is damaged", shape=[10**9, 10**6])
     refuse("'2.packed' is damaged", shape="all")
     refuse("'2.packed' is damaged", symbols=3)
     refuse("'2.packed' is damaged", dtype="float64")
