@@ -47,7 +47,10 @@ def encode_floats(tensor: Tensor) -> Code | None:
     to nothing, or it is of another dtype."""
     if tensor.dtype not in FLOATS:
         return None
-    flat = tensor.contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy().reshape(-1)
+    bits = torch.int32 if tensor.element_size() == 4 else torch.int16
+    flat = tensor.cpu().contiguous().view(bits).numpy().reshape(-1)
+    if flat.all():
+        return None
     gaps, about = _encode_gaps(flat != 0)
     data = gaps + flat[flat != 0].tobytes()
     if len(data) + WORTH_CODING > flat.nbytes:
