@@ -74,6 +74,16 @@ def binary_matmul(a_bits: NDArray[int64], b_bits: NDArray[int64], k: int) -> NDA
 def binary_linear(
     x: Floats, weight_bits: NDArray[int64], weight_scale: NDArray[float32], bias: NDArray[float32] | None
 ) -> Floats: ...
+def pack_indices(indices: NDArray[uint8], bits: int) -> NDArray[int32]: ...
+def unpack_indices(packed: NDArray[int32], bits: int, n: int, k: int) -> NDArray[uint8]: ...
+def codebook_linear(
+    x: Floats,
+    packed: NDArray[int32],
+    codebook: NDArray[float32],
+    out_features: int,
+    bias: NDArray[float32] | None,
+    activation: str | None,
+) -> Floats: ...
 def distillation_loss(
     student: Floats,
     teacher: Floats,

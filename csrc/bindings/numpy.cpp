@@ -7,6 +7,7 @@
 #include "introspection.h"
 #include "kdq/kdq.h"
 #include "layer_args.h"
+#include "numpy_codebook.h"
 #include "numpy_common.h"
 #include "numpy_distillation.h"
 
@@ -361,6 +362,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of kdq_kernels: kernels on NumPy arrays, CPU and build introspection.";
   bind_introspection(m);
   bind_distillation(m);
+  bind_codebook(m);
   const py::arg x("x");
   const py::arg scale("scale");
   const py::arg zero_point("zero_point");

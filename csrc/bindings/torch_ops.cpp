@@ -42,6 +42,12 @@ STABLE_TORCH_LIBRARY(kdq, m) {
   m.def("binary_matmul(Tensor a_bits, Tensor b_bits, int k) -> Tensor");
   m.def("binary_linear(Tensor x, Tensor weight_bits, Tensor weight_scale, Tensor? bias=None) -> Tensor");
 
+  m.def("pack_indices(Tensor indices, int bits) -> Tensor");
+  m.def("unpack_indices(Tensor packed, int bits, int n, int k) -> Tensor");
+  m.def(
+      "codebook_linear(Tensor x, Tensor packed, Tensor codebook, int out_features, Tensor? bias=None, "
+      "str? activation=None) -> Tensor");
+
   m.def(
       "distillation_loss(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha) -> "
       "(Tensor, Tensor)");
@@ -71,6 +77,9 @@ STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
   m.impl("unpack_signs", TORCH_BOX(&unpack_signs_op));
   m.impl("binary_matmul", TORCH_BOX(&binary_matmul_op));
   m.impl("binary_linear", TORCH_BOX(&binary_linear_op));
+  m.impl("pack_indices", TORCH_BOX(&pack_indices_op));
+  m.impl("unpack_indices", TORCH_BOX(&unpack_indices_op));
+  m.impl("codebook_linear", TORCH_BOX(&codebook_linear_op));
   m.impl("distillation_loss", TORCH_BOX(&distillation_loss_op));
   m.impl("distillation_loss_backward", TORCH_BOX(&distillation_loss_backward_op));
 }

@@ -161,6 +161,8 @@ struct Vec {
   static Int shift_right_signed(Int v) {
     return _mm256_srai_epi32(v, kBits);
   }
+  // Zeros come in; by the number in each lane of bits.
+  static Int shift_right(Int v, Int bits) { return _mm256_srlv_epi32(v, bits); }
   static Int as_int(Float v) { return _mm256_castps_si256(v); }
   static Float as_float(Int v) { return _mm256_castsi256_ps(v); }
   static Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }

@@ -153,6 +153,7 @@ struct Vec {
   static Int shift_right_signed(Int v) {
     return _mm512_srai_epi32(v, kBits);
   }
+  static Int shift_right(Int v, Int bits) { return _mm512_srlv_epi32(v, bits); }
   static Int as_int(Float v) { return _mm512_castps_si512(v); }
   static Float as_float(Int v) { return _mm512_castsi512_ps(v); }
   static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }

@@ -1,10 +1,10 @@
 """kdq: distil a teacher into a low-bit student, and run it on integer and binary kernels."""
 
 from kdq.compression import Compressed, CompressionReport, compress
-from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
+from kdq.configs import Binary, Codebook, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
 from kdq.io import load, save
-from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear, QuantizedEmbedding
+from kdq.layers import BinaryLinear, CodebookLinear, Int8Linear, LowBitLinear, QuantizedEmbedding
 from kdq.layers.qat_methods import pact_penalty
 from kdq.losses import (
     AttentionTransfer,
@@ -19,9 +19,10 @@ from kdq.losses import (
     Weighted,
 )
 from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
-from kdq.phases import Phase, qkd_phases
+from kdq.phases import Phase, pruning_phases, qkd_phases
 from kdq.planning import ConversionReport
 from kdq.progressive import lower_precision_
+from kdq.prune import prune_
 from kdq.ptq import (
     ToolReport,
     correct_bias_,
@@ -45,6 +46,8 @@ __all__ = [
     "BinaryLinear",
     "Budget",
     "CachedTeacher",
+    "Codebook",
+    "CodebookLinear",
     "Compressed",
     "CompressionReport",
     "ContrastiveKD",
@@ -91,6 +94,8 @@ __all__ = [
     "precisions",
     "prepare_qat_",
     "prepare_switchable_",
+    "prune_",
+    "pruning_phases",
     "qkd_phases",
     "quantize_",
     "reconstruct_",

@@ -39,6 +39,7 @@ from kdq.observe import (
 )
 from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
+from kdq.prune import prune_
 from kdq.teacher_cache import CachedTeacher
 from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, taken_up
 from kdq.validation import BestWeights, Validation, validate
@@ -400,17 +401,22 @@ class Distiller:
         A checkpoint is one file a phase: its name followed by a dot and the number of the phase, from 0.
 
         Raises:
-            ValueError, RuntimeError: as `fit`, and as `lower_precision_` at the start of a phase with a config.
+            ValueError, RuntimeError: as `fit`, and as `prune_` and `lower_precision_` at the start of a phase with a
+                sparsity or a config.
         """
         if "optimizer" in options or "scheduler" in options:
             raise ValueError("options: each phase makes its own optimizer; call fit for one of yours")
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
         for phase in phases:
+            if phase.sparsity is not None:
+                break  # what later phases find depends on what is pruned
             if phase.config is not None:
                 plan_lower_precision(self.student, phase.config)  # an error too if DDP or FSDP2 is around the student
         histories = []
         checkpoint = options.pop("checkpoint", None)
         for number, (phase, distiller) in enumerate(zip(phases, distillers, strict=True)):
+            if phase.sparsity is not None:
+                prune_(self.student, phase.sparsity)
             if phase.config is not None:
                 lower_precision_(self.student, phase.config)
             path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"

@@ -17,12 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import kdq_kernels as kk
 from kdq.architecture import build_architecture, describe_architecture
+from kdq.compact import Code, decode, encode_floats, encode_indices
 from kdq.configs import config_from_json, config_to_json
 from kdq.distributed import check_plain
 from kdq.fuse import Fusion, find_fusions, has_own_code
 from kdq.layers.base import InferenceLayer, InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.codebook_linear import CodebookLinear
 from kdq.layers.embedding import QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
@@ -30,17 +33,23 @@ from kdq.layers.qat import TrainingTwin
 from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
-# 2: a layer may have an activation. 3: a layer may have two names. 4: embeddings. Older files are read as well.
+# 2: a layer may have an activation. 3: a layer may have two names. 4: embeddings; tensors may be coded. Older files are
+# read as well.
 FORMAT_VERSION = 4
 LAYERS: dict[str, Callable[..., InferenceLayer]] = {
-    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear, QuantizedEmbedding)
+    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear, CodebookLinear, QuantizedEmbedding)
 }
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, huffman: bool = False) -> None:
     """Writes a model to a safetensors file; an interrupted call leaves an existing file as it was.
 
     Models made of nn.Sequential and common layers are described in the file too, so that `load(path)` can rebuild them.
+
+    Args:
+        huffman: codes the indices of `CodebookLinear` layers, and float tensors with many zeros as pruning leaves them,
+            without loss: relative positions and Huffman codes (Han, Mao, Dally: Deep Compression, 2016). `load` gives
+            the same model back; it takes longer.
 
     Raises:
         ValueError: the model has training twins left (call `convert_` first), or is wrapped by DDP or FSDP2.
@@ -59,6 +68,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     # Shared tensors are written under each of their names: safetensors has no aliases.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    if huffman:
+        info["huffman"] = _encode(model, tensors)
     temporary = Path(f"{os.fspath(path)}.partial")
     try:
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
@@ -109,6 +120,39 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         run_layers_of_transformers(model)
     model.load_state_dict(tensors)
     return model
+
+
+def _encode(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Puts coded tensors in the place of others; what decoding has to know, by name."""
+    known: dict[str, Any] = {}
+    codebooks = {
+        f"{n}.packed": m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, CodebookLinear)
+    }
+    for key, tensor in tensors.items():
+        coded: Code | None
+        if key in codebooks:
+            coded = encode_indices(codebooks[key].indices(), 2 ** codebooks[key].config.weight_bits)
+        else:
+            coded = encode_floats(tensor)
+        if coded is not None:
+            tensors[key], known[key] = coded
+    return known
+
+
+def _decode(path: str | os.PathLike[str], known: Any, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `_encode`."""
+    if not isinstance(known, dict):
+        raise ValueError(f"{path}: what it says about coded tensors is not valid")
+    for key, about in known.items():
+        if key not in tensors or not isinstance(about, dict):
+            raise ValueError(f"{path}: what it says about a coded tensor {key!r} is not valid")
+        try:
+            decoded = decode(tensors[key], about)
+            if decoded.dtype == torch.uint8:
+                decoded = kk.pack_indices(decoded, about["symbols"].bit_length() - 1)
+        except ValueError as error:
+            raise ValueError(f"{path}: the coded tensor {key!r} is damaged: {error}") from error
+        tensors[key] = decoded
 
 
 def _describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -173,6 +217,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise ValueError(f"{path}: its quantization map is not valid: {error}") from error
     if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(f"{path}: format version {version}, this kdq reads 1 to {FORMAT_VERSION}")
+    _decode(path, info.get("huffman", {}), tensors)
     return info, tensors
 
 
@@ -250,6 +295,8 @@ def _check_tensors(
             )
         if got.is_floating_point() and key.endswith(("weight_scale", "input_scale")) and quantized:
             _check_scale(path, key, got)
+        if quantized and key.endswith(".codebook") and not torch.isfinite(got).all():
+            raise ValueError(f"{path}: tensor {key!r} has centroids that are NaN or infinite")
 
 
 def _check_scale(path: str | os.PathLike[str], key: str, scale: Tensor) -> None:

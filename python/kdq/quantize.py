@@ -11,12 +11,15 @@ from typing import Any
 from torch import nn
 
 from kdq.calibrate import observe_inputs
-from kdq.configs import Binary, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit, normalize
+from kdq.configs import Binary, Codebook, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit, normalize
 from kdq.layers.base import InferenceLayer
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.codebook_linear import CodebookLinear
+from kdq.layers.codebook_qat import CodebookQATLinear
 from kdq.layers.embedding import QATEmbedding, QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
+from kdq.layers.pruned import PrunedLinear, plain_linear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, TrainingTwin
 from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
 from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
@@ -55,7 +58,8 @@ def quantize_(
     layer alone, by a hook set later or by indexing the nn.Sequential, sees it after the activation.
 
     Args:
-        model: any module that contains nn.Linear or nn.Embedding layers.
+        model: any module that contains nn.Linear or nn.Embedding layers. Linear ones that `prune_` has pruned keep
+            their zeros where 0 is a value of the scheme (not in 1 bit and DoReFa's odd levels).
         config: one config for all linear layers, or a mapping of name patterns (fnmatch) to configs for linear layers
             and embeddings; the first match counts.
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
@@ -96,7 +100,7 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
 
     Train the model as before (make the optimizer after this call: learned scales are parameters), then call `convert_`.
     Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first
-    batch.
+    batch. Of pruned layers, a `Codebook` keeps the zeros in training; other schemes may train them away.
     """
     plan = plan_layers(model, config, filter_fn, why_not_for(config))
     return plan.carry_out(model, lambda _, p: training_twin(p.module, p.config))
@@ -121,13 +125,16 @@ def prepare_switchable_(
 
     Raises:
         TypeError: precisions is not a sequence of configs.
-        ValueError: there are fewer than two, two are equal, or only norms would change; or as for `quantize_`.
+        ValueError: there are fewer than two, two are equal, one is a Codebook, or only norms would change; or as for
+            `quantize_`.
     """
     if isinstance(precisions, str) or not isinstance(precisions, Sequence):
         raise TypeError(f"precisions: expected a list of configs, got {precisions!r}")
     configs = tuple(normalize(config) for config in precisions)
     if len(configs) < 2 or len(set(configs)) < len(configs):
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
+    if any(isinstance(config, Codebook) for config in configs):
+        raise ValueError("precisions: a Codebook trains its values, and has no float weight to share with others")
     plan = plan_layers(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
     linear_chosen = any(isinstance(target.module, nn.Linear) for target in plan.chosen.values())
     linear_there = any(isinstance(module, SwitchableLinear) for module in model.modules())
@@ -146,7 +153,7 @@ def convert_(
     model: nn.Module, plan: Mapping[str, Config] | None = None, *, fuse_activations: bool = True
 ) -> ConversionReport:
     """Replaces training twins by the layers that run on the real kernels, in place; of switchable layers and norms
-    their active precision.
+    their active precision; pruned layers by plain ones with zeros.
 
     Args:
         model: after `prepare_qat_` or `prepare_switchable_` and training.
@@ -163,6 +170,7 @@ def convert_(
         return None if isinstance(module, TrainingTwin | SwitchableNorm) else "not prepared by prepare_qat_"
 
     prepared = plan_layers(model, {}, None, why_not, config_of=lambda module: module.config)
+    planned = LayerPlan()
     if plan is not None:
         planned = plan_layers(model, plan, None, why_not_layer)
         for name, target in planned.chosen.items():
@@ -174,10 +182,11 @@ def convert_(
         prepared.chosen.update(planned.chosen)
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
-    def build(_: str, p: Target) -> nn.Module:
-        if isinstance(p.module, TrainingTwin | SwitchableNorm):
-            return p.module.to_inference()
-        return inference_layer(p.module, p.config, None)
+    def build(name: str, p: Target) -> nn.Module:
+        if name in planned.chosen:
+            return inference_layer(p.module, p.config, None)
+        layer: nn.Module = p.module.to_inference()
+        return layer
 
     return prepared.carry_out(model, build, fuse_activations)
 
@@ -187,7 +196,7 @@ def convert_(
 
 def fixes_input_scale(target: Target) -> bool:
     """Whether the layer's activations get a scale that calibration or training has to find."""
-    return isinstance(target.module, nn.Linear) and isinstance(target.config, Int8Static | LowBit)
+    return isinstance(target.module, nn.Linear | PrunedLinear) and isinstance(target.config, Int8Static | LowBit)
 
 
 def inference_layer(layer: Any, config: Config, observer: ObserverState | None) -> InferenceLayer:
@@ -195,6 +204,9 @@ def inference_layer(layer: Any, config: Config, observer: ObserverState | None) 
     scale."""
     if isinstance(layer, nn.Embedding):
         return QuantizedEmbedding.from_float(layer, config)
+    layer = plain_linear(layer)
+    if isinstance(config, Codebook):
+        return CodebookLinear.from_float(layer, config)
     if isinstance(config, Binary):
         return BinaryLinear.from_float(layer, config)
     if isinstance(config, LowBit):
@@ -208,6 +220,9 @@ def training_twin(layer: Any, config: Config) -> Any:
     """What `prepare_qat_` puts in the place of an nn.Linear (a `QATLinear`) or nn.Embedding."""
     if isinstance(layer, nn.Embedding):
         return QATEmbedding(layer, config)
+    layer = plain_linear(layer)
+    if isinstance(config, Codebook):
+        return CodebookQATLinear(layer, config)
     if isinstance(config, Binary):
         return BinaryQATLinear(layer, config)
     if isinstance(config, LowBit):

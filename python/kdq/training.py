@@ -30,6 +30,7 @@ from kdq.checkpoint import (
     load_optimizer_state,
     optimizer_state,
 )
+from kdq.layers.codebook_qat import CodebookQATLinear
 from kdq.layers.qat import TrainingTwin
 from kdq.observe import device_of
 from kdq.teacher_cache import CachedTeacher
@@ -292,14 +293,16 @@ def check_optimizer(distiller: Distiller, optimizer: Optimizer) -> None:
 
 
 def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
-    """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
+    """Raises ValueError if a training twin's weight (of a Codebook's, its bias) is among the parameters (by id) and its
+    learned scales or centroids are not."""
     for name, module in student.named_modules():
         # A twin within a switchable layer has a weight only while it is in use.
-        if isinstance(module, TrainingTwin) and id(getattr(module, "weight", None)) in trained:
+        own, learned = ("bias", "centroids") if isinstance(module, CodebookQATLinear) else ("weight", "learned scales")
+        if isinstance(module, TrainingTwin) and id(getattr(module, own, None)) in trained:
             scales = [p for p in module.parameters() if p.requires_grad and p is not getattr(module, "bias", None)]
             if any(id(p) not in trained for p in scales):
                 raise ValueError(
-                    f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "
+                    f"optimizer: it has the {own} of {name!r}, but not all of its {learned}: make it after "
                     "prepare_qat_, or freeze them by requires_grad_(False)"
                 )
 

@@ -40,21 +40,24 @@ class InferenceLinear(InferenceLayer):
     """A linear layer on quantized kernels.
 
     Subclasses compute the result in `kernel`; `dequantized_weight` is the float32 weight that they stand for.
-    `activation` (None, "relu", "gelu" in its erf form, or "silu") is applied to the result.
+    `activation` (None, "relu", "gelu" in its erf form, or "silu") is applied to the result, by the kernel where
+    `computes_activation`.
     """
 
     sizes = ("in_features", "out_features")
+    computes_activation = False
     in_features: int
     out_features: int
-    weight_scale: Tensor
     bias: Tensor | None
-    activation: str | None = None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str | None = None) -> None:
         super().__init__()
+        if activation is not None and activation not in ACTIVATION_FUNCTIONS:
+            names = ", ".join(map(repr, ACTIVATION_FUNCTIONS))
+            raise ValueError(f"activation: expected None or one of {names}, got {activation!r}")
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.activation = activation
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
@@ -144,14 +147,13 @@ class PackedInt8Linear(InferenceLinear):
     is built, loaded, copied or unpickled, remade after `set_isa`, and never saved.
     """
 
+    computes_activation = True
+    weight_scale: Tensor
     packed: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, activation: str | None) -> None:
-        super().__init__(in_features, out_features, bias)
-        if activation is not None and activation not in ACTIVATION_FUNCTIONS:
-            names = ", ".join(map(repr, ACTIVATION_FUNCTIONS))
-            raise ValueError(f"activation: expected None or one of {names}, got {activation!r}")
-        self.activation = activation
+        super().__init__(in_features, out_features, bias, activation)
+        self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
         self._packed_isa = ""
 

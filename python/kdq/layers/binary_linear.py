@@ -19,11 +19,13 @@ class BinaryLinear(InferenceLinear):
     channel), `bias` float32 `[N]` or None. The binary kernels compute no activation.
     """
 
+    weight_scale: Tensor
     weight_bits: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: Binary | None = None) -> None:
         super().__init__(in_features, out_features, bias)
         self.config = Binary() if config is None else config
+        self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("weight_bits", torch.zeros(out_features, (in_features + 63) // 64, dtype=torch.int64))
 
     @classmethod

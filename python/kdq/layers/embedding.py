@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import kdq_kernels as kk
-from kdq.configs import Config, Int8WeightOnly, LowBit, bits_of
+from kdq.configs import Codebook, Config, Int8WeightOnly, LowBit, bits_of
 from kdq.grids import low_bit_weight_integers, low_bit_weight_scale, weight_range
 from kdq.layers.base import InferenceLayer
 from kdq.layers.low_bit_linear import pack_bits, unpack_bits
@@ -211,5 +211,7 @@ def why_not_embedding(module: nn.Embedding) -> str | None:
 
 
 def _check_config(config: Config) -> None:
+    if isinstance(config, Codebook):
+        raise ValueError("config: Codebook has no form for embeddings; use LowBit")
     if isinstance(config, LowBit) and config.method == "dorefa":
         raise ValueError('config: method "dorefa" has no form for embeddings; use "lsq"')

@@ -58,11 +58,12 @@ def markdown(findings: Findings, picture: str) -> str:
         "",
         f"![differences]({picture})",
         "",
+        *([] if study.section is None else [study.section(findings.outcomes)]),
         "## Method",
         "",
         study.method,
         "",
-        *(f"- *{task.name}*: {task.description}" for task in TASKS.values()),
+        *(f"- *{name}*: {TASKS[name].description}" for name in study.tasks),
         "",
         f"{findings.seeds} seeds, {findings.steps} steps an arm. Differences are paired by seed: mean ± standard error "
         f"of the mean. *better* and *worse* stand where the difference is {SURE:g} standard errors or more; everything "
