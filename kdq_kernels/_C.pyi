@@ -1,4 +1,4 @@
-"""Types of the native module (csrc/bindings/numpy.cpp and introspection.cpp)."""
+"""Types of the native module (csrc/bindings/numpy*.cpp and introspection.cpp)."""
 
 from typing import Any
 
@@ -72,8 +72,15 @@ def pack_signs(x: Floats) -> NDArray[int64]: ...
 def unpack_signs(bits: NDArray[int64], k: int) -> NDArray[float32]: ...
 def binary_matmul(a_bits: NDArray[int64], b_bits: NDArray[int64], k: int) -> NDArray[int32]: ...
 def binary_linear(
-    x: Floats, weight_bits: NDArray[int64], weight_scale: NDArray[float32], bias: NDArray[float32] | None
+    x: Floats | NDArray[int64],
+    weight_bits: NDArray[int64],
+    weight_scale: NDArray[float32],
+    bias: NDArray[float32] | None,
+    k: int | None,
 ) -> Floats: ...
+def binary_threshold(
+    x: Floats | NDArray[int64], weight_bits: NDArray[int64], threshold: NDArray[int32], k: int | None
+) -> NDArray[int64]: ...
 def distillation_loss(
     student: Floats,
     teacher: Floats,
