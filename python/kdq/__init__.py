@@ -3,8 +3,9 @@
 from kdq.compression import Compressed, CompressionReport, compress
 from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
+from kdq.fold_binary import fold_binary_chain_
 from kdq.io import load, save
-from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
+from kdq.layers import BinaryLinear, BinaryThresholdLinear, Int8Linear, LowBitLinear
 from kdq.layers.qat_methods import pact_penalty
 from kdq.losses import (
     AttentionTransfer,
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionTransfer",
     "Binary",
     "BinaryLinear",
+    "BinaryThresholdLinear",
     "Budget",
     "CachedTeacher",
     "Compressed",
@@ -83,6 +85,7 @@ __all__ = [
     "equalize_",
     "extract",
     "fold_batch_norm_",
+    "fold_binary_chain_",
     "load",
     "lower_precision_",
     "pact_penalty",

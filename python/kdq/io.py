@@ -22,15 +22,18 @@ from kdq.configs import config_from_json, config_to_json
 from kdq.fuse import Fusion, find_fusions, has_own_code
 from kdq.layers.base import InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import QATLinear
 from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
-FORMAT_VERSION = 3  # 2: a layer may have an activation. 3: a layer may have two names. Older files are read as well.
+# 2: a layer may have an activation. 3: a layer may have two names. 4: binary layers from bits to bits. Older files are
+# read as well.
+FORMAT_VERSION = 4
 LAYERS: dict[str, Callable[..., InferenceLinear]] = {
-    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear)
+    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear, BinaryThresholdLinear)
 }
 
 

@@ -76,7 +76,7 @@ def binary_threshold_cases(quick: bool) -> Iterator[Case]:
         w = random_signs(n, k, generator)
         a_bits, w_bits = kk.pack_signs(a), kk.pack_signs(w)
         threshold = torch.randint(-16, 17, (n,), generator=generator, dtype=torch.int32)
-        products = {
+        products: dict[str, Callable[[], Tensor]] = {
             "kdq binary_matmul": partial(kk.binary_matmul, a_bits, w_bits, k),
             "torch float32": partial(F.linear, a, w),
             "torch _int_mm": int_mm(a.to(torch.int8), w.to(torch.int8)),

@@ -1,6 +1,7 @@
 """Quantized layers: for inference on the kernels, and their twins for training (`kdq.layers.qat`)."""
 
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear
@@ -10,6 +11,7 @@ from kdq.layers.switchable import SwitchableLinear, SwitchableNorm
 __all__ = [
     "BinaryLinear",
     "BinaryQATLinear",
+    "BinaryThresholdLinear",
     "DoReFaQATLinear",
     "Int8Linear",
     "Int8QATLinear",
