@@ -32,6 +32,7 @@ from kdq.ptq import (
     reestimate_batch_norm_,
     smooth_,
 )
+from kdq.qnn import QuantizeGradient, ShiftAdaMax, ShiftBatchNorm1d, clip_weights_
 from kdq.quantize import convert_, prepare_qat_, prepare_switchable_, quantize_
 from kdq.reporting import Report, report
 from kdq.search import Budget, Plan, Precision, search_precision
@@ -72,13 +73,17 @@ __all__ = [
     "Phase",
     "Plan",
     "Precision",
+    "QuantizeGradient",
     "RelationalKD",
     "Report",
+    "ShiftAdaMax",
+    "ShiftBatchNorm1d",
     "SoftTargets",
     "SwitchableDistiller",
     "TeacherEnsemble",
     "ToolReport",
     "Weighted",
+    "clip_weights_",
     "compress",
     "convert_",
     "correct_bias_",

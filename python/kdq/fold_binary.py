@@ -22,10 +22,18 @@ from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
 from kdq.layers.qat import BinaryQATLinear
 from kdq.ptq.chains import Named, chains, used_twice
 from kdq.ptq.tool_report import ToolReport
+from kdq.qnn import QuantizeGradient, ShiftBatchNorm1d
 
-NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d,)
+NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, ShiftBatchNorm1d)
 # Beside these, what works element by element and, in eval mode, does not depend on anything else.
-ELEMENTWISE: tuple[type[nn.Module], ...] = (nn.Identity, nn.Dropout, nn.Hardtanh, nn.ReLU, nn.Tanh)
+ELEMENTWISE: tuple[type[nn.Module], ...] = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Hardtanh,
+    nn.ReLU,
+    nn.Tanh,
+    QuantizeGradient,
+)
 BLOCK = 1024  # dot products that are tried at once
 
 
@@ -42,12 +50,12 @@ def fold_binary_chain_(model: nn.Module) -> ToolReport:
     """Lets binary layers that follow each other pass bits, in place: each but the last of a chain becomes a
     `BinaryThresholdLinear`, and the batch norm and the activations between them become nn.Identity, so that names hold.
 
-    A chain is found in nn.Sequential: `BinaryLinear`, then any of BatchNorm1d (as in eval mode), Hardtanh, ReLU, Tanh,
-    Dropout and Identity, then a `BinaryLinear`. The thresholds give exactly the bits that the modules gave, for every
-    dot product that can occur, also where a norm's factor is negative or zero (Hubara et al., "Quantized Neural
-    Networks", 2016): the chain's result is the same, bit for bit. Instruction sets on which `binary_linear` rounds
-    differently agree with the one that is in force now. To be called after `convert_`, on a model of float32; inputs of
-    a folded layer have two axes.
+    A chain is found in nn.Sequential: `BinaryLinear`, then any of BatchNorm1d and ShiftBatchNorm1d (as in eval mode),
+    Hardtanh, ReLU, Tanh, Dropout, QuantizeGradient and Identity, then a `BinaryLinear`. The thresholds give exactly the
+    bits that the modules gave, for every dot product that can occur, also where a norm's factor is negative or zero
+    (Hubara et al., "Quantized Neural Networks", 2016): the chain's result is the same, bit for bit. An instruction set
+    that rounds `binary_linear` differently then gives the bits of the one in force now. To be called after `convert_`,
+    on a model of float32; inputs of a folded layer have two axes.
 
     Returns:
         The layers that were folded and the modules that they took in; of the other binary layers, why they were left.
