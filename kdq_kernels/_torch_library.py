@@ -242,8 +242,14 @@ def _(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
 
 
 @fake("binary_linear")
-def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_bits.shape[0]))
+def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None, k: int | None = None) -> Tensor:
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    return x.new_empty((*x.shape[:-1], weight_bits.shape[0]), dtype=dtype)
+
+
+@fake("binary_threshold")
+def _(x: Tensor, weight_bits: Tensor, threshold: Tensor, k: int | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], (weight_bits.shape[0] + 63) // 64), dtype=torch.int64)
 
 
 # ---- codebook --------------------------------------------------------------------------------------------------------

@@ -206,13 +206,32 @@ def binary_matmul(a_bits: NDArray[np.int64], b_bits: NDArray[np.int64], k: int) 
 
 
 def binary_linear(
-    x: Floats,
+    x: Floats | NDArray[np.int64],
     weight_bits: NDArray[np.int64],
     weight_scale: NDArray[np.float32],
     bias: NDArray[np.float32] | None = None,
+    *,
+    k: int | None = None,
 ) -> Floats:
-    """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x."""
-    return _C.binary_linear(x, weight_bits, weight_scale, bias)
+    """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x.
+
+    With `k`, x may be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32.
+    """
+    return _C.binary_linear(x, weight_bits, weight_scale, bias, k)
+
+
+def binary_threshold(
+    x: Floats | NDArray[np.int64],
+    weight_bits: NDArray[np.int64],
+    threshold: NDArray[np.int32],
+    *,
+    k: int | None = None,
+) -> NDArray[np.int64]:
+    """Sign bits int64 `[..., ceil(N / 64)]`: bit n is set (-1) where `sign(x) @ sign(w[n]) < threshold[n]`.
+
+    x as for `binary_linear`; threshold int32 `[N]`.
+    """
+    return _C.binary_threshold(x, weight_bits, threshold, k)
 
 
 def pack_indices(indices: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:

@@ -19,6 +19,7 @@ _ops = torch.ops.kdq
 _int8_linear = _ops.int8_linear.default
 _int8_weight_only_linear = _ops.int8_weight_only_linear.default
 _binary_linear = _ops.binary_linear.default
+_binary_threshold = _ops.binary_threshold.default
 _codebook_linear = _ops.codebook_linear.default
 
 
@@ -234,13 +235,36 @@ def binary_matmul(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
     return _ops.binary_matmul(a_bits, b_bits, k)
 
 
-def binary_linear(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def binary_linear(
+    x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, k: int | None = None
+) -> Tensor:
     """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x.
 
     The signs of x are packed inside. weight_bits int64 `[N, ceil(K / 64)]`; weight_scale float32 `[N]`: XNOR-Net's
-    alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016).
+    alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016). With `k`, the number of features, x may
+    be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32.
     """
-    return _binary_linear(x, weight_bits, weight_scale, bias)
+    if k is None:
+        return _binary_linear(x, weight_bits, weight_scale, bias)  # each argument that is passed costs 100 ns
+    return _binary_linear(x, weight_bits, weight_scale, bias, k)
+
+
+def binary_threshold(x: Tensor, weight_bits: Tensor, threshold: Tensor, *, k: int | None = None) -> Tensor:
+    """A binary layer from bits to bits: int64 `[..., ceil(N / 64)]`, bit n set, which means -1, where
+    `sign(x) @ sign(w[n]) < threshold[n]`.
+
+    Batch norm and sign of an integer are a comparison with an integer, so that hidden layers need no floats (Hubara et
+    al., "Quantized Neural Networks: Training Neural Networks with Low Precision Weights and Activations", 2016);
+    `kdq.fold_binary_chain_` finds the thresholds. Where the norm's factor is negative, invert the channel's weight
+    bits, which negates its dot product. The dot products are exact, and never in memory all at once.
+
+    Args:
+        x: packed signs, int64 `[..., ceil(k / 64)]`, with `k`, the number of features; or values `[..., K]`, whose
+            signs are packed inside.
+        weight_bits: int64 `[N, ceil(K / 64)]`.
+        threshold: int32 `[N]`, any values: at most -K, and a channel is always +1; more than K, and it is always -1.
+    """
+    return _binary_threshold(x, weight_bits, threshold, k)
 
 
 def pack_indices(indices: Tensor, bits: int) -> Tensor:

@@ -46,7 +46,8 @@ Tensor pack_signs_op(const Tensor& x);
 Tensor unpack_signs_op(const Tensor& bits, int64_t k);
 Tensor binary_matmul_op(const Tensor& a_bits, const Tensor& b_bits, int64_t k);
 Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits, const Tensor& weight_scale,
-                        const OptionalTensor& bias);
+                        const OptionalTensor& bias, OptionalInt k);
+Tensor binary_threshold_op(const Tensor& x, const Tensor& weight_bits, const Tensor& threshold, OptionalInt k);
 
 // torch_codebook.cpp
 Tensor pack_indices_op(const Tensor& indices, int64_t bits);

@@ -101,7 +101,8 @@ struct Loops {
       case Result::kFloat16:
         return put<Float16>(sums, first, width, call);
       case Result::kInt32:
-        return;  // no such result here
+      case Result::kBits:
+        return;  // no such results here
     }
   }
 

@@ -97,6 +97,7 @@ struct Vec {
 
   static Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Mask int_less(Int a, Int b) { return _mm512_cmplt_epi32_mask(a, b); }
   static Mask is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
   static Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
   static Float sub_where(Mask mask, Float a, Float b) { return _mm512_mask_sub_ps(a, mask, a, b); }

@@ -3,8 +3,16 @@
 from kdq.compression import Compressed, CompressionReport, compress
 from kdq.configs import Binary, Codebook, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
+from kdq.fold_binary import fold_binary_chain_
 from kdq.io import load, save
-from kdq.layers import BinaryLinear, CodebookLinear, Int8Linear, LowBitLinear, QuantizedEmbedding
+from kdq.layers import (
+    BinaryLinear,
+    BinaryThresholdLinear,
+    CodebookLinear,
+    Int8Linear,
+    LowBitLinear,
+    QuantizedEmbedding,
+)
 from kdq.layers.qat_methods import pact_penalty
 from kdq.losses import (
     AttentionTransfer,
@@ -32,6 +40,7 @@ from kdq.ptq import (
     reestimate_batch_norm_,
     smooth_,
 )
+from kdq.qnn import QuantizeGradient, ShiftAdaMax, ShiftBatchNorm1d, clip_weights_
 from kdq.quantize import convert_, prepare_qat_, prepare_switchable_, quantize_
 from kdq.reporting import Report, report
 from kdq.search import Budget, Plan, Precision, search_precision
@@ -44,6 +53,7 @@ __all__ = [
     "AttentionTransfer",
     "Binary",
     "BinaryLinear",
+    "BinaryThresholdLinear",
     "Budget",
     "CachedTeacher",
     "Codebook",
@@ -73,20 +83,25 @@ __all__ = [
     "Phase",
     "Plan",
     "Precision",
+    "QuantizeGradient",
     "QuantizedEmbedding",
     "RelationalKD",
     "Report",
+    "ShiftAdaMax",
+    "ShiftBatchNorm1d",
     "SoftTargets",
     "SwitchableDistiller",
     "TeacherEnsemble",
     "ToolReport",
     "Weighted",
+    "clip_weights_",
     "compress",
     "convert_",
     "correct_bias_",
     "equalize_",
     "extract",
     "fold_batch_norm_",
+    "fold_binary_chain_",
     "load",
     "lower_precision_",
     "pact_penalty",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kdq.layers.base import InferenceLayer
+from kdq.qnn import QuantizeGradient, ShiftBatchNorm1d
 
 # Constructor arguments of the layers that can be described; each is also an attribute ("bias" says whether there is
 # one).
@@ -38,6 +39,8 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Sigmoid: (),
     nn.Softmax: ("dim",),
     nn.Tanh: (),
+    QuantizeGradient: ("bits", "method"),
+    ShiftBatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
 }
 TYPES = {cls.__name__: cls for cls in ARGUMENTS}
 

@@ -25,6 +25,7 @@ from kdq.distributed import check_plain
 from kdq.fuse import Fusion, find_fusions, has_own_code
 from kdq.layers.base import InferenceLayer, InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
 from kdq.layers.codebook_linear import CodebookLinear
 from kdq.layers.embedding import QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
@@ -33,11 +34,12 @@ from kdq.layers.qat import TrainingTwin
 from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
-# 2: a layer may have an activation. 3: a layer may have two names. 4: embeddings; tensors may be coded. Older files are
-# read as well.
+# 2: a layer may have an activation. 3: a layer may have two names. 4: embeddings; binary layers from bits to bits;
+# tensors may be coded. Older files are read as well.
 FORMAT_VERSION = 4
 LAYERS: dict[str, Callable[..., InferenceLayer]] = {
-    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear, CodebookLinear, QuantizedEmbedding)
+    cls.__name__: cls
+    for cls in (Int8Linear, LowBitLinear, BinaryLinear, BinaryThresholdLinear, CodebookLinear, QuantizedEmbedding)
 }
 
 

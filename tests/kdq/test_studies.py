@@ -84,8 +84,8 @@ def test_study_from_the_command_line(name: str, tmp_path) -> None:
     assert {task for task, _, _ in arms} == set(STUDIES[name].tasks)
     page = (tmp_path / f"{name}.md").read_text()
     assert all(f"## {comparison.title}" in page for comparison in STUDIES[name].comparisons)
-    assert ("## Predicted latency against measured" in page) == (name == "claim-b")
-    assert ("## Bytes on disk, stage by stage" in page) == (name == "deep-compression")
+    headings = 1 + len(STUDIES[name].comparisons) + (STUDIES[name].appendix is not None)
+    assert page.count("\n## ") == headings
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 

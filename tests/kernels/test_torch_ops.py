@@ -81,6 +81,9 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
             (x, kk.pack_indices(INDICES, 3), torch.rand(8), 13, scale),
             {"activation": "silu"},
         ),
+        ("binary_linear of bits", ops.binary_linear.default, (bits, bits, scale, None, 70), {}),
+        ("binary_threshold", ops.binary_threshold.default, (x, bits, torch.arange(13, dtype=torch.int32)), {}),
+        ("binary_threshold of bits", ops.binary_threshold.default, (bits, bits, torch.arange(13).int(), 70), {}),
         ("distillation_loss", ops.distillation_loss.default, (x, w.float()[:5], None, 4.0, 1.0), {}),
         (
             "distillation_loss_backward",
@@ -133,12 +136,14 @@ def layer(x: Tensor) -> Tensor:
     q = kk.fake_quantize(x, 0.1, quant_min=-128, quant_max=127)
     y = kk.int8_linear(q, PACKED, torch.full((8,), 0.01), activation="relu")
     y = kk.codebook_linear(y, CODEBOOK_WEIGHT, torch.tensor([-0.5, 0.0, 0.25, 1.0]), 8)
-    return kk.binary_linear(y, BITS, torch.ones(3))
+    hidden = kk.binary_threshold(y, HIDDEN_BITS, torch.zeros(70, dtype=torch.int32))
+    return kk.binary_linear(hidden, BITS, torch.ones(3), k=70)
 
 
 CODEBOOK_WEIGHT = kk.pack_indices(INDICES[:8, :8] % 4, 2)
 PACKED = kk.pack_int8_weight(int8(8, 20))
-BITS = kk.pack_signs(randn(3, 8))
+HIDDEN_BITS = kk.pack_signs(randn(70, 8, seed=1))
+BITS = kk.pack_signs(randn(3, 70))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -167,12 +172,8 @@ def test_export_keeps_the_operators() -> None:
 
     exported = torch.export.export(Model(), (randn(4, 20),))
     targets = {str(node.target) for node in exported.graph.nodes}
-    assert {
-        "kdq.fake_quantize.default",
-        "kdq.int8_linear.default",
-        "kdq.codebook_linear.default",
-        "kdq.binary_linear.default",
-    } <= targets
+    names = ("fake_quantize", "int8_linear", "codebook_linear", "binary_threshold", "binary_linear")
+    assert {f"kdq.{name}.default" for name in names} <= targets
     torch.testing.assert_close(exported.module()(randn(4, 20)), layer(randn(4, 20)))
 
 

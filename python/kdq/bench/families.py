@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
+from kdq.bench.binary import binary_linear_cases, binary_matmul_cases, binary_threshold_cases
 from kdq.bench.case import Case
 from kdq.bench.codebook import codebook_cases
 from kdq.bench.distillation import distillation_loss_cases
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "codebook_linear": codebook_cases,
     "binary_matmul": binary_matmul_cases,
     "binary_linear": binary_linear_cases,
+    "binary_threshold": binary_threshold_cases,
     "fake_quantize": fake_quantize_cases,
     "fake_quantize_out": fake_quantize_out_cases,
     "fake_quantize_backward": fake_quantize_backward_cases,

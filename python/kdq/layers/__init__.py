@@ -1,6 +1,7 @@
 """Quantized layers: for inference on the kernels, and their twins for training (`kdq.layers.qat`)."""
 
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
 from kdq.layers.codebook_linear import CodebookLinear
 from kdq.layers.codebook_qat import CodebookQATLinear
 from kdq.layers.embedding import QATEmbedding, QuantizedEmbedding
@@ -14,6 +15,7 @@ from kdq.layers.switchable import SwitchableLinear, SwitchableNorm
 __all__ = [
     "BinaryLinear",
     "BinaryQATLinear",
+    "BinaryThresholdLinear",
     "CodebookLinear",
     "CodebookQATLinear",
     "DoReFaQATLinear",

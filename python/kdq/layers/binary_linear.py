@@ -16,7 +16,8 @@ class BinaryLinear(InferenceLinear):
     """`sign(x) @ sign(w).T * weight_scale + bias` (XNOR-Net, Rastegari et al. 2016).
 
     Buffers: `weight_bits` int64 `[N, ceil(K / 64)]`, `weight_scale` float32 `[N]` (the mean `|w|` of the output
-    channel), `bias` float32 `[N]` or None. The binary kernels compute no activation.
+    channel), `bias` float32 `[N]` or None. The binary kernels compute no activation. x may be packed signs, int64
+    `[..., ceil(K / 64)]`, as a `BinaryThresholdLinear` puts out; the result is then float32.
     """
 
     weight_scale: Tensor
@@ -38,6 +39,12 @@ class BinaryLinear(InferenceLinear):
         if linear.bias is not None:
             layer.bias = linear.bias.detach().float().clone()
         return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.int64:
+            own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
+            return kk.binary_linear(x, own["weight_bits"], own["weight_scale"], own["bias"], k=self.in_features)
+        return super().forward(x)
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         if activation is not None:
