@@ -80,28 +80,30 @@ def distill_blocks(
     own_bar = nullcontext(progress) if isinstance(progress, Progress) else Progress(disable=not progress)
     with own_bar as bar:
         task = bar.add_task("blocks", total=len(blocks))
-        for block in blocks:
-            bar.update(task, description=f"block {block.ours}")
-            distiller = distillers[block.ours]
-            with _training_only(student, block.parameters):
-                distiller.prepare(batch)
-                optimizer = torch.optim.Adam(list(distiller.parameters()), lr=lr)
-                schedule = None if scheduler is None else scheduler(optimizer)
-                histories[block.ours] = distiller.fit(loader, epochs, optimizer, scheduler=schedule, progress=bar)
-            bar.advance(task)
-        bar.remove_task(task)
+        try:
+            for block in blocks:
+                bar.update(task, description=f"block {block.ours}")
+                distiller = distillers[block.ours]
+                with _training_only(student, block.parameters):
+                    optimizer = torch.optim.Adam(list(distiller.parameters()), lr=lr)
+                    schedule = None if scheduler is None else scheduler(optimizer)
+                    histories[block.ours] = distiller.fit(loader, epochs, optimizer, scheduler=schedule, progress=bar)
+                bar.advance(task)
+        finally:
+            bar.remove_task(task)
     return histories
 
 
 @dataclass(frozen=True)
 class _Block:
     """A part of the student, by names: the layers whose outputs are compared, the parameters that train, and the
-    modules that the blocks before have finished with."""
+    modules that the blocks before have finished with; and the regressor between the two outputs, if there is one."""
 
     ours: str
     theirs: str
     parameters: list[str]
     done: list[str]
+    adapters: dict[tuple[int, str], nn.Module]
 
 
 class _BlockDistiller(Distiller):
@@ -110,23 +112,20 @@ class _BlockDistiller(Distiller):
     def __init__(self, teacher: nn.Module, student: nn.Module, block: _Block) -> None:
         super().__init__(teacher, student, [Hint({block.ours: block.theirs})])
         self.done = [student.get_submodule(name) for name in block.done]
+        # Not by `prepare`, in whose eval mode activation scales would start from what fresh batch norms put out.
+        self.adapters, self._adapters_known = block.adapters, True
 
     def loss(self, batch: Any) -> Tensor:
         """The mean squared error of the feature; both models run as far as that."""
         ((ours, theirs),) = self._pairs
         parsed = parse_batch(batch, device_of(self.student))
         with torch.no_grad(), evaluating(self.teacher):
-            taught = {theirs: _outputs(self.teacher, [theirs], parsed, "teacher")[theirs]}
+            taught = _outputs(self.teacher, [theirs], parsed, "teacher")
         for module in self.done:
             module.training = False
         learned = _outputs(self.student, [ours], parsed, "student")
-        self._see_features(learned, taught)
         adapters = {layer: adapter for (_, layer), adapter in self.adapters.items()}
         return self._features[0](learned, taught, parsed.target, adapters)
-
-    def prepare(self, batch: Any) -> None:
-        with torch.no_grad(), evaluating(self.student):
-            self.loss(batch)
 
 
 @contextmanager
@@ -175,7 +174,7 @@ def _find_blocks(teacher: nn.Module, student: nn.Module, hint: Hint, batch: Any)
     for ours, theirs in hint.layers.items():
         check_unfused(student, ours, "student")
         check_unfused(teacher, theirs, "teacher")
-    make_adapters({0: hint}, learned, taught)  # features that cannot be compared show now
+    adapters = make_adapters({0: hint}, learned, taught)
     blocks: list[_Block] = []
     trained: set[str] = set()
     done: list[str] = []
@@ -184,7 +183,8 @@ def _find_blocks(teacher: nn.Module, student: nn.Module, hint: Hint, batch: Any)
         if not mine:
             before = f"behind {blocks[-1].ours!r}" if blocks else "from the input on"
             raise ValueError(f"pairs: there is nothing to train in the block of student layer {ours!r}, {before}")
-        blocks.append(_Block(ours, theirs, mine, done))
+        own = {key: adapter for key, adapter in adapters.items() if key[1] == ours}
+        blocks.append(_Block(ours, theirs, mine, done, own))
         trained |= set(mine)
         done = finished[: finished.index(names[id(trial.get_submodule(ours))]) + 1]
     return blocks

@@ -82,6 +82,18 @@ def test_nothing_outside_the_block_changes(config: Any, monkeypatch: pytest.Monk
         kdq.convert_(student)
 
 
+def test_activation_scales_start_from_what_a_block_trains_on() -> None:
+    """From batch norms in training mode, behind blocks in eval mode."""
+    teacher, student = net(8), net(8, seed=1)
+    kdq.prepare_qat_(student, kdq.LowBit(weight_bits=4, act_bits=4))
+    expected = copy.deepcopy(student)
+    kdq.distill_blocks(teacher, student, {"0": "0", "1": "1"}, DATA[:1], 1, lr=1e-30, progress=False)
+    expected[0](DATA[0])
+    expected[1](expected[0].eval()(DATA[0]))
+    for block in (0, 1):
+        torch.testing.assert_close(student[block][1].input_grid.scale, expected[block][1].input_grid.scale)
+
+
 def test_frozen_parameters_do_not_train() -> None:
     teacher, student = net(8), net(8, seed=1)
     kdq.freeze_(student[0])
