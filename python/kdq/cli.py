@@ -71,7 +71,7 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: claim-a, claim-b, claim-c.")],
+    name: Annotated[str, typer.Argument(help="Which study: claim-a, claim-b, claim-c, transfer, layerwise.")],
     seeds: Annotated[int, typer.Option(help="How many seeds; all arms of a seed are paired.")] = 10,
     out: Annotated[Path, typer.Option(help="Folder for the page, its picture and every outcome as JSON.")] = Path(
         "docs/studies"

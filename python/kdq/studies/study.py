@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -57,6 +58,7 @@ class Study:
         steps: of an arm.
         method: paragraphs for the page.
         appendix: a section of Markdown, made after the seeds, in this process, on one thread; given `quick`.
+        picture: draws the findings to a path, instead of `document.plot`.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Study:
     run_seed: Callable[[Task, int, int], list[Outcome]]
     steps: int = 600
     appendix: Callable[[bool], str] | None = None
+    picture: Callable[[Findings, Path], None] | None = None
 
 
 @dataclass(frozen=True)
