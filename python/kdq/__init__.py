@@ -1,9 +1,11 @@
 """kdq: distil a teacher into a low-bit student, and run it on integer and binary kernels."""
 
+from kdq.blocks import distill_blocks
 from kdq.compression import Compressed, CompressionReport, compress
 from kdq.configs import Binary, Codebook, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
 from kdq.fold_binary import fold_binary_chain_
+from kdq.freeze import freeze_, unfreeze_
 from kdq.io import load, save
 from kdq.layers import (
     BinaryLinear,
@@ -48,6 +50,7 @@ from kdq.switch import extract, precision_of, precisions, set_precision_
 from kdq.switchable_distill import SwitchableDistiller
 from kdq.teacher_cache import CachedTeacher
 from kdq.teachers import TeacherEnsemble, self_teacher
+from kdq.transfer import transfer_
 
 __all__ = [
     "AttentionTransfer",
@@ -98,10 +101,12 @@ __all__ = [
     "compress",
     "convert_",
     "correct_bias_",
+    "distill_blocks",
     "equalize_",
     "extract",
     "fold_batch_norm_",
     "fold_binary_chain_",
+    "freeze_",
     "load",
     "lower_precision_",
     "pact_penalty",
@@ -121,4 +126,6 @@ __all__ = [
     "self_teacher",
     "set_precision_",
     "smooth_",
+    "transfer_",
+    "unfreeze_",
 ]

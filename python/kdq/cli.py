@@ -81,7 +81,10 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: claim-a, claim-b, claim-c, qnn.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="Which study: claim-a, claim-b, claim-c, deep-compression, qnn, transfer, layerwise."),
+    ],
     seeds: Annotated[int, typer.Option(help="How many seeds; all arms of a seed are paired.")] = 10,
     out: Annotated[Path, typer.Option(help="Folder for the page, its picture and every outcome as JSON.")] = Path(
         "docs/studies"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -61,6 +62,7 @@ class Study:
         tasks: names of those it runs on.
         section: one of Markdown before the method, made of all outcomes.
         appendix: a section of Markdown, made after the seeds, in this process, on one thread; given `quick`.
+        picture: draws the findings to a path, instead of `document.plot`.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Study:
     appendix: Callable[[bool], str] | None = None
     section: Callable[[Sequence[Outcome]], str] | None = None
     tasks: Sequence[str] = tuple(TASKS)
+    picture: Callable[[Findings, Path], None] | None = None
 
 
 @dataclass(frozen=True)
