@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdq.distill import Distiller, History, check_unfused
 from kdq.losses import Hint
 from kdq.losses.features import make_adapters
-from kdq.observe import Batch, device_of, evaluating, find_layer, parse_batch
+from kdq.observe import Batch, evaluating, find_layer, parse_batch
 from kdq.training import check_count
 
 
@@ -118,7 +118,7 @@ class _BlockDistiller(Distiller):
     def loss(self, batch: Any) -> Tensor:
         """The mean squared error of the feature; both models run as far as that."""
         ((ours, theirs),) = self._pairs
-        parsed = parse_batch(batch, device_of(self.student))
+        parsed = parse_batch(batch, self.student)
         with torch.no_grad(), evaluating(self.teacher):
             taught = _outputs(self.teacher, [theirs], parsed, "teacher")
         for module in self.done:
@@ -155,7 +155,7 @@ def _first_batch(loader: Iterable[Any]) -> Any:
 
 def _find_blocks(teacher: nn.Module, student: nn.Module, hint: Hint, batch: Any) -> list[_Block]:
     """Runs both on a batch, the student as a copy, whose activation scales may start from untrained features."""
-    parsed = parse_batch(batch, device_of(student))
+    parsed = parse_batch(batch, student)
     trial = copy.deepcopy(student)
     names = {id(module): name for name, module in trial.named_modules()}
     finished: list[str] = []  # in the order of their first call
