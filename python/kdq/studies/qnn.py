@@ -83,6 +83,11 @@ def run_seed(task: Task, seed: int, steps: int) -> list[Outcome]:
     return outcomes
 
 
+def is_linear(module: nn.Module, _: str) -> bool:
+    """Embeddings stay in float."""
+    return isinstance(module, nn.Linear)
+
+
 def train_arm(
     task: Task, pair: Pair, arm: Arm, configs: tuple[Config, Config] | None, seed: int, steps: int
 ) -> nn.Module:
@@ -91,7 +96,7 @@ def train_arm(
     model = net(task, arm)
     if configs is not None:
         first = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        prepare_qat_(model, {first: configs[0], "*": configs[1]})
+        prepare_qat_(model, {first: configs[0], "*": configs[1]}, filter_fn=is_linear)
     loader = Batches(*pair.data.many(), task.batch, steps, seed + 1000)
     fit(Distiller(pair.teacher, model, [arm.loss]), loader, arm.shift)
     if configs is not None:
