@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
+from kdq.bench.binary import binary_linear_cases, binary_matmul_cases, binary_threshold_cases
 
 FLOAT_PEERS = ["torch float32", "torch bfloat16", "ONNX Runtime float32", "OpenVINO float32"]
 
@@ -23,3 +23,8 @@ def test_binary_matmul(run_family: Callable[..., Any], name: str) -> None:
 )
 def test_binary_linear(run_family: Callable[..., Any], name: str) -> None:
     run_family(binary_linear_cases, name)
+
+
+@pytest.mark.parametrize("name", ["kdq binary_threshold", "kdq binary_matmul", "torch float32", "torch _int_mm"])
+def test_binary_threshold(run_family: Callable[..., Any], name: str) -> None:
+    run_family(binary_threshold_cases, name)

@@ -1,4 +1,4 @@
-"""Types of the native module (csrc/bindings/numpy.cpp and introspection.cpp)."""
+"""Types of the native module (csrc/bindings/numpy*.cpp and introspection.cpp)."""
 
 from typing import Any
 
@@ -72,7 +72,24 @@ def pack_signs(x: Floats) -> NDArray[int64]: ...
 def unpack_signs(bits: NDArray[int64], k: int) -> NDArray[float32]: ...
 def binary_matmul(a_bits: NDArray[int64], b_bits: NDArray[int64], k: int) -> NDArray[int32]: ...
 def binary_linear(
-    x: Floats, weight_bits: NDArray[int64], weight_scale: NDArray[float32], bias: NDArray[float32] | None
+    x: Floats | NDArray[int64],
+    weight_bits: NDArray[int64],
+    weight_scale: NDArray[float32],
+    bias: NDArray[float32] | None,
+    k: int | None,
+) -> Floats: ...
+def binary_threshold(
+    x: Floats | NDArray[int64], weight_bits: NDArray[int64], threshold: NDArray[int32], k: int | None
+) -> NDArray[int64]: ...
+def pack_indices(indices: NDArray[uint8], bits: int) -> NDArray[int32]: ...
+def unpack_indices(packed: NDArray[int32], bits: int, n: int, k: int) -> NDArray[uint8]: ...
+def codebook_linear(
+    x: Floats,
+    packed: NDArray[int32],
+    codebook: NDArray[float32],
+    out_features: int,
+    bias: NDArray[float32] | None,
+    activation: str | None,
 ) -> Floats: ...
 def distillation_loss(
     student: Floats,

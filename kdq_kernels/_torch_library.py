@@ -242,8 +242,41 @@ def _(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
 
 
 @fake("binary_linear")
-def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight_bits.shape[0]))
+def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None, k: int | None = None) -> Tensor:
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    return x.new_empty((*x.shape[:-1], weight_bits.shape[0]), dtype=dtype)
+
+
+@fake("binary_threshold")
+def _(x: Tensor, weight_bits: Tensor, threshold: Tensor, k: int | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], (weight_bits.shape[0] + 63) // 64), dtype=torch.int64)
+
+
+# ---- codebook --------------------------------------------------------------------------------------------------------
+
+
+@fake("pack_indices")
+def _(indices: Tensor, bits: int) -> Tensor:
+    n, k = indices.shape
+    per_word = 32 // bits
+    return indices.new_empty(((n + 15) // 16, (k + per_word - 1) // per_word, 16), dtype=torch.int32)
+
+
+@fake("unpack_indices")
+def _(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
+    return packed.new_empty((n, k), dtype=torch.uint8)
+
+
+@fake("codebook_linear")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ __all__ = [
     "binarize_rows",
     "binary_linear",
     "binary_matmul",
+    "codebook_linear",
     "dequantize",
     "distillation_loss",
     "distillation_loss_gradient",
@@ -33,11 +34,13 @@ __all__ = [
     "int8_matmul",
     "int8_weight_only_linear",
     "num_threads",
+    "pack_indices",
     "pack_int8_weight",
     "pack_signs",
     "quantize",
     "quantize_rows",
     "set_num_threads",
+    "unpack_indices",
     "unpack_int8_weight",
     "unpack_signs",
 ]
@@ -203,13 +206,58 @@ def binary_matmul(a_bits: NDArray[np.int64], b_bits: NDArray[np.int64], k: int) 
 
 
 def binary_linear(
-    x: Floats,
+    x: Floats | NDArray[np.int64],
     weight_bits: NDArray[np.int64],
     weight_scale: NDArray[np.float32],
     bias: NDArray[np.float32] | None = None,
+    *,
+    k: int | None = None,
 ) -> Floats:
-    """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x."""
-    return _C.binary_linear(x, weight_bits, weight_scale, bias)
+    """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x.
+
+    With `k`, x may be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32.
+    """
+    return _C.binary_linear(x, weight_bits, weight_scale, bias, k)
+
+
+def binary_threshold(
+    x: Floats | NDArray[np.int64],
+    weight_bits: NDArray[np.int64],
+    threshold: NDArray[np.int32],
+    *,
+    k: int | None = None,
+) -> NDArray[np.int64]:
+    """Sign bits int64 `[..., ceil(N / 64)]`: bit n is set (-1) where `sign(x) @ sign(w[n]) < threshold[n]`.
+
+    x as for `binary_linear`; threshold int32 `[N]`.
+    """
+    return _C.binary_threshold(x, weight_bits, threshold, k)
+
+
+def pack_indices(indices: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """indices uint8 `[N, K]`, below `2**bits` -> int32 `[ceil(N / 16), ceil(K / (32 // bits)), 16]`, on any machine."""
+    return _C.pack_indices(indices, bits)
+
+
+def unpack_indices(packed: NDArray[np.int32], bits: int, n: int, k: int) -> NDArray[np.uint8]:
+    """The inverse of `pack_indices`: uint8 `[n, k]`."""
+    return _C.unpack_indices(packed, bits, n, k)
+
+
+def codebook_linear(
+    x: Floats,
+    packed: NDArray[np.int32],
+    codebook: NDArray[np.float32],
+    out_features: int,
+    bias: NDArray[np.float32] | None = None,
+    *,
+    activation: str | None = None,
+) -> Floats:
+    """x `[..., K]` -> `activation(x @ codebook[indices].T + bias)`, `[..., out_features]`, in the dtype of x.
+
+    packed: `pack_indices(indices, bits)`; codebook float32 `[2**bits]`, bits from 1 to 5.
+    """
+    return _C.codebook_linear(x, packed, codebook, out_features, bias, activation)
 
 
 def distillation_loss(

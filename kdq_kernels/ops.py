@@ -19,6 +19,8 @@ _ops = torch.ops.kdq
 _int8_linear = _ops.int8_linear.default
 _int8_weight_only_linear = _ops.int8_weight_only_linear.default
 _binary_linear = _ops.binary_linear.default
+_binary_threshold = _ops.binary_threshold.default
+_codebook_linear = _ops.codebook_linear.default
 
 
 def _tensor(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
@@ -233,13 +235,79 @@ def binary_matmul(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
     return _ops.binary_matmul(a_bits, b_bits, k)
 
 
-def binary_linear(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def binary_linear(
+    x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, k: int | None = None
+) -> Tensor:
     """x `[..., K]` -> `sign(x) @ sign(w).T * weight_scale + bias`, `[..., N]`, in the dtype of x.
 
     The signs of x are packed inside. weight_bits int64 `[N, ceil(K / 64)]`; weight_scale float32 `[N]`: XNOR-Net's
-    alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016).
+    alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016). With `k`, the number of features, x may
+    be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32.
     """
-    return _binary_linear(x, weight_bits, weight_scale, bias)
+    if k is None:
+        return _binary_linear(x, weight_bits, weight_scale, bias)  # each argument that is passed costs 100 ns
+    return _binary_linear(x, weight_bits, weight_scale, bias, k)
+
+
+def binary_threshold(x: Tensor, weight_bits: Tensor, threshold: Tensor, *, k: int | None = None) -> Tensor:
+    """A binary layer from bits to bits: int64 `[..., ceil(N / 64)]`, bit n set, which means -1, where
+    `sign(x) @ sign(w[n]) < threshold[n]`.
+
+    Batch norm and sign of an integer are a comparison with an integer, so that hidden layers need no floats (Hubara et
+    al., "Quantized Neural Networks: Training Neural Networks with Low Precision Weights and Activations", 2016);
+    `kdq.fold_binary_chain_` finds the thresholds. Where the norm's factor is negative, invert the channel's weight
+    bits, which negates its dot product. The dot products are exact, and never in memory all at once.
+
+    Args:
+        x: packed signs, int64 `[..., ceil(k / 64)]`, with `k`, the number of features; or values `[..., K]`, whose
+            signs are packed inside.
+        weight_bits: int64 `[N, ceil(K / 64)]`.
+        threshold: int32 `[N]`, any values: at most -K, and a channel is always +1; more than K, and it is always -1.
+    """
+    return _binary_threshold(x, weight_bits, threshold, k)
+
+
+def pack_indices(indices: Tensor, bits: int) -> Tensor:
+    """Indices uint8 `[N, K]`, below `2**bits`, bits from 1 to 5 -> int32 `[ceil(N / 16), ceil(K / p), 16]`.
+
+    The index of channel c and input i is in panel c // 16, word i // p, lane c % 16, from bit i % p * bits on, where
+    `p = 32 // bits`. All other bits are zero. The same on every machine, so it may be stored.
+    """
+    return _ops.pack_indices(indices, bits)
+
+
+def unpack_indices(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
+    """The inverse of `pack_indices`: uint8 `[n, k]`."""
+    return _ops.unpack_indices(packed, bits, n, k)
+
+
+def codebook_linear(
+    x: Tensor,
+    packed: Tensor,
+    codebook: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """A linear layer whose weights are indices of a few centroids, which the kernels look up in registers.
+
+    Han, Mao, Dally: Deep Compression: Compressing Deep Neural Networks with Pruning, Trained Quantization and Huffman
+    Coding, 2016 (weight sharing). Products and sums are float32.
+
+    Args:
+        x: `[..., K]`.
+        packed: `pack_indices(indices, bits)` of indices `[out_features, K]`.
+        codebook: float32 `[2**bits]`, finite, bits from 1 to 5.
+        bias: float32 `[out_features]`.
+        activation: None, "relu", "gelu" (erf form) or "silu".
+
+    Returns:
+        `[..., out_features]`: `activation(x @ codebook[indices].T + bias)`, in the dtype of x.
+    """
+    if activation is None:
+        return _codebook_linear(x, packed, codebook, out_features, bias)
+    return _codebook_linear(x, packed, codebook, out_features, bias, activation)
 
 
 def distillation_loss(

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "kdq/codebook.h"
 #include "kdq/int8_gemm.h"
 #include "quant_layout.h"
 
@@ -57,6 +58,28 @@ inline Status activation_from_name(const std::optional<std::string>& name, Activ
     return Status::invalid("activation: expected None, 'relu', 'gelu' or 'silu', got '" + *name + "'");
   }
   return {};
+}
+
+// The bits of an index, from the length of the codebook.
+inline Status codebook_bits(int64_t centroids, int* bits) {
+  for (*bits = 1; *bits <= kCodebookMaxBits; ++*bits) {
+    if (centroids == int64_t{1} << *bits) return {};
+  }
+  return Status::invalid("codebook: expected 2, 4, 8, 16 or 32 centroids, got " + std::to_string(centroids));
+}
+
+inline Status check_index_bits(int64_t bits) {
+  if (bits >= 1 && bits <= kCodebookMaxBits) return {};
+  return Status::invalid("bits: expected 1 to 5, got " + std::to_string(bits));
+}
+
+// `packed` has the shape that pack_indices() gives an [n, k] weight.
+inline Status check_packed_indices(const Sizes& packed, int64_t n, int64_t k, int bits) {
+  if (n < 0) return Status::invalid("n: expected at least 0, got " + std::to_string(n));
+  const Sizes expected = {codebook_panels(n), codebook_words(k, bits), kCodebookLanes};
+  if (packed == expected) return {};
+  return Status::invalid("packed: expected shape " + to_string(expected) + " for " + std::to_string(n) + " x " +
+                         std::to_string(k) + " indices of " + std::to_string(bits) + " bits, got " + to_string(packed));
 }
 
 // No input_scale: dynamic. With one: static; a missing zero point means a symmetric grid around its middle, so that

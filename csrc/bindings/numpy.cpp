@@ -7,6 +7,8 @@
 #include "introspection.h"
 #include "kdq/kdq.h"
 #include "layer_args.h"
+#include "numpy_binary.h"
+#include "numpy_codebook.h"
 #include "numpy_common.h"
 #include "numpy_distillation.h"
 
@@ -280,87 +282,14 @@ py::array int8_linear_array(const py::array& x_in, const py::array& packed, cons
   return y;
 }
 
-// ---- binary_gemm
-// ----------------------------------------------------------------------------------------------------- Bits are int64
-// on the Python side (torch has no uint64 arithmetic); the words are the same.
-
-py::array pack_signs_array(const py::array& x_in) {
-  const DType dtype = float_dtype("x", x_in);
-  const int64_t rows = rows_of("x", x_in);
-  const py::array x = dense(x_in);
-  Sizes sizes = sizes_of(x);
-  const int64_t k = sizes.back();
-  sizes.back() = binary_words(k);
-  py::array bits = empty(py::dtype::of<int64_t>(), sizes);
-  uint64_t* bits_data = data<uint64_t>(bits);
-  run([&, x_data = x.data()] { return pack_signs(dtype, x_data, rows, k, bits_data, default_executor()); });
-  return bits;
-}
-
-// Bits of shape [..., binary_words(k)].
-py::array expect_bits(const char* name, const py::array& a, int64_t k, int ndim = -1) {
-  py::array bits = expect<int64_t>(name, a, ndim);
-  if (k < 0) invalid("k: expected at least 0, got " + std::to_string(k));
-  if (bits.ndim() < 1 || bits.shape(bits.ndim() - 1) != binary_words(k)) {
-    invalid(std::string(name) + ": expected " + std::to_string(binary_words(k)) +
-            " words in the last axis for k = " + std::to_string(k) + ", got shape " + to_string(sizes_of(a)));
-  }
-  return bits;
-}
-
-py::array unpack_signs_array(const py::array& bits_in, int64_t k) {
-  const py::array bits = expect_bits("bits", bits_in, k);
-  const int64_t rows = rows_of("bits", bits);
-  Sizes sizes = sizes_of(bits);
-  sizes.back() = k;
-  py::array x = empty(py::dtype::of<float>(), sizes);
-  float* x_data = data<float>(x);
-  run([&, bits_data = const_data<uint64_t>(bits)] {
-    return unpack_signs(bits_data, rows, k, x_data, default_executor());
-  });
-  return x;
-}
-
-py::array binary_matmul_array(const py::array& a_in, const py::array& b_in, int64_t k) {
-  const py::array a = expect_bits("a_bits", a_in, k, 2);
-  const py::array b = expect_bits("b_bits", b_in, k, 2);
-  py::array out = empty(py::dtype::of<int32_t>(), {a.shape(0), b.shape(0)});
-  int32_t* out_data = data<int32_t>(out);
-  run([&, a_data = const_data<uint64_t>(a), b_data = const_data<uint64_t>(b), m = a.shape(0), n = b.shape(0)] {
-    return binary_matmul(a_data, b_data, m, n, k, out_data, default_executor());
-  });
-  return out;
-}
-
-py::array binary_linear_array(const py::array& x_in, const py::array& weight_bits_in, const py::array& weight_scale_in,
-                              const OptionalArray& bias_in) {
-  BinaryLinear args;
-  args.dtype = float_dtype("x", x_in);
-  args.m = rows_of("x", x_in);
-  const py::array x = dense(x_in);
-  Sizes sizes = sizes_of(x);
-  args.k = sizes.back();
-  const py::array weight_bits = expect_bits("weight_bits", weight_bits_in, args.k, 2);
-  args.n = weight_bits.shape(0);
-  const py::array weight_scale = expect_vector<float>("weight_scale", weight_scale_in, args.n);
-  const py::array bias = bias_in ? expect_vector<float>("bias", *bias_in, args.n) : py::array();
-  sizes.back() = args.n;
-  py::array y = empty(x.dtype(), sizes);
-  args.x = x.data();
-  args.y = y.mutable_data();
-  args.weight_bits = const_data<uint64_t>(weight_bits);
-  args.weight_scale = const_data<float>(weight_scale);
-  args.bias = bias_in ? const_data<float>(bias) : nullptr;
-  run([&] { return binary_linear(args, default_executor()); });
-  return y;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of kdq_kernels: kernels on NumPy arrays, CPU and build introspection.";
   bind_introspection(m);
+  bind_binary(m);
   bind_distillation(m);
+  bind_codebook(m);
   const py::arg x("x");
   const py::arg scale("scale");
   const py::arg zero_point("zero_point");
@@ -391,10 +320,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_linear", &int8_linear_array, x, py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
         py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_quant_max"), py::arg("activation"),
         py::arg("weight_only"));
-  m.def("pack_signs", &pack_signs_array, x);
-  m.def("unpack_signs", &unpack_signs_array, py::arg("bits"), py::arg("k"));
-  m.def("binary_matmul", &binary_matmul_array, py::arg("a_bits"), py::arg("b_bits"), py::arg("k"));
-  m.def("binary_linear", &binary_linear_array, x, py::arg("weight_bits"), py::arg("weight_scale"), py::arg("bias"));
 }
 
 }  // namespace kdq::bindings

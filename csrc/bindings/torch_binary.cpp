@@ -18,6 +18,41 @@ Tensor expect_bits(const char* name, const Tensor& t, int64_t k, int64_t ndim = 
   return bits;
 }
 
+// A layer's input: values, or their signs packed, which are int64 and need k.
+struct BinaryInput {
+  Tensor x;
+  const void* values = nullptr;
+  const uint64_t* bits = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t m = 0;
+  int64_t k = 0;
+
+  // The result's shape for n elements in the last axis.
+  Sizes sizes(int64_t n) const {
+    Sizes result = sizes_of(x);
+    result.back() = n;
+    return result;
+  }
+};
+
+BinaryInput parse_input(const Tensor& x, OptionalInt k) {
+  BinaryInput in;
+  in.m = rows_of("x", x);
+  if (x.scalar_type() == ScalarType::Long) {
+    if (!k) invalid("k: expected the number of features, since x holds packed signs (int64)");
+    in.k = *k;
+    in.x = expect_bits("x", x, in.k);
+    in.bits = data<uint64_t>(in.x);
+    return in;
+  }
+  in.dtype = float_dtype("x", x);
+  in.x = expect("x", x, x.scalar_type());
+  in.k = in.x.size(in.x.dim() - 1);
+  if (k && *k != in.k) invalid("k: expected " + std::to_string(in.k) + ", as in x, or None, got " + std::to_string(*k));
+  in.values = in.x.const_data_ptr();
+  return in;
+}
+
 }  // namespace
 
 Tensor pack_signs_op(const Tensor& x_in) {
@@ -50,28 +85,46 @@ Tensor binary_matmul_op(const Tensor& a_in, const Tensor& b_in, int64_t k) {
   return out;
 }
 
-Tensor binary_linear_op(const Tensor& x_in, const Tensor& weight_bits_in, const Tensor& weight_scale_in,
-                        const OptionalTensor& bias_in) {
+Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits_in, const Tensor& weight_scale_in,
+                        const OptionalTensor& bias_in, OptionalInt k) {
+  const BinaryInput in = parse_input(x, k);
+  const Tensor weight_bits = expect_bits("weight_bits", weight_bits_in, in.k, 2);
   BinaryLinear args;
-  args.dtype = float_dtype("x", x_in);
-  args.m = rows_of("x", x_in);
-  const Tensor x = expect("x", x_in, x_in.scalar_type());
-  Sizes sizes = sizes_of(x);
-  args.k = sizes.back();
-  const Tensor weight_bits = expect_bits("weight_bits", weight_bits_in, args.k, 2);
+  args.dtype = in.dtype;
+  args.x = in.values;
+  args.x_bits = in.bits;
+  args.m = in.m;
   args.n = weight_bits.size(0);
+  args.k = in.k;
   const Tensor weight_scale = expect_vector("weight_scale", weight_scale_in, args.n);
   OptionalTensor bias;
   if (bias_in) bias = expect_vector("bias", *bias_in, args.n);
-  sizes.back() = args.n;
-  const Tensor y = empty(sizes, x.scalar_type());
-  args.x = x.const_data_ptr();
+  const Tensor y = empty(in.sizes(args.n), in.bits == nullptr ? x.scalar_type() : ScalarType::Float);
   args.y = y.mutable_data_ptr();
   args.weight_bits = data<uint64_t>(weight_bits);
   args.weight_scale = data<float>(weight_scale);
   args.bias = bias ? data<float>(*bias) : nullptr;
   check(binary_linear(args, torch_executor()));
   return y;
+}
+
+Tensor binary_threshold_op(const Tensor& x, const Tensor& weight_bits_in, const Tensor& threshold_in, OptionalInt k) {
+  const BinaryInput in = parse_input(x, k);
+  const Tensor weight_bits = expect_bits("weight_bits", weight_bits_in, in.k, 2);
+  BinaryThreshold args;
+  args.dtype = in.dtype;
+  args.x = in.values;
+  args.x_bits = in.bits;
+  args.m = in.m;
+  args.n = weight_bits.size(0);
+  args.k = in.k;
+  const Tensor threshold = expect_vector("threshold", threshold_in, args.n, ScalarType::Int);
+  const Tensor y_bits = empty(in.sizes(binary_words(args.n)), ScalarType::Long);
+  args.y_bits = mutable_data<uint64_t>(y_bits);
+  args.weight_bits = data<uint64_t>(weight_bits);
+  args.threshold = data<int32_t>(threshold);
+  check(binary_threshold(args, torch_executor()));
+  return y_bits;
 }
 
 }  // namespace kdq::bindings

@@ -95,8 +95,8 @@ inline Tensor expect(const char* name, const Tensor& t, ScalarType type, int64_t
 }
 
 // As expect(), but [n] exactly.
-inline Tensor expect_vector(const char* name, const Tensor& t, int64_t n) {
-  Tensor vector = expect(name, t, ScalarType::Float, 1);
+inline Tensor expect_vector(const char* name, const Tensor& t, int64_t n, ScalarType type = ScalarType::Float) {
+  Tensor vector = expect(name, t, type, 1);
   if (vector.size(0) != n) {
     invalid(std::string(name) + ": expected shape " + to_string({n}) + ", got " + to_string(sizes_of(t)));
   }

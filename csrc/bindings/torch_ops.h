@@ -46,7 +46,14 @@ Tensor pack_signs_op(const Tensor& x);
 Tensor unpack_signs_op(const Tensor& bits, int64_t k);
 Tensor binary_matmul_op(const Tensor& a_bits, const Tensor& b_bits, int64_t k);
 Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits, const Tensor& weight_scale,
-                        const OptionalTensor& bias);
+                        const OptionalTensor& bias, OptionalInt k);
+Tensor binary_threshold_op(const Tensor& x, const Tensor& weight_bits, const Tensor& threshold, OptionalInt k);
+
+// torch_codebook.cpp
+Tensor pack_indices_op(const Tensor& indices, int64_t bits);
+Tensor unpack_indices_op(const Tensor& packed, int64_t bits, int64_t n, int64_t k);
+Tensor codebook_linear_op(const Tensor& x, const Tensor& packed, const Tensor& codebook, int64_t out_features,
+                          const OptionalTensor& bias, const std::optional<std::string>& activation);
 
 // torch_distillation.cpp
 constexpr int64_t kDistillationColumns = 5;  // what the forward pass keeps of a row

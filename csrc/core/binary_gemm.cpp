@@ -68,14 +68,17 @@ struct Call {
     BinaryEpilogue e = epilogue;
     if (e.weight_scale != nullptr) e.weight_scale += channel;
     if (e.bias != nullptr) e.bias += channel;
+    if (e.threshold != nullptr) e.threshold += channel;
     return e;
   }
 
   TileOutput output_at(int64_t row, int rows, int64_t channel, int64_t most_channels) const {
     const int element = result_bytes(result);
-    const Place place = place_of(y, m, n * element);
-    char* at = static_cast<char*>(y) + (row * n + channel) * element;
-    return {result, element, place, rows, static_cast<int>(std::min(most_channels, n - channel)), at, n};
+    const int64_t stride = result == Result::kBits ? binary_words(n) : n;
+    const int64_t column = result == Result::kBits ? channel / 64 : channel;
+    const Place place = place_of(y, m, stride * element);
+    char* at = static_cast<char*>(y) + (row * stride + column) * element;
+    return {result, element, place, rows, static_cast<int>(std::min(most_channels, n - channel)), at, stride};
   }
 };
 
@@ -173,6 +176,57 @@ void pack_rows(const BinaryKernels& kernels, DType dtype, const void* x, int64_t
   });
 }
 
+// The rows of a product: their signs, or the values whose signs are packed on the way.
+struct Rows {
+  const uint64_t* bits;  // or nullptr
+  DType dtype;
+  const void* x;
+  int64_t k;
+
+  const char* row(int64_t r) const {
+    return static_cast<const char*>(x) + static_cast<size_t>(r * k) * dtype_size(dtype);
+  }
+};
+
+Status check_rows(const Rows& rows, int64_t m) {
+  if (rows.bits != nullptr) return check_bits("x_bits", rows.bits, m, rows.k);
+  if (m * rows.k > 0 && rows.x == nullptr) return Status::invalid("x: expected a pointer, got null");
+  return {};
+}
+
+Status run_on_few_values(const Call& call, const Rows& rows, const ParallelFor& parallel_for) {
+  Scratch scratch(static_cast<size_t>(call.m * call.words) * sizeof(uint64_t));
+  if (scratch.data() == nullptr) return Status::internal("out of memory for the signs of x");
+  uint64_t* bits = reinterpret_cast<uint64_t*>(scratch.data());
+  pack_rows(*call.kernels, rows.dtype, rows.x, call.m, rows.k, bits, parallel_for);
+  run_direct(call, bits, parallel_for);
+  return {};
+}
+
+Status run(const Call& call, const Rows& rows, const ParallelFor& parallel_for) {
+  const BinaryKernels& kernels = *call.kernels;
+  const bool few = call.m <= kernels.size.direct_rows;
+  if (few && rows.bits == nullptr) return run_on_few_values(call, rows, parallel_for);
+  if (few) {
+    run_direct(call, rows.bits, parallel_for);
+    return {};
+  }
+  if (rows.bits != nullptr) {
+    return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
+      kernels.spread(rows.bits + row * call.words, call.words, buffer);
+      return 1.0F;
+    });
+  }
+  const auto pack_row = kernels.pack_row[static_cast<int>(rows.dtype)];
+  const int64_t steps_bytes = call.words * 64 / kernels.size.step_bits * kernels.size.step_bytes;
+  return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
+    uint64_t* bits = reinterpret_cast<uint64_t*>(buffer + steps_bytes) - call.words;  // the end of the buffer
+    pack_row(rows.row(row), rows.k, bits);
+    kernels.spread(bits, call.words, buffer);
+    return 1.0F;
+  });
+}
+
 }  // namespace
 
 Status pack_signs(DType dtype, const void* x, int64_t rows, int64_t k, uint64_t* bits,
@@ -209,25 +263,19 @@ Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, 
   if (status.ok()) status = check_bits("b_bits", b_bits, n, k);
   if (!status.ok()) return status;
   if (m * n > 0 && out == nullptr) return Status::invalid("out: expected a pointer, got null");
-  const Call call = {kernels,        b_bits, m, n, binary_words(k), {static_cast<int32_t>(k), nullptr, nullptr},
-                     Result::kInt32, out};
-  if (m <= kernels->size.direct_rows) {
-    run_direct(call, a_bits, parallel_for);
-    return {};
-  }
-  return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
-    kernels->spread(a_bits + row * call.words, call.words, buffer);
-    return 1.0F;
-  });
+  const BinaryEpilogue epilogue = {static_cast<int32_t>(k), nullptr, nullptr, nullptr};
+  const Call call = {kernels, b_bits, m, n, binary_words(k), epilogue, Result::kInt32, out};
+  return run(call, {a_bits, DType::kFloat32, nullptr, k}, parallel_for);
 }
 
 Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) {
   const BinaryKernels* kernels = nullptr;
+  const Rows rows = {args.x_bits, args.dtype, args.x, args.k};
   Status status = choose_kernels(kChoices, &kernels);
   if (status.ok()) status = check_sizes(args.m, args.n, args.k);
   if (status.ok()) status = check_bits("weight_bits", args.weight_bits, args.n, args.k);
+  if (status.ok()) status = check_rows(rows, args.m);
   if (!status.ok()) return status;
-  if (args.m * args.k > 0 && args.x == nullptr) return Status::invalid("x: expected a pointer, got null");
   if (args.m * args.n > 0 && args.y == nullptr) return Status::invalid("y: expected a pointer, got null");
   if (args.n > 0 && args.weight_scale == nullptr) return Status::invalid("weight_scale: expected a pointer, got null");
   for (int64_t c = 0; c < args.n; ++c) {
@@ -235,32 +283,27 @@ Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) 
     return Status::invalid("weight_scale: expected finite numbers, got " + format(args.weight_scale[c]) + " at index " +
                            std::to_string(c));
   }
-  const Call call = {kernels,
-                     args.weight_bits,
-                     args.m,
-                     args.n,
-                     binary_words(args.k),
-                     {static_cast<int32_t>(args.k), args.weight_scale, args.bias},
-                     static_cast<Result>(args.dtype),
-                     args.y};
-  if (args.m <= kernels->size.direct_rows) {
-    Scratch scratch(static_cast<size_t>(args.m * call.words) * sizeof(uint64_t));
-    if (scratch.data() == nullptr) return Status::internal("out of memory for the signs of x");
-    uint64_t* bits = reinterpret_cast<uint64_t*>(scratch.data());
-    pack_rows(*kernels, args.dtype, args.x, args.m, args.k, bits, parallel_for);
-    run_direct(call, bits, parallel_for);
-    return {};
-  }
-  const auto pack_row = kernels->pack_row[static_cast<int>(args.dtype)];
-  const size_t row_bytes = static_cast<size_t>(args.k) * dtype_size(args.dtype);
-  const int64_t steps_bytes = call.words * 64 / kernels->size.step_bits * kernels->size.step_bytes;
-  return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
-    const char* x = static_cast<const char*>(args.x) + static_cast<size_t>(row) * row_bytes;
-    uint64_t* bits = reinterpret_cast<uint64_t*>(buffer + steps_bytes) - call.words;  // the end of the buffer
-    pack_row(x, args.k, bits);
-    kernels->spread(bits, call.words, buffer);
-    return 1.0F;
-  });
+  const BinaryEpilogue epilogue = {static_cast<int32_t>(args.k), args.weight_scale, args.bias, nullptr};
+  const Call call = {
+      kernels, args.weight_bits, args.m, args.n, binary_words(args.k), epilogue, static_cast<Result>(args.dtype),
+      args.y};
+  return run(call, rows, parallel_for);
+}
+
+Status binary_threshold(const BinaryThreshold& args, const ParallelFor& parallel_for) {
+  const BinaryKernels* kernels = nullptr;
+  const Rows rows = {args.x_bits, args.dtype, args.x, args.k};
+  Status status = choose_kernels(kChoices, &kernels);
+  if (status.ok()) status = check_sizes(args.m, args.n, args.k);
+  if (status.ok()) status = check_bits("weight_bits", args.weight_bits, args.n, args.k);
+  if (status.ok()) status = check_rows(rows, args.m);
+  if (!status.ok()) return status;
+  if (args.m * args.n > 0 && args.y_bits == nullptr) return Status::invalid("y_bits: expected a pointer, got null");
+  if (args.n > 0 && args.threshold == nullptr) return Status::invalid("threshold: expected a pointer, got null");
+  const BinaryEpilogue epilogue = {static_cast<int32_t>(args.k), nullptr, nullptr, args.threshold};
+  const Call call = {kernels,  args.weight_bits, args.m,     args.n, binary_words(args.k),
+                     epilogue, Result::kBits,    args.y_bits};
+  return run(call, rows, parallel_for);
 }
 
 }  // namespace kdq

@@ -14,16 +14,17 @@
 namespace kdq {
 
 // What turns the counts of differing bits into results. Pointers are those of the tile's first channel.
-//   dot = k - 2 * count;  y = dot * weight_scale + bias
+//   dot = k - 2 * count;  y = dot * weight_scale + bias, or, of Result::kBits, dot < threshold
 struct BinaryEpilogue {
   int32_t k;
   const float* weight_scale;
   const float* bias;  // or nullptr
+  const int32_t* threshold;
 };
 
 struct BinaryTile {
   int mr;           // rows of a full tile
-  int nr;           // channels of a panel
+  int nr;           // channels of a panel; a multiple of 64, so that no word of bits is two tiles'
   int step_bits;    // bits of a row that one step along K takes
   int step_bytes;   // what they take in a prepared row, and a channel's in a panel
   int direct_rows;  // up to this many rows, `direct` is faster

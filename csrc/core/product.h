@@ -28,7 +28,11 @@ constexpr int64_t kBlockBytes = 256 * 1024;
 // of what an L3 cache gives, and smaller blocks spread evenly over threads.
 constexpr int64_t kBlockRows = 96;
 
-inline int result_bytes(Result type) { return type == Result::kFloat32 || type == Result::kInt32 ? 4 : 2; }
+// Of an element; one of bits is a word.
+inline int result_bytes(Result type) {
+  if (type == Result::kBits) return 8;
+  return type == Result::kFloat32 || type == Result::kInt32 ? 4 : 2;
+}
 
 // Of a whole result. As measured with 1 MiB of L2 and 32 MiB of L3.
 constexpr int64_t kFarBytes = int64_t{1} << 20;

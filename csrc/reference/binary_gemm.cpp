@@ -1,4 +1,4 @@
-// The specification of the binary family: bits one at a time. Its tile is one row and one channel.
+// The specification of the binary family: bits one at a time. Its tile is one row and one word of channels.
 #include <cstring>
 
 #include "core/binary_gemm_kernels.h"
@@ -26,8 +26,9 @@ struct Loops {
     }
   }
 
-  static void interleave(const uint64_t* b, int64_t words, int, char* panel) {
-    std::memcpy(panel, b, static_cast<size_t>(words) * sizeof(uint64_t));
+  // Not interleaved: the channels as they are.
+  static void interleave(const uint64_t* b, int64_t words, int channels, char* panel) {
+    std::memcpy(panel, b, static_cast<size_t>(channels * words) * sizeof(uint64_t));
   }
 
   static void spread(const uint64_t* bits, int64_t words, char* steps) {
@@ -41,10 +42,13 @@ struct Loops {
 
   static void direct(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
                      const TileOutput& out) {
+    if (out.type == Result::kBits) std::memset(out.y, 0, static_cast<size_t>(out.cols + 63) / 64 * sizeof(uint64_t));
     for (int c = 0; c < out.cols; ++c) {
       const auto dot = static_cast<int32_t>(e.k - 2 * differing_bits(a, b + c * words, words));
       if (out.type == Result::kInt32) {
         static_cast<int32_t*>(out.y)[c] = dot;
+      } else if (out.type == Result::kBits) {
+        static_cast<uint64_t*>(out.y)[c / 64] |= static_cast<uint64_t>(dot < e.threshold[c]) << (c % 64);
       } else {
         const float scaled = static_cast<float>(dot) * e.weight_scale[c];
         reference::store_as(out.type, out.y, c, scaled + (e.bias == nullptr ? 0.0F : e.bias[c]));
@@ -55,6 +59,6 @@ struct Loops {
 
 }  // namespace
 
-const BinaryKernels kBinaryReference = make_binary_kernels<Loops>({1, 1, 64, 8, 0});
+const BinaryKernels kBinaryReference = make_binary_kernels<Loops>({1, 64, 64, 8, 0});
 
 }  // namespace kdq

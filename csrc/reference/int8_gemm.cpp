@@ -5,26 +5,14 @@
 #include <cmath>
 
 #include "core/int8_gemm_kernels.h"
+#include "reference/activation.h"
 #include "reference/scalar.h"
 
 namespace kdq {
 namespace {
 
+using reference::activate;
 using reference::load;
-
-float activate(float y, Activation activation) {
-  switch (activation) {
-    case Activation::kNone:
-      return y;
-    case Activation::kRelu:
-      return y < 0.0F ? 0.0F : y;
-    case Activation::kGelu:
-      return static_cast<float>(0.5 * y * std::erfc(-y * M_SQRT1_2));
-    case Activation::kSilu:
-      return static_cast<float>(y / (1.0 + std::exp(-static_cast<double>(y))));
-  }
-  return y;
-}
 
 struct Loops {
   static void prepare_int8(const int8_t* a, int64_t k, void* row) { std::copy(a, a + k, static_cast<int16_t*>(row)); }

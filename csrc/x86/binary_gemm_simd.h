@@ -228,6 +228,24 @@ struct Loops {
         return store_linear<kStream, Float16>(counts, width, e, out);
       case Result::kInt32:
         return store_int32<kStream>(counts, width, e, out);
+      case Result::kBits:
+        return store_bits(counts, width, e, out);
+    }
+  }
+
+  // Lanes past the last channel read counts and thresholds of zero, and k < 0 is false: the tail bits are zero.
+  static void store_bits(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
+    for (int r = 0; r < out.rows; ++r, counts += width) {
+      uint64_t* y = static_cast<uint64_t*>(out.y) + r * out.y_stride;
+      for (int first = 0; first < out.cols; first += 64) {
+        uint64_t word = 0;
+        for_each_vector(
+            out.cols - first < 64 ? out.cols - first : 64, [&](int64_t i, int n) __attribute__((always_inline)) {
+              const I dot = dots(load_int(counts + first + i, n), e.k);
+              word |= static_cast<uint64_t>(Vec::bits(Vec::int_less(dot, load_int(e.threshold + first + i, n)))) << i;
+            });
+        y[first / 64] = word;
+      }
     }
   }
 

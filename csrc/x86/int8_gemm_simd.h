@@ -310,6 +310,8 @@ struct Loops {
         return store_linear<Float16>(spilled, width, call);
       case Result::kInt32:
         return store_int32(spilled, width, call);
+      case Result::kBits:  // the binary family's alone
+        return;
     }
   }
 

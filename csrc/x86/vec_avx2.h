@@ -108,6 +108,7 @@ struct Vec {
 
   static Mask equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static Mask int_less(Int a, Int b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)); }
   static Mask is_nan(Float v) { return _mm256_cmp_ps(v, v, _CMP_UNORD_Q); }
   static Float select(Mask mask, Float yes, Float no) { return _mm256_blendv_ps(no, yes, mask); }
   static Float sub_where(Mask mask, Float a, Float b) { return sub(a, _mm256_and_ps(mask, b)); }
@@ -161,6 +162,8 @@ struct Vec {
   static Int shift_right_signed(Int v) {
     return _mm256_srai_epi32(v, kBits);
   }
+  // Zeros come in; by the number in each lane of bits.
+  static Int shift_right(Int v, Int bits) { return _mm256_srlv_epi32(v, bits); }
   static Int as_int(Float v) { return _mm256_castps_si256(v); }
   static Float as_float(Int v) { return _mm256_castsi256_ps(v); }
   static Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }

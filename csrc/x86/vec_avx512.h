@@ -97,6 +97,7 @@ struct Vec {
 
   static Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Mask int_less(Int a, Int b) { return _mm512_cmplt_epi32_mask(a, b); }
   static Mask is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
   static Float select(Mask mask, Float yes, Float no) { return _mm512_mask_blend_ps(mask, no, yes); }
   static Float sub_where(Mask mask, Float a, Float b) { return _mm512_mask_sub_ps(a, mask, a, b); }
@@ -153,6 +154,7 @@ struct Vec {
   static Int shift_right_signed(Int v) {
     return _mm512_srai_epi32(v, kBits);
   }
+  static Int shift_right(Int v, Int bits) { return _mm512_srlv_epi32(v, bits); }
   static Int as_int(Float v) { return _mm512_castps_si512(v); }
   static Float as_float(Int v) { return _mm512_castsi512_ps(v); }
   static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }

@@ -1,10 +1,20 @@
 """kdq: distil a teacher into a low-bit student, and run it on integer and binary kernels."""
 
+from kdq.blocks import distill_blocks
 from kdq.compression import Compressed, CompressionReport, compress
-from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
+from kdq.configs import Binary, Codebook, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
+from kdq.fold_binary import fold_binary_chain_
+from kdq.freeze import freeze_, unfreeze_
 from kdq.io import load, save
-from kdq.layers import BinaryLinear, Int8Linear, LowBitLinear
+from kdq.layers import (
+    BinaryLinear,
+    BinaryThresholdLinear,
+    CodebookLinear,
+    Int8Linear,
+    LowBitLinear,
+    QuantizedEmbedding,
+)
 from kdq.layers.qat_methods import pact_penalty
 from kdq.losses import (
     AttentionTransfer,
@@ -19,9 +29,10 @@ from kdq.losses import (
     Weighted,
 )
 from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
-from kdq.phases import Phase, qkd_phases
+from kdq.phases import Phase, pruning_phases, qkd_phases
 from kdq.planning import ConversionReport
 from kdq.progressive import lower_precision_
+from kdq.prune import prune_
 from kdq.ptq import (
     ToolReport,
     correct_bias_,
@@ -31,6 +42,7 @@ from kdq.ptq import (
     reestimate_batch_norm_,
     smooth_,
 )
+from kdq.qnn import QuantizeGradient, ShiftAdaMax, ShiftBatchNorm1d, clip_weights_
 from kdq.quantize import convert_, prepare_qat_, prepare_switchable_, quantize_
 from kdq.reporting import Report, report
 from kdq.search import Budget, Plan, Precision, search_precision
@@ -38,13 +50,17 @@ from kdq.switch import extract, precision_of, precisions, set_precision_
 from kdq.switchable_distill import SwitchableDistiller
 from kdq.teacher_cache import CachedTeacher
 from kdq.teachers import TeacherEnsemble, self_teacher
+from kdq.transfer import transfer_
 
 __all__ = [
     "AttentionTransfer",
     "Binary",
     "BinaryLinear",
+    "BinaryThresholdLinear",
     "Budget",
     "CachedTeacher",
+    "Codebook",
+    "CodebookLinear",
     "Compressed",
     "CompressionReport",
     "ContrastiveKD",
@@ -70,19 +86,27 @@ __all__ = [
     "Phase",
     "Plan",
     "Precision",
+    "QuantizeGradient",
+    "QuantizedEmbedding",
     "RelationalKD",
     "Report",
+    "ShiftAdaMax",
+    "ShiftBatchNorm1d",
     "SoftTargets",
     "SwitchableDistiller",
     "TeacherEnsemble",
     "ToolReport",
     "Weighted",
+    "clip_weights_",
     "compress",
     "convert_",
     "correct_bias_",
+    "distill_blocks",
     "equalize_",
     "extract",
     "fold_batch_norm_",
+    "fold_binary_chain_",
+    "freeze_",
     "load",
     "lower_precision_",
     "pact_penalty",
@@ -90,6 +114,8 @@ __all__ = [
     "precisions",
     "prepare_qat_",
     "prepare_switchable_",
+    "prune_",
+    "pruning_phases",
     "qkd_phases",
     "quantize_",
     "reconstruct_",
@@ -100,4 +126,6 @@ __all__ = [
     "self_teacher",
     "set_precision_",
     "smooth_",
+    "transfer_",
+    "unfreeze_",
 ]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from kdq.layers.base import InferenceLinear
+from kdq.layers.base import InferenceLayer
+from kdq.qnn import QuantizeGradient, ShiftBatchNorm1d
 
 # Constructor arguments of the layers that can be described; each is also an attribute ("bias" says whether there is
 # one).
@@ -38,13 +39,15 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Sigmoid: (),
     nn.Softmax: ("dim",),
     nn.Tanh: (),
+    QuantizeGradient: ("bits", "method"),
+    ShiftBatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
 }
 TYPES = {cls.__name__: cls for cls in ARGUMENTS}
 
 
 def describe_architecture(model: nn.Module, name: str = "") -> dict[str, Any] | None:
     """A JSON-ready description, or None if any part is not among the known layers."""
-    if isinstance(model, InferenceLinear):
+    if isinstance(model, InferenceLayer):
         return {"type": "kdq", "name": name}
     if type(model) is nn.Sequential:
         children = {  # not named_children(), which names a module once that stands in several places
@@ -60,7 +63,7 @@ def describe_architecture(model: nn.Module, name: str = "") -> dict[str, Any] | 
     return {"type": type(model).__name__, "arguments": arguments}
 
 
-def build_architecture(description: dict[str, Any], layers: dict[str, InferenceLinear]) -> nn.Module:
+def build_architecture(description: dict[str, Any], layers: dict[str, InferenceLayer]) -> nn.Module:
     """The inverse of `describe_architecture`; quantized layers come from `layers`, by name.
 
     Raises:

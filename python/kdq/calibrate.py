@@ -10,12 +10,15 @@ from torch import nn
 
 from kdq.observe import evaluating, parse_batch
 from kdq.observers import Observer, ObserverState, check_observer
+from kdq.ranks import gather_objects
 
 
 def observe_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], observer: Observer
 ) -> dict[str, ObserverState]:
     """Runs the batches through the model, in eval mode and without gradients, and observes the layers' inputs.
+
+    Within `kdq.distributed.together` the states are those of all ranks, merged in their order.
 
     Raises:
         TypeError: observer is not one of kdq's.
@@ -32,7 +35,11 @@ def observe_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return states
+    first, *others = gather_objects(states)
+    for other in others:
+        for name, state in other.items():
+            first[name].merge(state)
+    return first
 
 
 def run_batches(model: nn.Module, batches: Iterable[Any], role: str) -> None:
@@ -44,7 +51,7 @@ def run_batches(model: nn.Module, batches: Iterable[Any], role: str) -> None:
     count = 0
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            parsed = parse_batch(batch)
+            parsed = parse_batch(batch, model)
             model(*parsed.args, **parsed.kwargs)
             count += 1
     if count == 0:

@@ -54,24 +54,37 @@ def compress(
 
 @app.command()
 def demo(
-    name: Annotated[str, typer.Argument(help="Which demo: digits.")] = "digits",
-    seeds: Annotated[int, typer.Option(help="How many seeds; both arms of a seed are paired.")] = 5,
+    name: Annotated[str, typer.Argument(help="Which demo: digits or language.")] = "digits",
+    seeds: Annotated[int | None, typer.Option(help="digits: how many; both arms of a seed are paired; 5.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, the picture and the checkpoints.")] = Path(
         "demo-output"
     ),
+    prompt: Annotated[str | None, typer.Option(help="language: the beginning that every model completes.")] = None,
     quick: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
 ) -> None:
-    """Distil and quantize a digit classifier to 8, 4, 2 and 1 bits, and evaluate it on the real kernels."""
-    if name != "digits":
-        raise ValueError(f"demo: expected digits, got {name!r}")
+    """Distil and quantize a digit classifier or a small language model to 8, 4, 2 and 1 bits; run it on the kernels."""
+    if name not in ("digits", "language"):
+        raise ValueError(f"demo: expected digits or language, got {name!r}")
+    if (other := {"digits": prompt, "language": seeds}[name]) is not None:
+        raise ValueError(f"{'prompt' if name == 'digits' else 'seeds'}: not an option of {name}, got {other!r}")
+    if name == "language":
+        from kdq.language import demo as language
+
+        settings = language.Settings.quick() if quick else language.Settings()
+        language.run_language(out, settings, console, language.PROMPT if prompt is None else prompt)
+        return
     from kdq.demo import Settings, run_digits
 
-    run_digits(out, Settings.quick(seeds) if quick else Settings(seeds=seeds), console)
+    count = 5 if seeds is None else seeds
+    run_digits(out, Settings.quick(count) if quick else Settings(seeds=count), console)
 
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: claim-a, claim-b, claim-c.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="Which study: claim-a, claim-b, claim-c, deep-compression, qnn, transfer, layerwise."),
+    ],
     seeds: Annotated[int, typer.Option(help="How many seeds; all arms of a seed are paired.")] = 10,
     out: Annotated[Path, typer.Option(help="Folder for the page, its picture and every outcome as JSON.")] = Path(
         "docs/studies"

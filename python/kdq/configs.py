@@ -71,9 +71,32 @@ class Binary:
     """±1 weights with one scale an output channel, ±1 activations: XNOR-Net (Rastegari et al. 2016)."""
 
 
-Config: TypeAlias = Int8Dynamic | Int8Static | Int8WeightOnly | LowBit | Binary
+@dataclass(frozen=True, kw_only=True)
+class Codebook:
+    """Weights that share `2**weight_bits` float32 values a layer (Han, Mao, Dally: Deep Compression, 2016), 1 to 5
+    bits; activations stay in floating point. `prepare_qat_` finetunes the values. Exact zeros stay: they take one."""
+
+    weight_bits: int = 4
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.weight_bits, int)
+            or isinstance(self.weight_bits, bool)
+            or not 1 <= self.weight_bits <= 5
+        ):
+            raise ValueError(f"weight_bits: expected an integer from 1 to 5, got {self.weight_bits!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """Of a layer that `prune_` changed, in reports: the share of its weights that are 0. No scheme to quantize by."""
+
+    sparsity: float
+
+
+Config: TypeAlias = Int8Dynamic | Int8Static | Int8WeightOnly | LowBit | Binary | Codebook
 CONFIGS: dict[str, type[Config]] = {
-    cls.__name__: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, LowBit, Binary)
+    cls.__name__: cls for cls in (Int8Dynamic, Int8Static, Int8WeightOnly, LowBit, Binary, Codebook)
 }
 
 
@@ -108,8 +131,21 @@ def config_for(configs: ConfigMap, name: str) -> Config | None:
     return None
 
 
+def bits_of(config: Config) -> tuple[int, int]:
+    """Bits of the weights and of the activations; activations that stay in floating point count 16."""
+    if isinstance(config, Binary):
+        return 1, 1
+    if isinstance(config, LowBit):
+        return config.weight_bits, config.act_bits
+    if isinstance(config, Codebook):
+        return config.weight_bits, 16
+    return 8, 16 if isinstance(config, Int8WeightOnly) else 8
+
+
 def short_name(config: Config | None) -> str:
-    """For tables and plots: "Int8Dynamic", "LowBit w2 a8", "LowBit w4 a4 pact"; None is "float"."""
+    """For tables and plots: "Int8Dynamic", "LowBit w2 a8", "LowBit w4 a4 pact", "Codebook w4"; None is "float"."""
+    if isinstance(config, Codebook):
+        return f"Codebook w{config.weight_bits}"
     if not isinstance(config, LowBit):
         return "float" if config is None else type(config).__name__
     method = "" if config.method == "lsq" else f" {config.method}"

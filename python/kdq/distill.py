@@ -9,8 +9,9 @@ The losses are in `kdq.losses`.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,15 +22,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdq import distributed, ranks
+from kdq.averaging import WeightAverage
 from kdq.layers.base import fused_activation
-from kdq.layers.qat import QATLinear
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
 from kdq.losses.features import make_adapters
 from kdq.observe import (
     Batch,
     captured_outputs,
     check_same_shape,
-    device_of,
+    count_of_rows,
     evaluating,
     find_layer,
     parse_batch,
@@ -37,8 +39,9 @@ from kdq.observe import (
 )
 from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
+from kdq.prune import prune_
 from kdq.teacher_cache import CachedTeacher
-from kdq.training import Loop, check_count, progress_bar
+from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, taken_up
 from kdq.validation import BestWeights, Validation, validate
 
 __all__ = ["Distiller", "Hint", "History", "SoftTargets", "mean_kl"]
@@ -51,7 +54,7 @@ class History:
     Attributes:
         losses: the mean loss of each epoch.
         steps: of the optimizer.
-        seconds: they all took.
+        seconds: that the call took.
         validation: what each epoch's validation found, if there was one.
         best_epoch: index of the epoch whose weights were put back; None without `patience`.
     """
@@ -77,8 +80,13 @@ class Distiller:
     exist from the first batch on, in `adapters` by position of the loss and student layer, and are trained with the
     student.
 
+    Where the student is wrapped in DistributedDataParallel or by `fully_shard`, every rank makes the same calls, each
+    with its own batches, and all together compute what one process would on their batches together. The teacher is
+    whole on every rank, or sharded by `fully_shard` too. `kdq.distributed` and docs/distributed.md tell more.
+
     Args:
-        teacher, student: models whose outputs are logits (or have `.logits`) of one shape.
+        teacher, student: models whose outputs are logits of one shape, have `.logits`, or are tuples that start with
+            them.
         losses: their sum is the loss; `Weighted(loss, weight)` gives one a factor or a schedule.
         train_teacher: the teacher trains too, in the same steps, in the mode that it is in (`fit`: training mode): on
             the losses on logits with the roles swapped, that is on the labels and the student's outputs.
@@ -88,7 +96,8 @@ class Distiller:
 
     Raises:
         ValueError: a feature loss names a layer that does not exist, or asks for features of a `CachedTeacher`, a
-            cached teacher shall be trained, or there is no loss.
+            cached teacher shall be trained, there is no loss, or of several processes each would train its own student
+            or teacher (but within `kdq.distributed.alone`).
     """
 
     def __init__(
@@ -103,6 +112,7 @@ class Distiller:
             raise ValueError("losses: expected at least one, for example [SoftTargets(T=4)]")
         self.teacher = teacher
         self.student = student
+        self._inner = distributed.unwrapped(student)
         self.losses = [loss if isinstance(loss, Weighted) else Weighted(loss) for loss in losses]
         self.train_teacher = train_teacher
         self.progress = 0.0
@@ -118,6 +128,14 @@ class Distiller:
                 raise ValueError("losses: a CachedTeacher keeps logits, not features; take the teacher itself")
             if train_teacher:
                 raise ValueError("train_teacher: the outputs of a CachedTeacher cannot change; take the teacher itself")
+        distributed.check_spread(student)
+        if train_teacher and distributed.is_spread(student) != distributed.is_spread(teacher):
+            raise ValueError("train_teacher: expected DDP or FSDP2 around both student and teacher, or neither")
+        trained = (student, teacher) if train_teacher else (student,)
+        self._replicated = [p for model in trained for p in distributed.replicated_parameters(model)]
+        with distributed.scope_of(student):
+            ranks.broadcast_([*self._replicated, *student.buffers()])
+            self._start_equal()
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
@@ -131,66 +149,109 @@ class Distiller:
             raise RuntimeError(
                 "the feature losses' adapters take their shapes from a batch: call distiller.prepare(batch) first"
             )
+        self._reshard()
         yield from (p for p in self.student.parameters() if p.requires_grad)
         yield from self.own_parameters()
         if self.train_teacher:
             yield from (p for p in self.teacher.parameters() if p.requires_grad)
 
+    def _reshard(self) -> None:
+        """After a forward pass alone FSDP2 leaves gathered parameters in the model, which no optimizer must take."""
+        distributed.reshard(self.student)
+        distributed.reshard(self.teacher)
+
+    def names(self) -> dict[int, str]:
+        """Names of all parameters, by id: the same with any wrapper."""
+        self._reshard()
+        parts = {"student": self._inner, "teacher": distributed.unwrapped(self.teacher), **self._own_parts()}
+        return {id(p): f"{part}.{name}" for part, m in parts.items() for name, p in m.named_parameters()}
+
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the adapters and losses."""
-        for module in (*self.adapters.values(), *(term.loss for term in self.losses)):
-            if isinstance(module, nn.Module):
-                yield from module.parameters()
+        for module in self.own_modules():
+            yield from module.parameters()
+
+    def own_modules(self) -> list[nn.Module]:
+        """The adapters, and the losses that are modules."""
+        return list(self._own_parts().values())
+
+    def _own_parts(self) -> dict[str, nn.Module]:
+        parts: dict[str, nn.Module] = {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
+        parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
+        return parts
+
+    def _start_equal(self) -> None:
+        """Adapters and losses start on all ranks as on rank 0."""
+        ranks.broadcast_(t for module in self.own_modules() for t in (*module.parameters(), *module.buffers()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The student's state, and that of the adapters and losses, for checkpoints of training; not the teacher's."""
-        own = {f"adapters.{i}.{layer}": module.state_dict() for (i, layer), module in self.adapters.items()}
-        own |= {f"losses.{i}": t.loss.state_dict() for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
-        return {"student": self.student.state_dict(), **own}
+        """The student's state, and that of the adapters and losses, for checkpoints of training; not the teacher's.
+
+        It does not depend on the number of ranks or the wrapper. All ranks call it; a sharded student's part is whole
+        on rank 0, and empty on the others.
+        """
+        own = {name: module.state_dict() for name, module in self._own_parts().items()}
+        return {"student": distributed.full_state_dict(self.student), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; where there are adapters, after `prepare`.
+        """The inverse of `state_dict`; where there are adapters, after `prepare`. All ranks call it with the same
+        state; of a sharded student's, that of rank 0 counts.
 
         Raises:
             RuntimeError: a part is missing or does not fit.
         """
-        parts: dict[str, nn.Module] = {"student": self.student}
-        parts |= {f"adapters.{i}.{layer}": module for (i, layer), module in self.adapters.items()}
-        parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
-        if parts.keys() != state.keys():
-            raise RuntimeError(f"state: expected {', '.join(sorted(parts))}, got {', '.join(sorted(state))}")
+        parts = self._own_parts()
+        if (expected := {"student", *parts}) != state.keys():
+            raise RuntimeError(f"state: expected {', '.join(sorted(expected))}, got {', '.join(sorted(state))}")
+        distributed.load_full_state_dict(self.student, state["student"])
         for name, module in parts.items():
             module.load_state_dict(state[name])
 
     def prepare(self, batch: Any) -> None:
         """Makes the adapters from the shapes that one batch shows. Nothing is trained, no statistics change; activation
         grids that have seen no batch yet start from this one."""
-        parsed = parse_batch(batch, device_of(self.student))
-        with torch.no_grad(), evaluating(self.student, self.teacher):
+        parsed = parse_batch(batch, self._inner)
+        with distributed.scope_of(self.student), torch.no_grad(), evaluating(self.student, self.teacher):
             self._compare(parsed, *self._run_teacher(parsed))
+        self._reshard()
+
+    def prepare_for(self, loader: Iterable[Any]) -> None:
+        """`prepare` on the loader's first batch, if there are adapters to make."""
+        if not self._adapters_known:
+            for batch in loader:
+                self.prepare(batch)
+                break
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Any) -> Tensor:
-        """The loss of a batch (a tensor, `(x, target)` or a dict): a scalar to call `backward()` on.
+        """The loss of a batch (`kdq.observe.parse_batch` says of which kinds): a scalar to call `backward()` on.
 
         Raises:
             ValueError: teacher and student differ in the shape of their logits, or features cannot be compared.
             TypeError: the batch or an output is of an unknown kind.
         """
-        parsed = parse_batch(batch, device_of(self.student))
-        teacher, taught = self._run_teacher(parsed)
-        return self._compare(parsed, teacher, taught)[0]
+        parsed = parse_batch(batch, self._inner)
+        with distributed.scope_of(self.student):
+            teacher, taught = self._run_teacher(parsed)
+            return self._as_step(lambda: self._compare(parsed, teacher, taught)[0])
+
+    def _as_step(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The loss that compute gives, whose backward pass averages all gradients over the ranks."""
+        loss = distributed.run_as_forward(self.student, compute)
+        ranks.average_after_backward(loss, [*self._replicated, *self.own_parameters()])
+        return loss
 
     def _compare(self, batch: Batch, teacher: Tensor | None, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Runs the student: the loss against the given logits and features, and the student's logits."""
-        with captured_outputs(self.student, [ours for ours, _ in self._pairs], "student") as learned:
-            student = batch.logits(self.student, "student")
+        with captured_outputs(self._inner, [ours for ours, _ in self._pairs], "student") as learned:
+            student = batch.logits(self._inner, "student")
         if teacher is None:
             teacher = student.detach()  # nobody reads it
         check_same_shape(student, teacher)
         self._see_features(learned, taught)
         terms = [student[:0].sum()]
+        share = ranks.share_of_rows(count_of_rows(student, batch.target), student.device)
         for i, term in enumerate(self.losses):
             weight = term.at(self.progress)
             if weight == 0:
@@ -199,9 +260,9 @@ class Distiller:
                 adapters = {layer: module for (of, layer), module in self.adapters.items() if of == i}
                 terms.append(weight * term.loss(learned, taught, batch.target, adapters))
                 continue
-            terms.append(weight * term.loss(student, teacher.detach(), batch.target))
+            terms.append(weight * share * term.loss(student, teacher.detach(), batch.target))
             if self.train_teacher:
-                terms.append(weight * term.loss(teacher, student.detach(), batch.target))
+                terms.append(weight * share * term.loss(teacher, student.detach(), batch.target))
         dtype = torch.promote_types(student.dtype, torch.float32)
         return torch.stack([term.to(dtype) for term in terms]).sum(), student
 
@@ -217,7 +278,7 @@ class Distiller:
 
     def _see_features(self, learned: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> None:
         """Checks that all layers of the pairs gave a feature; the first features give the adapters."""
-        roles = (("student", self.student, learned, 0), ("teacher", self.teacher, taught, 1))
+        roles = (("student", self._inner, learned, 0), ("teacher", self.teacher, taught, 1))
         for role, model, features, side in roles:
             for name in (pair[side] for pair in self._pairs):
                 if name not in features:
@@ -226,6 +287,7 @@ class Distiller:
                     check_unfused(model, name, role)
         if not self._adapters_known:
             self.adapters, self._adapters_known = make_adapters(self._features, learned, taught), True
+            self._start_equal()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -242,12 +304,24 @@ class Distiller:
         clip_grad_norm: float | None = None,
         accumulate: int = 1,
         span: tuple[float, float] = (0.0, 1.0),
+        ema: float | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        log: Log | None = None,
         progress: bool | Progress = True,
     ) -> History:
         """Trains for some passes over the loader; the student is in training mode meanwhile.
 
-        With validation, a UserWarning says once if the teacher is worse than the student on its labels, by more than
-        two standard errors of the paired difference.
+        For mixed precision, `torch.autocast` may be around the call. With validation, a UserWarning says once if the
+        teacher is worse than the student on its labels, by more than two standard errors of the paired difference.
+
+        A training with a checkpoint that was killed is taken up by the same call in a new process, with models,
+        optimizer and scheduler made anew: it ends with the same weights, bit for bit, as it would have. A finished one
+        gives its result again. The order of a DataLoader and the random numbers of torch, NumPy, `random` and of the
+        loaders' generators are taken up too; what else a loader draws from, and persistent workers, are not.
+
+        Several ranks take the same steps and decisions; losses and validation are those of all their batches, and rank
+        0 draws the bar. A sampler with `set_epoch` is told the epoch.
 
         Args:
             optimizer: None: Adam with the learning rate `lr` on `parameters()`.
@@ -258,11 +332,19 @@ class Distiller:
             clip_grad_norm: largest norm of all gradients of a step together.
             accumulate: batches a step; the gradient is their mean. An epoch's last step may have fewer.
             span: the part of the whole training that this call is, for the losses' schedules.
+            ema: decay of a moving average of the student's weights (`WeightAverage`), which is what is validated, and
+                what the student has at the end.
+            checkpoint: a file, written after each epoch and read first, if it exists.
+            checkpoint_every: it is also written every so many steps; where an epoch is taken up, the loader goes
+                through the batches before.
+            log: called with the number of steps and values by name: after each step "loss", "lr" (of the first group)
+                and, if clipped, "grad_norm"; after each validation "accuracy", "teacher_accuracy" and "teacher_kl".
             progress: False: no bar; a rich Progress: a task is added to it.
 
         Raises:
-            ValueError: the loader gives nothing or in one epoch more than in another, the student has nothing to train,
-                the optimizer lacks adapters, learned scales or the teacher that trains, or an argument is out of range.
+            ValueError: the loader gives nothing or in one epoch or rank more than in another, nothing can be trained,
+                the optimizer lacks adapters, learned scales or the teacher that trains, an argument is out of range, or
+                the checkpoint is damaged or of another training.
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
         if scheduler is not None and optimizer is None:
@@ -271,50 +353,74 @@ class Distiller:
             check_count("patience", patience)
             if validation is None:
                 raise ValueError("patience: it needs validation, on which the best epoch shows")
+        if checkpoint_every is not None:
+            check_count("checkpoint_every", checkpoint_every)
+            if checkpoint is None:
+                raise ValueError("checkpoint_every: it needs checkpoint, the file to write")
         start = time.perf_counter()
 
-        def optimizer_for(loss: Tensor) -> Optimizer:
+        def optimizer_for(loss: Tensor | None) -> Optimizer:
             return self._checked(optimizer, loss, lr)
 
-        loop = Loop(self, loader, epochs, optimizer_for, scheduler, clip_grad_norm, accumulate, span)
-        best = BestWeights(self.student)
-        losses: list[float] = []
-        found: list[Validation] = []
+        average = None if ema is None else WeightAverage(self._inner, ema)
+        loop = Loop(
+            self, loader, epochs, optimizer_for, scheduler, clip_grad_norm, accumulate, span, average=average, log=log
+        )
+        best = BestWeights(self._inner, patience)
+        saved = None
+        if checkpoint is not None:
+            how = f"Adam, lr={lr}" if optimizer is None else type(optimizer).__name__
+            with distributed.scope_of(self.student):
+                saved = taken_up(checkpoint, checkpoint_every, loop, best, validation, how)
         warned = False
-        total = None if loop.batches is None else epochs * loop.batches
         trained = (self.student, self.teacher) if self.train_teacher else (self.student,)
-        with training(*trained), progress_bar(progress, total) as advance:
-            for epoch in range(epochs):
-                losses.append(loop.epoch(epoch, advance))
-                if validation is None:
-                    continue
-                found.append(validate(self.student, self.teacher, validation))
-                warned = warned or found[-1].warn_of_worse_teacher()
-                if patience is not None:
-                    best.see(found[-1], epoch)
-                    if best.epochs_since >= patience:
-                        break
-        best.put_back()
+        scope = distributed.scope_of(self.student)
+        with scope, training(*trained), progress_bar(progress, *loop.total_and_done()) as advance:
+            while len(loop.losses) < epochs and not best.is_enough():
+                loop.epoch(advance)
+                if validation is not None:
+                    with nullcontext() if average is None else average.in_place():
+                        ranks.broadcast_(self._inner.buffers())
+                        best.see(validate(self.student, self.teacher, validation))
+                    warned = warned or best.found[-1].warn_of_worse_teacher()
+                    if log is not None:
+                        log(loop.steps, best.found[-1].values())
+                if saved is not None:
+                    saved.save()
+            if patience is not None:
+                best.put_back()
+            elif average is not None:
+                average.put_in()
+            ranks.broadcast_(self._inner.buffers())
         self.progress = span[1]
-        return History(losses, loop.steps, time.perf_counter() - start, found, best.epoch)
+        return History(loop.losses, loop.steps, time.perf_counter() - start, best.found, best.epoch)
 
     def run(self, loader: Iterable[Any], phases: Sequence[Phase], **options: Any) -> list[History]:
         """Trains in phases, one `fit` each, with a new optimizer each; the options are those of `fit`.
 
+        A checkpoint is one file a phase: its name followed by a dot and the number of the phase, from 0.
+
         Raises:
-            ValueError, RuntimeError: as `fit`, and as `lower_precision_` at the start of a phase with a config.
+            ValueError, RuntimeError: as `fit`, and as `prune_` and `lower_precision_` at the start of a phase with a
+                sparsity or a config.
         """
         if "optimizer" in options or "scheduler" in options:
             raise ValueError("options: each phase makes its own optimizer; call fit for one of yours")
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
         for phase in phases:
+            if phase.sparsity is not None:
+                break  # what later phases find depends on what is pruned
             if phase.config is not None:
-                plan_lower_precision(self.student, phase.config)
+                plan_lower_precision(self.student, phase.config)  # an error too if DDP or FSDP2 is around the student
         histories = []
-        for phase, distiller in zip(phases, distillers, strict=True):
+        checkpoint = options.pop("checkpoint", None)
+        for number, (phase, distiller) in enumerate(zip(phases, distillers, strict=True)):
+            if phase.sparsity is not None:
+                prune_(self.student, phase.sparsity)
             if phase.config is not None:
                 lower_precision_(self.student, phase.config)
-            histories.append(distiller.fit(loader, phase.epochs, lr=phase.lr, **options))
+            path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
+            histories.append(distiller.fit(loader, phase.epochs, lr=phase.lr, checkpoint=path, **options))
         return histories
 
     def _for_phase(self, phase: Phase) -> Distiller:
@@ -324,25 +430,18 @@ class Distiller:
         losses = self.losses if phase.losses is None else phase.losses
         return Distiller(self.teacher, self.student, losses, train_teacher=phase.train_teacher)
 
-    def _checked(self, optimizer: Optimizer | None, loss: Tensor, lr: float) -> Optimizer:
-        """The optimizer to use, once the first loss has shown what there is to train."""
-        if not loss.requires_grad:
+    def _checked(self, optimizer: Optimizer | None, loss: Tensor | None, lr: float) -> Optimizer:
+        """The optimizer to use, once the first loss (or a checkpoint: None) has shown what there is to train."""
+        if loss is not None and not loss.requires_grad:
             raise ValueError(
                 "student: nothing to train: the loss does not depend on any parameter that requires a gradient"
             )
         if self.train_teacher and not any(p.requires_grad for p in self.teacher.parameters()):
             raise ValueError("train_teacher: no parameter of the teacher requires a gradient")
         if optimizer is None:
-            return torch.optim.Adam(self.parameters(), lr=lr)
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in trained for p in self.own_parameters()):
-            raise ValueError(
-                "optimizer: it lacks the adapters of the feature losses; call distiller.prepare(batch), then make it "
-                "from distiller.parameters()"
-            )
-        if self.train_teacher and not any(id(p) in trained for p in self.teacher.parameters()):
-            raise ValueError("optimizer: it lacks the teacher's parameters; make it from distiller.parameters()")
-        check_scales_train(self.student, trained)
+            return torch.optim.Adam(distributed.parameter_groups(self.parameters()), lr=lr)
+        self._reshard()
+        check_optimizer(self, optimizer)
         return optimizer
 
 
@@ -350,19 +449,6 @@ class Distiller:
 def _frozen(model: nn.Module) -> Iterator[None]:
     with torch.no_grad(), evaluating(model):
         yield
-
-
-def check_scales_train(student: nn.Module, trained: Container[int]) -> None:
-    """Raises ValueError if a training twin's weight is among the parameters (by id) and its learned scales are not."""
-    for name, module in student.named_modules():
-        # A twin within a switchable layer has a weight only while it is in use.
-        if isinstance(module, QATLinear) and id(getattr(module, "weight", None)) in trained:
-            scales = [p for p in module.parameters() if p.requires_grad and p is not module.bias]
-            if any(id(p) not in trained for p in scales):
-                raise ValueError(
-                    f"optimizer: it has the weight of {name!r}, but not all of its learned scales: make it after "
-                    "prepare_qat_, or freeze them by requires_grad_(False)"
-                )
 
 
 def check_unfused(model: nn.Module, name: str, role: str) -> None:

@@ -5,6 +5,7 @@ Training and inference both take their grids from here, so that they mean the sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -102,16 +103,27 @@ def clipped_range(low: float, high: float, share: float) -> tuple[float, float]:
     return max(low, -threshold), min(high, threshold)
 
 
-def search_affine_grid(sample: Tensor, low: float, high: float, bits: int, counts: Tensor | None = None) -> AffineGrid:
-    """The grid with the least squared error on `sample`, of 64 that clip `[low, high]`; counts: how often each
-    element of the sample occurs, None: once."""
-    best = affine_grid(low, high, bits)
-    best_error = torch.inf
-    for step in range(SEARCH_STEPS):
-        grid = affine_grid(*clipped_range(low, high, 1 - step / SEARCH_STEPS), bits)
+def search_affine_grid(
+    sample: Tensor,
+    low: float,
+    high: float,
+    bits: int,
+    counts: Tensor | None = None,
+    pooled: Callable[[list[float]], list[float]] = list,
+) -> AffineGrid:
+    """The grid with the least squared error on `sample`, of 64 that clip `[low, high]`.
+
+    counts: how often each element of the sample occurs, None: once. pooled: turns the errors on this sample into those
+    on all ranks' samples.
+    """
+    grids = [affine_grid(*clipped_range(low, high, 1 - step / SEARCH_STEPS), bits) for step in range(SEARCH_STEPS)]
+    errors = []
+    for grid in grids:
         fake = kk.fake_quantize(sample, grid.scale, grid.zero_point, quant_min=0, quant_max=2**bits - 1)
         squares = (fake - sample).square()
-        error = float(squares.sum() if counts is None else squares.double() @ counts.double())
+        errors.append(float(squares.sum() if counts is None else squares.double() @ counts.double()))
+    best, best_error = affine_grid(low, high, bits), torch.inf
+    for grid, error in zip(grids, pooled(errors), strict=True):
         if error < best_error:
             best, best_error = grid, error
     return best

@@ -17,33 +17,48 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import kdq_kernels as kk
 from kdq.architecture import build_architecture, describe_architecture
+from kdq.compact import Code, decode, encode_floats, encode_indices
 from kdq.configs import config_from_json, config_to_json
+from kdq.distributed import check_plain
 from kdq.fuse import Fusion, find_fusions, has_own_code
-from kdq.layers.base import InferenceLinear, fused_activation
+from kdq.layers.base import InferenceLayer, InferenceLinear, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
+from kdq.layers.codebook_linear import CodebookLinear
+from kdq.layers.embedding import QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
-from kdq.layers.qat import QATLinear
+from kdq.layers.qat import TrainingTwin
 from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
-FORMAT_VERSION = 3  # 2: a layer may have an activation. 3: a layer may have two names. Older files are read as well.
-LAYERS: dict[str, Callable[..., InferenceLinear]] = {
-    cls.__name__: cls for cls in (Int8Linear, LowBitLinear, BinaryLinear)
+# 2: a layer may have an activation. 3: a layer may have two names. 4: embeddings; binary layers from bits to bits;
+# tensors may be coded. Older files are read as well.
+FORMAT_VERSION = 4
+LAYERS: dict[str, Callable[..., InferenceLayer]] = {
+    cls.__name__: cls
+    for cls in (Int8Linear, LowBitLinear, BinaryLinear, BinaryThresholdLinear, CodebookLinear, QuantizedEmbedding)
 }
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, huffman: bool = False) -> None:
     """Writes a model to a safetensors file; an interrupted call leaves an existing file as it was.
 
     Models made of nn.Sequential and common layers are described in the file too, so that `load(path)` can rebuild them.
 
+    Args:
+        huffman: codes the indices of `CodebookLinear` layers, and float tensors with many zeros as pruning leaves them,
+            without loss: relative positions and Huffman codes (Han, Mao, Dally: Deep Compression, 2016). `load` gives
+            the same model back; it takes longer.
+
     Raises:
-        ValueError: the model has training twins left; call `convert_` first.
+        ValueError: the model has training twins left (call `convert_` first), or is wrapped by DDP or FSDP2.
     """
+    check_plain(model)
     for name, module in model.named_modules():
-        if isinstance(module, QATLinear):
+        if isinstance(module, TrainingTwin):
             raise ValueError(
                 f"model: {name!r} is a training twin ({type(module).__name__}); call kdq.convert_(model) before "
                 "saving, or keep training checkpoints with torch.save(model.state_dict(), ...)"
@@ -55,6 +70,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     # Shared tensors are written under each of their names: safetensors has no aliases.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    if huffman:
+        info["huffman"] = _encode(model, tensors)
     temporary = Path(f"{os.fspath(path)}.partial")
     try:
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(info)})
@@ -96,7 +113,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         for name, layer in layers.items():
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
-            setattr(parent, child, layer.train(getattr(parent, child).training))
+            before = getattr(parent, child)
+            if isinstance(layer, QuantizedEmbedding):  # it decides what the layers after it compute in
+                layer.dtype = before.dtype if isinstance(before, QuantizedEmbedding) else before.weight.dtype
+            setattr(parent, child, layer.train(before.training))
         for fusion in fusions:
             fusion.take_out()
         run_layers_of_transformers(model)
@@ -104,34 +124,61 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     return model
 
 
+def _encode(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Puts coded tensors in the place of others; what decoding has to know, by name."""
+    known: dict[str, Any] = {}
+    codebooks = {
+        f"{n}.packed": m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, CodebookLinear)
+    }
+    for key, tensor in tensors.items():
+        coded: Code | None
+        if key in codebooks:
+            coded = encode_indices(codebooks[key].indices(), 2 ** codebooks[key].config.weight_bits)
+        else:
+            coded = encode_floats(tensor)
+        if coded is not None:
+            tensors[key], known[key] = coded
+    return known
+
+
+def _decode(path: str | os.PathLike[str], known: Any, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `_encode`."""
+    if not isinstance(known, dict):
+        raise ValueError(f"{path}: what it says about coded tensors is not valid")
+    for key, about in known.items():
+        if key not in tensors or not isinstance(about, dict):
+            raise ValueError(f"{path}: what it says about a coded tensor {key!r} is not valid")
+        try:
+            decoded = decode(tensors[key], about)
+            if decoded.dtype == torch.uint8:
+                decoded = kk.pack_indices(decoded, about["symbols"].bit_length() - 1)
+        except ValueError as error:
+            raise ValueError(f"{path}: the coded tensor {key!r} is damaged: {error}") from error
+        tensors[key] = decoded
+
+
 def _describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The quantization map; under its further names, a layer is only said to be `same_as` the first."""
     described: dict[str, dict[str, Any]] = {}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, InferenceLinear):
+        if isinstance(module, InferenceLayer):
             same_as = first.setdefault(id(module), name)
             described[name] = _describe_layer(module) if same_as == name else {"same_as": same_as}
     return described
 
 
-def _describe_layer(layer: Any) -> dict[str, Any]:
-    return {
-        "type": type(layer).__name__,
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "bias": layer.bias is not None,
-        "config": config_to_json(layer.config),
-    } | ({} if layer.activation is None else {"activation": layer.activation})
+def _describe_layer(layer: InferenceLayer) -> dict[str, Any]:
+    return {"type": type(layer).__name__, **layer.arguments(), "config": config_to_json(layer.config)}
 
 
-def _build_layers(path: str | os.PathLike[str], described: dict[str, Any]) -> dict[str, InferenceLinear]:
+def _build_layers(path: str | os.PathLike[str], described: dict[str, Any]) -> dict[str, InferenceLayer]:
     """The layers by name, still without their tensors; one under several names is built once.
 
     Raises:
         ValueError: a description is not valid.
     """
-    layers: dict[str, InferenceLinear] = {}
+    layers: dict[str, InferenceLayer] = {}
     for name, data in described.items():
         if not (isinstance(data, dict) and "same_as" in data):
             layers[name] = _build_layer(path, name, data)
@@ -144,11 +191,10 @@ def _build_layers(path: str | os.PathLike[str], described: dict[str, Any]) -> di
     return layers
 
 
-def _build_layer(path: str | os.PathLike[str], name: str, data: dict[str, Any]) -> InferenceLinear:
+def _build_layer(path: str | os.PathLike[str], name: str, data: dict[str, Any]) -> InferenceLayer:
     try:
-        fused = {"activation": data["activation"]} if "activation" in data else {}
-        config = config_from_json(data["config"])
-        return LAYERS[data["type"]](data["in_features"], data["out_features"], data["bias"], config=config, **fused)
+        arguments = {key: value for key, value in data.items() if key not in ("type", "config")}
+        return LAYERS[data["type"]](**arguments, config=config_from_json(data["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the description of layer {name!r} is not valid: {error}") from error
 
@@ -173,10 +219,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise ValueError(f"{path}: its quantization map is not valid: {error}") from error
     if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(f"{path}: format version {version}, this kdq reads 1 to {FORMAT_VERSION}")
+    _decode(path, info.get("huffman", {}), tensors)
     return info, tensors
 
 
-def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, layer: InferenceLinear) -> None:
+def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, layer: InferenceLayer) -> None:
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
@@ -185,23 +232,22 @@ def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, laye
         raise ValueError(
             f"{path}: the model's layer {name!r} has hooks, which the new one would lack; remove them first"
         )
-    features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    if name == "" or features != (layer.in_features, layer.out_features):
-        raise ValueError(
-            f"{path}: layer {name!r} is linear {layer.in_features} -> {layer.out_features}, "
-            f"the model has {module} there"
-        )
+    before, after = (getattr(layer, size) for size in layer.sizes)
+    if name == "" or tuple(getattr(module, size, None) for size in layer.sizes) != (before, after):
+        kind = "linear" if isinstance(layer, InferenceLinear) else "an embedding"
+        raise ValueError(f"{path}: layer {name!r} is {kind} {before} -> {after}, the model has {module} there")
 
 
-def _fusions_left(path: str | os.PathLike[str], model: nn.Module, layers: dict[str, InferenceLinear]) -> list[Fusion]:
+def _fusions_left(path: str | os.PathLike[str], model: nn.Module, layers: dict[str, InferenceLayer]) -> list[Fusion]:
     """The activations that the file's layers compute and the model still has behind its own.
 
     Raises:
         ValueError: the model would compute something else: an activation twice, another one, or none.
     """
-    fusions = find_fusions(model, layers)
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, InferenceLinear)}
+    fusions = find_fusions(model, linear)
     left = []
-    for name, layer in layers.items():
+    for name, layer in linear.items():
         present, behind = fused_activation(model.get_submodule(name)), fusions.get(name)
         if present == layer.activation:
             continue  # neither has one, or the model was fused before
@@ -218,7 +264,7 @@ def _fusions_left(path: str | os.PathLike[str], model: nn.Module, layers: dict[s
 def _check_tensors(
     path: str | os.PathLike[str],
     model: nn.Module,
-    layers: dict[str, InferenceLinear],
+    layers: dict[str, InferenceLayer],
     tensors: dict[str, Tensor],
 ) -> None:
     """Every tensor that the model will have once its layers are replaced is in the file, with the right shape and
@@ -251,6 +297,8 @@ def _check_tensors(
             )
         if got.is_floating_point() and key.endswith(("weight_scale", "input_scale")) and quantized:
             _check_scale(path, key, got)
+        if quantized and key.endswith(".codebook") and not torch.isfinite(got).all():
+            raise ValueError(f"{path}: tensor {key!r} has centroids that are NaN or infinite")
 
 
 def _check_scale(path: str | os.PathLike[str], key: str, scale: Tensor) -> None:

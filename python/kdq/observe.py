@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-TARGET_KEYS = ("labels", "label", "target")
+from kdq.distributed import unwrapped
+
+TARGET_KEYS = ("labels", "label", "label_ids", "target", "targets", "shift_labels")
 IGNORED_TARGET = -100
 
 
@@ -27,40 +30,88 @@ class Batch:
     target: Tensor | None
 
     def logits(self, model: nn.Module, role: str) -> Tensor:
-        """Runs the model; `role` names it in error messages."""
-        return logits_of(model(*self.args, **self.kwargs), role)
+        """Runs the model; `role` names it in error messages.
+
+        Logits of tokens `[N, time, C]` that an attention mask excludes and no target speaks for are left out:
+        `[rows, C]`.
+        """
+        logits = logits_of(model(*self.args, **self.kwargs), role)
+        decodes = "decoder_input_ids" in self.kwargs
+        mask = self.kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
+        if self.target is None and isinstance(mask, Tensor) and mask.dim() > 1 and mask.shape == logits.shape[:-1]:
+            return logits[mask.bool()]
+        return logits
 
 
-def parse_batch(batch: Any, device: torch.device | None = None) -> Batch:
-    """Takes a loader's batch apart: a tensor, `(x,)`, `(x, target)`, or a dict.
+def parse_batch(batch: Any, model: nn.Module) -> Batch:
+    """Takes a loader's batch apart, and brings its tensors to the model's device.
 
-    A dict's target is under "labels", "label" or "target"; its other entries are keyword arguments of the model.
+    - A tensor x, or a tuple or list `(x,)`, `(x, target)`, `(x1, x2, ..., target)`: the last is the target, or None.
+      An x that is a tuple or list itself has several arguments of the model, one that is a dict keyword arguments.
+    - A dict (BatchEncoding, ModelOutput): the target is under "labels", "label", "label_ids", "target" or "targets";
+      its other entries are keyword arguments of the model. For transformers' causal language models targets are
+      shifted as these do: the one of position t is the label of t + 1. Those under "shift_labels" are so already.
 
     Raises:
         TypeError: anything else.
     """
+    device = device_of(model)
     if isinstance(batch, Mapping):
         inputs = {key: move(value, device) for key, value in batch.items() if key not in TARGET_KEYS}
-        targets = [batch[key] for key in TARGET_KEYS if batch.get(key) is not None]
-        if len(targets) > 1:
-            raise TypeError(f"batch: expected one of the keys {', '.join(TARGET_KEYS)}, got {len(targets)} of them")
-        return Batch((), inputs, move(targets[0], device) if targets else None)
-    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
-        x, target = batch if len(batch) == 2 else (batch[0], None)
-        return Batch((move(x, device),), {}, move(target, device))
+        found = [key for key in TARGET_KEYS if batch.get(key) is not None]
+        if len(found) > 1:
+            raise TypeError(f"batch: expected one of the keys {', '.join(TARGET_KEYS)}, got {', '.join(found)}")
+        target = _checked_target(batch[found[0]], device) if found else None
+        if target is not None and target.dim() > 1 and found != ["shift_labels"] and predicts_next_token(model):
+            target = F.pad(target[..., 1:], (0, 1), value=IGNORED_TARGET)
+        return Batch((), inputs, target)
     if isinstance(batch, Tensor):
         return Batch((move(batch, device),), {}, None)
-    what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
-    raise TypeError(f"batch: expected a tensor, (x,), (x, target) or a dict, got {what}")
+    if not isinstance(batch, tuple | list) or not batch:
+        what = f"an empty {type(batch).__name__}" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(f"batch: expected a tensor, (x,), (x, target), (x1, x2, ..., target) or a dict, got {what}")
+    *inputs_, last = batch if len(batch) > 1 else (*batch, None)
+    target = _checked_target(last, device)
+    if len(inputs_) == 1 and isinstance(inputs_[0], Mapping):
+        return Batch((), {key: move(value, device) for key, value in inputs_[0].items()}, target)
+    if len(inputs_) == 1 and type(inputs_[0]) in (tuple, list):
+        inputs_ = inputs_[0]
+    return Batch(tuple(move(value, device) for value in inputs_), {}, target)
+
+
+def _checked_target(target: Any, device: torch.device | None) -> Tensor | None:
+    if target is not None and not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor of class indices or None, got {type(target).__name__}")
+    return None if target is None else move(target, device)
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether labels given to the model are to be shifted: it is a causal language model of transformers."""
+    for wrapper in ("module", "_orig_mod"):  # of DistributedDataParallel, of torch.compile
+        model = getattr(model, wrapper, model)
+    bases = {base.__name__ for base in type(model).__mro__}
+    if "PreTrainedModel" not in bases:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known  # as Trainer does
+
+    return not bases.isdisjoint(known.values()) or any(name.endswith("ForCausalLM") for name in bases)
 
 
 def move(value: Any, device: torch.device | None) -> Any:
-    """Tensors to the device; anything else as it is."""
-    return value.to(device) if device is not None and isinstance(value, Tensor) else value
+    """Tensors, also those in containers, to the device; anything else as it is."""
+    if device is None:
+        return value
+    if callable(getattr(value, "to", None)):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: move(entry, device) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(move(entry, device) for entry in value)
+    return value
 
 
 def logits_of(output: Any, role: str) -> Tensor:
-    """The logits of a model's output: the tensor itself, or its `logits` attribute or entry.
+    """The logits of a model's output: the tensor itself, its `logits` attribute or entry, or a tuple's first entry.
 
     Raises:
         TypeError: there are none.
@@ -69,9 +120,13 @@ def logits_of(output: Any, role: str) -> Tensor:
     if isinstance(output, Mapping):
         logits = output.get("logits")
     elif not isinstance(output, Tensor):
-        logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{role}: expected a tensor of logits or an output with .logits, got {type(output).__name__}")
+        first = output[0] if isinstance(output, tuple | list) and output else None
+        logits = getattr(output, "logits", first)
+    if not isinstance(logits, Tensor) or logits.dim() == 0:
+        raise TypeError(
+            f"{role}: expected a tensor of logits, an output with .logits, or a tuple that starts with them, "
+            f"got {type(output).__name__}"
+        )
     return logits
 
 
@@ -107,6 +162,11 @@ def rows_of(logits: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | Non
     return rows, flat, kept
 
 
+def count_of_rows(logits: Tensor, target: Tensor | None) -> Tensor | int:
+    """How many rows of logits `[..., C]` count: those whose target is not -100."""
+    return (target != IGNORED_TARGET).sum() if target is not None else logits.shape[:-1].numel()
+
+
 def check_same_shape(student: Tensor, teacher: Tensor) -> None:
     """Raises ValueError unless both are logits `[..., C]` of one shape."""
     if student.shape != teacher.shape or student.dim() < 1:
@@ -139,12 +199,12 @@ def _in_mode(train: bool, models: tuple[nn.Module, ...]) -> Iterator[None]:
 
 
 def find_layer(model: nn.Module, name: str, role: str) -> nn.Module:
-    """The submodule of that name.
+    """The submodule of that name; DDP's wrapper does not count.
 
     Raises:
         ValueError: there is none; the message proposes the nearest names.
     """
-    layers = dict(model.named_modules(remove_duplicate=False))
+    layers = dict(unwrapped(model).named_modules(remove_duplicate=False))
     if name in layers:
         return layers[name]
     near = difflib.get_close_matches(name, list(layers), n=3, cutoff=0.4) or [n for n in layers if n][:8]

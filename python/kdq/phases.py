@@ -1,4 +1,4 @@
-"""Training in phases, as in QKD: each has its own losses, learning rate and, if wanted, precision."""
+"""Training in phases, as in QKD: each has its own losses, learning rate and, if wanted, precision or sparsity."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kdq.configs import ConfigMap, config_for
 from kdq.losses import CrossEntropy, Loss, SoftTargets, Weighted
+from kdq.prune import check_sparsity
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Phase:
         losses: None: the distiller's own.
         lr: learning rate of the phase's Adam.
         config: None: the student stays at its precision; otherwise `lower_precision_(student, config)` comes first.
+        sparsity: None: no more weights are pruned; otherwise `prune_(student, sparsity)` comes first of all.
         train_teacher: as in `Distiller`.
     """
 
@@ -29,12 +31,15 @@ class Phase:
     lr: float = 1e-3
     config: ConfigMap | None = None
     train_teacher: bool = False
+    sparsity: float | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr: expected a positive finite number, got {self.lr!r}")
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
         if self.config is not None:
             config_for(self.config, "")  # a wrong config is an error here, not after the phases before
 
@@ -66,3 +71,32 @@ def qkd_phases(
         Phase("co-study", epochs[1], together, lr, train_teacher=True),
         Phase("tutoring", epochs[2], together, lr),
     ]
+
+
+def pruning_phases(
+    sparsity: float,
+    epochs: int,
+    *,
+    steps: int = 4,
+    losses: Sequence[Loss | Weighted] | None = None,
+    lr: float = 1e-3,
+) -> list[Phase]:
+    """Prunes in rising steps, and retrains after each.
+
+    Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks, 2015. Step i of n
+    prunes to `sparsity * (1 - (1 - i / n)**3)`: much at first, where much can go (Zhu, Gupta: To prune, or not to
+    prune, 2017).
+
+    Args:
+        sparsity: share of the weights of each layer that are 0 in the end.
+        epochs: after each step.
+        losses, lr: of all steps; losses None: the distiller's own.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    check_sparsity(sparsity)
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    shares = [sparsity * (1 - (1 - i / steps) ** 3) for i in range(1, steps + 1)]
+    return [Phase(f"pruned to {share:.1%}", epochs, losses, lr, sparsity=share) for share in shares]

@@ -6,7 +6,7 @@ model: an error on the way leaves it as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,10 +16,13 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kdq.configs import Config, ConfigMap, LayerConfigs, config_for
+from kdq.configs import Config, ConfigMap, LayerConfigs, Pruned, config_for
+from kdq.distributed import check_plain
 from kdq.fuse import find_fusions, has_own_code
-from kdq.layers.base import InferenceLinear, PackedInt8Linear
-from kdq.layers.qat import QATLinear
+from kdq.layers.base import InferenceLayer, InferenceLinear
+from kdq.layers.embedding import why_not_embedding
+from kdq.layers.pruned import PrunedLinear
+from kdq.layers.qat import TrainingTwin
 from kdq.layers.switchable import SwitchableNorm
 from kdq.transformer import run_layers_of_transformers
 
@@ -33,7 +36,7 @@ class ConversionReport:
     fused: the changed layers that compute the activation behind them too (name -> "relu", "gelu" or "silu").
     """
 
-    changed: dict[str, Config] = field(default_factory=dict)
+    changed: dict[str, Config | Pruned] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
 
@@ -59,7 +62,7 @@ class Target:
     """A module to replace, and what it becomes."""
 
     module: Any
-    config: Config
+    config: Any  # a Config; of a layer that is pruned, Pruned
 
 
 @dataclass
@@ -82,10 +85,10 @@ class LayerPlan:
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{name}: {error}") from error
             built[id(target.module)] = layer.train(target.module.training)
-        able = [n for n, t in self.chosen.items() if isinstance(built[id(t.module)], PackedInt8Linear)]
+        able = [n for n, t in self.chosen.items() if getattr(built[id(t.module)], "computes_activation", False)]
         fusions = find_fusions(model, able) if fuse_activations else {}
         for name, fusion in fusions.items():
-            cast(PackedInt8Linear, built[id(self.chosen[name].module)]).activation = fusion.activation
+            cast(InferenceLinear, built[id(self.chosen[name].module)]).activation = fusion.activation
             fusion.take_out()
         for name, target in self.chosen.items():
             parent_name, _, child = name.rpartition(".")
@@ -101,7 +104,7 @@ def plan_layers(
     configs: ConfigMap,
     filter_fn: FilterFn | None,
     why_not: Callable[[nn.Module], str | None],
-    config_of: Callable[[Any], Config] | None = None,
+    config_of: Callable[[Any], Config | Pruned] | None = None,
 ) -> LayerPlan:
     """Decides about every leaf module.
 
@@ -112,9 +115,10 @@ def plan_layers(
 
     Raises:
         TypeError: configs are not kdq's.
-        ValueError: the model itself is the only layer, a weight is not finite or not on the CPU, a training twin has
-            hooks, or configs name layers that the model lacks.
+        ValueError: the model itself is the only layer or wrapped by DDP or FSDP2, a weight is not finite or not on the
+            CPU, a training twin has hooks, or configs name layers that the model lacks.
     """
+    check_plain(model)
     plan = LayerPlan()
     if config_of is None:
         config_for(configs, "")  # a wrong config is an error even where no layer would get it
@@ -122,7 +126,7 @@ def plan_layers(
         if not _is_leaf(module) or _inside_layer(model, name):
             continue
         reason = why_not(module)
-        config = None
+        config: Config | Pruned | None = None
         if reason is None:
             config = config_of(module) if config_of is not None else config_for(configs, name)
             if config is None:
@@ -131,10 +135,10 @@ def plan_layers(
                 reason = "filter_fn is false"
             elif has_own_code(module):
                 reason = "it has hooks or a forward of its own, which a new layer would lack; remove them first"
-                if isinstance(module, QATLinear | SwitchableNorm):  # a twin that stays a twin would go unnoticed
+                if isinstance(module, TrainingTwin | SwitchableNorm):  # a twin that stays a twin would go unnoticed
                     raise ValueError(f"{name}: {reason}")
         if reason is not None or config is None:
-            if next(module.parameters(), None) is not None or isinstance(module, InferenceLinear):
+            if next(module.parameters(), None) is not None or isinstance(module, InferenceLayer):
                 plan.left[name] = reason or ""
             continue
         if name == "":
@@ -142,7 +146,7 @@ def plan_layers(
                 f"model: the model itself is a {type(module).__name__}, which cannot be replaced in place; wrap it, "
                 "as in nn.Sequential(model)"
             )
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | PrunedLinear | nn.Embedding):
             _check_weight(name, module)
         plan.chosen[name] = Target(module, config)
     if isinstance(configs, LayerConfigs):
@@ -154,7 +158,7 @@ def plan_layers(
 
 def _is_leaf(module: nn.Module) -> bool:
     return (
-        isinstance(module, nn.Linear | QATLinear | SwitchableNorm | InferenceLinear)
+        isinstance(module, nn.Linear | TrainingTwin | SwitchableNorm | InferenceLayer)
         or next(module.children(), None) is None
     )
 
@@ -163,13 +167,28 @@ def _inside_layer(model: nn.Module, name: str) -> bool:
     """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
-    return any(isinstance(module, nn.Linear | QATLinear | SwitchableNorm) for module in above)
+    return any(isinstance(module, nn.Linear | TrainingTwin | SwitchableNorm) for module in above)
+
+
+def why_not_for(configs: ConfigMap) -> Callable[[nn.Module], str | None]:
+    """The reasons why `quantize_` and `prepare_qat_` leave modules: one config for all is for linear layers, a mapping
+    takes embeddings too."""
+    return why_not_layer if isinstance(configs, Mapping) else why_not_linear_or_pruned
+
+
+def why_not_layer(module: nn.Module) -> str | None:
+    """The reason why a linear layer or embedding cannot be quantized; None if it can."""
+    return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_linear_or_pruned(module)
 
 
 def why_not_linear(module: nn.Module) -> str | None:
-    """The reason why a module cannot be quantized; None if it can."""
-    if isinstance(module, InferenceLinear | QATLinear):
+    """The reason why a linear layer cannot be quantized; None if it can."""
+    if isinstance(module, PrunedLinear):
+        return "it is pruned in training; call convert_ first, which makes its zeros part of the weight"
+    if isinstance(module, InferenceLayer | TrainingTwin):
         return f"already quantized ({type(module).__name__})"
+    if isinstance(module, nn.Embedding):
+        return "an embedding: quantize_ and prepare_qat_ take it where a pattern of the config matches its name"
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} has no quantized form"
     if parametrize.is_parametrized(module):
@@ -183,10 +202,15 @@ def why_not_linear(module: nn.Module) -> str | None:
     return None
 
 
-def _check_weight(name: str, linear: nn.Linear) -> None:
+def why_not_linear_or_pruned(module: nn.Module) -> str | None:
+    """As `why_not_linear`, for those who take the weight of a pruned layer with its zeros."""
+    return None if isinstance(module, PrunedLinear) else why_not_linear(module)
+
+
+def _check_weight(name: str, layer: nn.Linear | PrunedLinear | nn.Embedding) -> None:
     """Conditions that a user must mend: raising beats leaving the layer."""
-    if linear.weight.device.type != "cpu":
-        raise ValueError(f"{name}: expected its weight on the CPU, got {linear.weight.device}; move the model first")
-    for part, tensor in (("weight", linear.weight), ("bias", linear.bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
+    if layer.weight.device.type != "cpu":
+        raise ValueError(f"{name}: expected its weight on the CPU, got {layer.weight.device}; move the model first")
+    for part, tensor in layer.named_parameters():
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: its {part} contains NaN or inf; nothing was changed")

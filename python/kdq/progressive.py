@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kdq.configs import ConfigMap
-from kdq.layers.qat import QATLinear
+from kdq.layers.qat import TrainingTwin
 from kdq.layers.switchable import SwitchableLinear
 from kdq.planning import ConversionReport, LayerPlan, Target, plan_layers
 from kdq.quantize import training_twin
@@ -44,11 +44,11 @@ def plan_lower_precision(student: nn.Module, config: ConfigMap) -> LayerPlan:
 
 
 def _why_not_twin(module: nn.Module) -> str | None:
-    return None if isinstance(module, QATLinear) else "not prepared by prepare_qat_"
+    return None if isinstance(module, TrainingTwin) else "not prepared by prepare_qat_"
 
 
 def _rebuilt(_name: str, target: Target) -> nn.Module:
-    linear = target.module.to_float()
-    if not torch.isfinite(linear.weight).all():
+    layer = target.module.to_float()
+    if not torch.isfinite(layer.weight).all():
         raise ValueError("its weight contains NaN or inf; nothing was changed")
-    return training_twin(linear, target.config)
+    return training_twin(layer, target.config)

@@ -11,16 +11,29 @@ from typing import Any
 from torch import nn
 
 from kdq.calibrate import observe_inputs
-from kdq.configs import Binary, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit, normalize
-from kdq.layers.base import InferenceLinear
+from kdq.configs import Binary, Codebook, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit, normalize
+from kdq.layers.base import InferenceLayer
 from kdq.layers.binary_linear import BinaryLinear
+from kdq.layers.codebook_linear import CodebookLinear
+from kdq.layers.codebook_qat import CodebookQATLinear
+from kdq.layers.embedding import QATEmbedding, QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
-from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, QATLinear
+from kdq.layers.pruned import PrunedLinear, plain_linear
+from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, TrainingTwin
 from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
 from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
 from kdq.observers import DEFAULT_OBSERVER, Observer, ObserverState, check_observer
-from kdq.planning import ConversionReport, FilterFn, LayerPlan, Target, plan_layers, why_not_linear
+from kdq.planning import (
+    ConversionReport,
+    FilterFn,
+    LayerPlan,
+    Target,
+    plan_layers,
+    why_not_for,
+    why_not_layer,
+    why_not_linear,
+)
 
 SWITCHABLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 
@@ -36,17 +49,22 @@ def quantize_(
 ) -> ConversionReport:
     """Quantizes a trained model in place: its linear layers run on the integer and binary kernels from now on.
 
+    One config for all is for the linear layers. A mapping takes embeddings too, where a pattern matches their names:
+    `{"tokens": Int8WeightOnly(), "*": Int8Dynamic()}`. Of a config they take the bits of the weights.
+
     An activation that the model's structure puts directly behind a layer of int8 or few bits (nn.ReLU, nn.SiLU, or
     nn.GELU in its erf form, inside an nn.Sequential; that of an nn.TransformerEncoderLayer) moves into the layer, and
     an nn.Identity takes its place. The model's function stays the same, to float rounding. Who reads the output of that
     layer alone, by a hook set later or by indexing the nn.Sequential, sees it after the activation.
 
     Args:
-        model: any module that contains nn.Linear layers.
-        config: one config for all layers, or a mapping of name patterns (fnmatch) to configs; the first match counts.
+        model: any module that contains nn.Linear or nn.Embedding layers. Linear ones that `prune_` has pruned keep
+            their zeros where 0 is a value of the scheme (not in 1 bit and DoReFa's odd levels).
+        config: one config for all linear layers, or a mapping of name patterns (fnmatch) to configs for linear layers
+            and embeddings; the first match counts.
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
-        calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed for `Int8Static`
-            and `LowBit`, whose activation scales are fixed.
+        calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed where linear
+            layers get `Int8Static` or `LowBit`, whose activation scales are fixed.
         observer: how these scales follow from what the batches show (`kdq.observers`).
         fuse_activations: False leaves every activation where it is.
 
@@ -59,8 +77,8 @@ def quantize_(
         ValueError: calibration is missing or empty, a config's method is one of training, a weight is not finite, or
             the model itself is the only linear layer.
     """
-    plan = plan_layers(model, config, filter_fn, why_not_linear)
-    static = {name: p.module for name, p in plan.chosen.items() if isinstance(p.config, Int8Static | LowBit)}
+    plan = plan_layers(model, config, filter_fn, why_not_for(config))
+    static = {name: p.module for name, p in plan.chosen.items() if fixes_input_scale(p)}
     check_observer(observer)
     check_post_training(plan)
     observers: dict[str, ObserverState] = {}
@@ -78,13 +96,13 @@ def quantize_(
 
 
 def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None = None) -> ConversionReport:
-    """Replaces linear layers by their training twins, in place: float weights, fake-quantized in the forward pass.
+    """Replaces layers by their training twins, in place: float weights, fake-quantized in the forward pass.
 
     Train the model as before (make the optimizer after this call: learned scales are parameters), then call `convert_`.
     Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first
-    batch.
+    batch. Of pruned layers, a `Codebook` keeps the zeros in training; other schemes may train them away.
     """
-    plan = plan_layers(model, config, filter_fn, why_not_linear)
+    plan = plan_layers(model, config, filter_fn, why_not_for(config))
     return plan.carry_out(model, lambda _, p: training_twin(p.module, p.config))
 
 
@@ -107,13 +125,16 @@ def prepare_switchable_(
 
     Raises:
         TypeError: precisions is not a sequence of configs.
-        ValueError: there are fewer than two, two are equal, or only norms would change; or as for `quantize_`.
+        ValueError: there are fewer than two, two are equal, one is a Codebook, or only norms would change; or as for
+            `quantize_`.
     """
     if isinstance(precisions, str) or not isinstance(precisions, Sequence):
         raise TypeError(f"precisions: expected a list of configs, got {precisions!r}")
     configs = tuple(normalize(config) for config in precisions)
     if len(configs) < 2 or len(set(configs)) < len(configs):
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
+    if any(isinstance(config, Codebook) for config in configs):
+        raise ValueError("precisions: a Codebook trains its values, and has no float weight to share with others")
     plan = plan_layers(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
     linear_chosen = any(isinstance(target.module, nn.Linear) for target in plan.chosen.values())
     linear_there = any(isinstance(module, SwitchableLinear) for module in model.modules())
@@ -132,11 +153,12 @@ def convert_(
     model: nn.Module, plan: Mapping[str, Config] | None = None, *, fuse_activations: bool = True
 ) -> ConversionReport:
     """Replaces training twins by the layers that run on the real kernels, in place; of switchable layers and norms
-    their active precision.
+    their active precision; pruned layers by plain ones with zeros.
 
     Args:
         model: after `prepare_qat_` or `prepare_switchable_` and training.
-        plan: also quantizes plain nn.Linear layers whose names match, as `quantize_` does without calibration.
+        plan: also quantizes plain nn.Linear and nn.Embedding layers whose names match, as `quantize_` does without
+            calibration.
         fuse_activations: as for `quantize_`.
 
     Raises:
@@ -145,13 +167,14 @@ def convert_(
     """
 
     def why_not(module: nn.Module) -> str | None:
-        return None if isinstance(module, QATLinear | SwitchableNorm) else "not prepared by prepare_qat_"
+        return None if isinstance(module, TrainingTwin | SwitchableNorm) else "not prepared by prepare_qat_"
 
     prepared = plan_layers(model, {}, None, why_not, config_of=lambda module: module.config)
+    planned = LayerPlan()
     if plan is not None:
-        planned = plan_layers(model, plan, None, why_not_linear)
+        planned = plan_layers(model, plan, None, why_not_layer)
         for name, target in planned.chosen.items():
-            if isinstance(target.config, Int8Static | LowBit):
+            if fixes_input_scale(target):
                 raise ValueError(
                     f"plan: {name!r} gets {target.config}, which fixes the activations' scale: "
                     "train it with prepare_qat_ or calibrate it with quantize_"
@@ -159,10 +182,11 @@ def convert_(
         prepared.chosen.update(planned.chosen)
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
-    def build(_: str, p: Target) -> nn.Module:
-        if isinstance(p.module, QATLinear | SwitchableNorm):
-            return p.module.to_inference()
-        return inference_layer(p.module, p.config, None)
+    def build(name: str, p: Target) -> nn.Module:
+        if name in planned.chosen:
+            return inference_layer(p.module, p.config, None)
+        layer: nn.Module = p.module.to_inference()
+        return layer
 
     return prepared.carry_out(model, build, fuse_activations)
 
@@ -170,26 +194,42 @@ def convert_(
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def inference_layer(linear: Any, config: Config, observer: ObserverState | None) -> InferenceLinear:
-    """The layer that `quantize_` puts in an nn.Linear's place; observer is needed where the config fixes the scale."""
+def fixes_input_scale(target: Target) -> bool:
+    """Whether the layer's activations get a scale that calibration or training has to find."""
+    return isinstance(target.module, nn.Linear | PrunedLinear) and isinstance(target.config, Int8Static | LowBit)
+
+
+def inference_layer(layer: Any, config: Config, observer: ObserverState | None) -> InferenceLayer:
+    """What `quantize_` puts in the place of an nn.Linear or nn.Embedding; observer is needed where the config fixes the
+    scale."""
+    if isinstance(layer, nn.Embedding):
+        return QuantizedEmbedding.from_float(layer, config)
+    layer = plain_linear(layer)
+    if isinstance(config, Codebook):
+        return CodebookLinear.from_float(layer, config)
     if isinstance(config, Binary):
-        return BinaryLinear.from_float(linear, config)
+        return BinaryLinear.from_float(layer, config)
     if isinstance(config, LowBit):
         assert observer is not None
-        return LowBitLinear.from_float(linear, config, input_grid=observer.grid(config.act_bits))
+        return LowBitLinear.from_float(layer, config, input_grid=observer.grid(config.act_bits))
     grid = observer.grid(8) if observer is not None else None
-    return Int8Linear.from_float(linear, config, input_grid=grid)
+    return Int8Linear.from_float(layer, config, input_grid=grid)
 
 
-def training_twin(linear: Any, config: Config) -> QATLinear:
-    """The layer that `prepare_qat_` puts in an nn.Linear's place."""
+def training_twin(layer: Any, config: Config) -> Any:
+    """What `prepare_qat_` puts in the place of an nn.Linear (a `QATLinear`) or nn.Embedding."""
+    if isinstance(layer, nn.Embedding):
+        return QATEmbedding(layer, config)
+    layer = plain_linear(layer)
+    if isinstance(config, Codebook):
+        return CodebookQATLinear(layer, config)
     if isinstance(config, Binary):
-        return BinaryQATLinear(linear, config)
+        return BinaryQATLinear(layer, config)
     if isinstance(config, LowBit):
         if config.method == "pact":
-            return PACTQATLinear(linear, config)
-        return DoReFaQATLinear(linear, config) if config.method == "dorefa" else LowBitQATLinear(linear, config)
-    return Int8QATLinear(linear, config)
+            return PACTQATLinear(layer, config)
+        return DoReFaQATLinear(layer, config) if config.method == "dorefa" else LowBitQATLinear(layer, config)
+    return Int8QATLinear(layer, config)
 
 
 def _why_not_switchable(module: nn.Module) -> str | None:
@@ -211,7 +251,7 @@ def check_post_training(plan: LayerPlan) -> None:
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that `quantize_` replaces when one config is given for all, by name; a shared one under each name.
+    """The linear layers that `quantize_` replaces when one config is given for all, by name; a shared one under each.
 
     Raises:
         ValueError: as for `quantize_`.

@@ -18,8 +18,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdq.layers.base import ACTIVATION_FUNCTIONS, InferenceLinear, fused_activation
-from kdq.layers.qat import QATLinear
+from kdq.layers.base import ACTIVATION_FUNCTIONS, InferenceLayer, fused_activation
+from kdq.layers.qat import TrainingTwin
 from kdq.losses import mean_kl
 from kdq.observe import Batch, captured_outputs, check_same_shape, evaluating, parse_batch, rows_of
 
@@ -133,9 +133,9 @@ def report(
     if not batches:
         raise ValueError("loader: expected at least one batch, got none")
     with evaluating(student, teacher), torch.no_grad():
-        outputs = [compared_outputs(student, teacher, parse_batch(batch)) for batch in batches]
+        outputs = [compared_outputs(student, teacher, parse_batch(batch, student)) for batch in batches]
         layers = layer_errors(student, teacher if reference is None else reference, batches[0])
-        first = parse_batch(batches[0])
+        first = parse_batch(batches[0], student)
         times = interleaved_latency(
             [lambda: first.logits(student, "student"), lambda: first.logits(teacher, "teacher")]
         )
@@ -199,8 +199,9 @@ def layer_errors(student: nn.Module, reference: nn.Module, batch: Any) -> list[L
     Where one side's layer computes its activation too, both are compared after it.
     """
     theirs = dict(reference.named_modules())
-    quantized = {n: m for n, m in student.named_modules() if isinstance(m, InferenceLinear | QATLinear) and n in theirs}
-    parsed = parse_batch(batch)
+    ours = {n: m for n, m in student.named_modules() if isinstance(m, InferenceLayer | TrainingTwin)}
+    quantized = {n: m for n, m in ours.items() if n in theirs}
+    parsed = parse_batch(batch, student)
     with evaluating(student, reference), torch.no_grad():
         with captured_outputs(student, quantized, "student") as outputs:
             parsed.logits(student, "student")

@@ -6,16 +6,17 @@ SwitchableDistiller(teacher, student, [SoftTargets(T=4)]).fit(loader, epochs=20)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdq import distributed, ranks
 from kdq.configs import Config
 from kdq.distill import Distiller
 from kdq.losses import Loss, Weighted
-from kdq.observe import device_of, parse_batch
+from kdq.observe import Batch, parse_batch
 from kdq.phases import Phase
 from kdq.switch import keeping_precision, precisions, set_precision_
 
@@ -38,7 +39,8 @@ class SwitchableDistiller(Distiller):
         sandwich: how many random precisions a step runs between the widest and the narrowest; all, if there are no
             more.
         recursive: False: all precisions learn from the teacher.
-        seed: of the random choice; ranks that train together need the same one.
+        seed: of the random choice; ranks that train together take that of rank 0. A student in DDP needs
+            `find_unused_parameters=True`: a step does not use the scales of the precisions that it leaves out.
 
     Raises:
         ValueError: the student has no switchable layers, or sandwich is below 1; or as for `Distiller`.
@@ -72,16 +74,22 @@ class SwitchableDistiller(Distiller):
 
     def loss(self, batch: Any) -> Tensor:
         """The sum of the losses of the precisions that are drawn for this step. Errors as for `Distiller.loss`."""
-        parsed = parse_batch(batch, device_of(self.student))
-        goal, taught = self._run_teacher(parsed)
+        parsed = parse_batch(batch, self._inner)
+        with distributed.scope_of(self.student), keeping_precision(self._inner):
+            goal, taught = self._run_teacher(parsed)
+            drawn: list[Config] = ranks.gather_objects(self.draw())[0]
+            return self._as_step(lambda: self._sandwich(parsed, goal, taught, drawn))
+
+    def _sandwich(
+        self, batch: Batch, goal: Tensor | None, taught: Mapping[str, Tensor], drawn: Sequence[Config]
+    ) -> Tensor:
         terms = []
-        with keeping_precision(self.student):
-            for precision in self.draw():
-                set_precision_(self.student, precision)
-                term, logits = self._compare(parsed, goal, taught)
-                terms.append(term)
-                if self.recursive:
-                    goal = logits.detach()
+        for precision in drawn:
+            set_precision_(self._inner, precision)
+            term, logits = self._compare(batch, goal, taught)
+            terms.append(term)
+            if self.recursive:
+                goal = logits.detach()
         return torch.stack(terms).sum()
 
     def _for_phase(self, phase: Phase) -> Distiller:

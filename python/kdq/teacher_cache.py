@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdq import distributed
 from kdq.logit_store import DTYPES, KEY_BYTES, LogitCodec, LogitStore
 from kdq.observe import evaluating, logits_of
 
@@ -22,8 +23,11 @@ class CachedTeacher(nn.Module):
 
     A sample is known by the bytes of its inputs, so that shuffling, batch sizes and epochs do not matter; every tensor
     argument whose first axis has the length of the batch is split by samples, anything else is part of each sample. The
-    teacher runs in eval mode, where the output for a sample must depend on that sample alone. Several processes and
-    runs may share a folder. What comes back is what was stored, also the first time: the same numbers in every epoch.
+    teacher runs in eval mode, where the output for a sample must depend on that sample alone. What comes back is what
+    was stored, also the first time: the same numbers in every epoch.
+
+    Several processes and runs may share a folder: each writes what it asked, and reads what all have written. A teacher
+    that is sharded by `fully_shard` is asked by all ranks at once, as soon as one of them needs it.
 
     It is of no use where the inputs change every epoch (augmentation): if a `fit` finds fewer than 10 % of the samples
     known in an epoch after its first, a UserWarning says so and nothing more is stored. It has no features: feature
@@ -79,10 +83,10 @@ class CachedTeacher(nn.Module):
         missing = [i for i, key in enumerate(keys) if key not in known]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        if missing:
-            payloads = self.codec.encode(self._ask(missing, len(keys), args, kwargs))
+        if distributed.needed(bool(missing), self.teacher):
+            payloads = self.codec.encode(self._ask(missing or [0], len(keys), args, kwargs))[: len(missing)]
             fresh = dict(zip((keys[i] for i in missing), payloads, strict=True))
-            if self.storing:
+            if self.storing and fresh:
                 self.store.append(fresh)
             known.update(fresh)
         return self.codec.decode([known[key] for key in keys]).to(device)
@@ -170,11 +174,12 @@ def tensor_bytes(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's structure (as it prints) and state."""
-    digest = hashlib.sha256(str(model).encode())
+    """A hash of a model's structure (as it prints) and state, whole if it is sharded."""
+    digest = hashlib.sha256(distributed.printed(model).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
+            value = distributed.whole(value)
             digest.update(repr((value.dtype, list(value.shape))).encode())
             digest.update(tensor_bytes(value).numpy().tobytes())
         else:
@@ -185,5 +190,6 @@ def fingerprint(model: nn.Module) -> str:
 def _stamp(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
     """Changes whenever a weight is written to (but through `.data`), turned to another dtype or moved; cheap, where the
     fingerprint reads them all."""
-    tensors = (*model.parameters(), *model.buffers())
+    distributed.reshard(model)
+    tensors = [distributed.own_part(t) for t in (*model.parameters(), *model.buffers())]
     return tuple((id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdq.layers.base import InferenceLinear
-from kdq.layers.qat import QATLinear
+from kdq.layers.base import InferenceLayer
+from kdq.layers.qat import TrainingTwin
 from kdq.observe import logits_of
 
 
@@ -77,7 +77,7 @@ def self_teacher(model: nn.Module) -> nn.Module:
         ValueError: a layer of the model is already quantized or prepared.
     """
     for name, module in model.named_modules():
-        if isinstance(module, QATLinear | InferenceLinear):
+        if isinstance(module, TrainingTwin | InferenceLayer):
             raise ValueError(
                 f"model: {name!r} is already a {type(module).__name__}; call self_teacher before prepare_qat_"
             )

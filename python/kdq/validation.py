@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from kdq.distributed import distribute_as, reshard, to_save, unwrapped
 from kdq.observe import device_of, evaluating, parse_batch
+from kdq.ranks import batches_in_step, gather_numbers
 from kdq.reporting import compared_outputs, teacher_kl
 
 
@@ -32,6 +34,11 @@ class Validation:
     teacher_kl: float
     lead: float | None
 
+    def values(self) -> dict[str, float]:
+        """What a log is told: without what there is not."""
+        values = {name: getattr(self, name) for name in ("accuracy", "teacher_accuracy", "teacher_kl")}
+        return {name: value for name, value in values.items() if value is not None}
+
     def better_than(self, other: Validation) -> bool:
         """By accuracy, if there are labels; then by KL to the teacher."""
         return (self.accuracy or 0.0, -self.teacher_kl) > (other.accuracy or 0.0, -other.teacher_kl)
@@ -50,63 +57,91 @@ class Validation:
 
 
 def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> Validation:
-    """Runs both models, in eval mode and without gradients, over a loader's batches.
+    """Runs both models, in eval mode and without gradients, over a loader's batches; where ranks train together, over
+    those of all.
 
     Rows whose target is -100 are left out.
 
     Raises:
-        ValueError: the loader gives no row, or the outputs' shapes differ.
+        ValueError: the loader gives no row, ranks differ in the number of batches, or the outputs' shapes differ.
     """
-    divergence, rows, labelled = 0.0, 0, True
-    right: list[Tensor] = []  # [2, rows] a batch: student, teacher
+    student, teacher = unwrapped(student), unwrapped(teacher)
+    device = device_of(student)
+    divergence, rows, unlabelled = 0.0, 0, 0
+    right = torch.zeros(2, 2, dtype=torch.long)  # rows by whether the student is right, and the teacher
     with evaluating(student, teacher), torch.no_grad():
-        for batch in loader:
-            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, device_of(student)))
+        for batch in batches_in_step(loader, device):
+            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, student))
             if len(ours) == 0:
                 continue
             divergence += teacher_kl(ours, theirs) * len(ours)
             rows += len(ours)
             if target is None:
-                labelled = False
+                unlabelled += len(ours)
             else:
-                right.append(torch.stack([ours.argmax(-1) == target, theirs.argmax(-1) == target]).double().cpu())
+                cases = 2 * (ours.argmax(-1) == target) + (theirs.argmax(-1) == target)
+                right += torch.bincount(cases.cpu(), minlength=4).view(2, 2)
+    reshard(student)
+    numbers = gather_numbers([divergence, rows, unlabelled, *right.flatten().tolist()], device).sum(0).tolist()
+    divergence, rows, unlabelled, _, only_teacher, only_student, both = numbers
     if rows == 0:
         raise ValueError("validation: expected at least one batch with a row that counts, got none")
-    if not labelled:
+    if unlabelled:
         return Validation(None, None, divergence / rows, None)
-    student_right, teacher_right = torch.cat(right, 1)
-    return Validation(
-        float(student_right.mean()), float(teacher_right.mean()), divergence / rows, _lead(student_right, teacher_right)
-    )
+    lead = _lead(only_student, only_teacher, rows)
+    return Validation((only_student + both) / rows, (only_teacher + both) / rows, divergence / rows, lead)
 
 
-def _lead(student: Tensor, teacher: Tensor) -> float:
-    """The paired difference of two 0/1 rows in its standard errors; infinite if it is the same at every row."""
-    difference = student - teacher
-    mean = float(difference.mean())
+def _lead(ahead: float, behind: float, rows: float) -> float:
+    """The paired difference of two 0/1 rows, 1 in `ahead` of them and -1 in `behind`, in its standard errors; infinite
+    if it is the same at every row."""
+    mean = (ahead - behind) / rows
     if mean == 0:
         return 0.0
-    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
-    return math.copysign(math.inf, mean) if error == 0 else mean / error
+    variance = (ahead + behind - rows * mean**2) / (rows - 1) if rows > 1 else math.inf
+    return math.copysign(math.inf, mean) if variance <= 0 else mean / math.sqrt(variance / rows)
 
 
 class BestWeights:
-    """Keeps the weights of the best epoch, and counts how long ago it was."""
+    """What the epochs' validations found, and the weights of the best of them.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        patience: so many epochs without a better one are enough. None: no weights are kept.
+    """
+
+    def __init__(self, model: nn.Module, patience: int | None) -> None:
         self.model = model
-        self.best: Validation | None = None
+        self.patience = patience
+        self.found: list[Validation] = []
         self.epoch: int | None = None
-        self.epochs_since = 0
-        self.state: dict[str, Any] = {}
+        self.weights: dict[str, Any] = {}
 
-    def see(self, validation: Validation, epoch: int) -> None:
-        if self.best is not None and not validation.better_than(self.best):
-            self.epochs_since += 1
+    def see(self, validation: Validation) -> None:
+        """One after each epoch, while the model has the weights that it is of."""
+        self.found.append(validation)
+        if self.patience is None:
             return
-        self.best, self.epoch, self.epochs_since = validation, epoch, 0
-        self.state = copy.deepcopy(self.model.state_dict())
+        if self.epoch is None or validation.better_than(self.found[self.epoch]):
+            self.epoch = len(self.found) - 1
+            self.weights = copy.deepcopy(self.model.state_dict())  # of this rank's shards, if there are
+
+    def is_enough(self) -> bool:
+        if self.patience is None or self.epoch is None:
+            return False
+        return len(self.found) - 1 - self.epoch >= self.patience
 
     def put_back(self) -> None:
-        if self.state:
-            self.model.load_state_dict(self.state)
+        self.model.load_state_dict(self.weights)
+        torch.clear_autocast_cache()  # an autocast around it all would go on with the weights of before
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = to_save(self.weights)
+        return {"found": [asdict(found) for found in self.found], "epoch": self.epoch, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.found = [Validation(**found) for found in state["found"]]
+        self.epoch = state["epoch"]
+        if state["weights"]:
+            self.weights = {
+                name: distribute_as(tensor, state["weights"][name]) for name, tensor in self.model.state_dict().items()
+            }

@@ -65,6 +65,55 @@ std::vector<int32_t> run_binary() {
   return out;
 }
 
+std::vector<float> run_codebook() {
+  const int64_t n = 37;
+  const int64_t k = 131;
+  const int bits = 5;
+  std::vector<uint8_t> indices(n * k);
+  std::vector<float> codebook(1 << bits);
+  std::vector<float> x(k);
+  for (size_t i = 0; i < indices.size(); ++i) indices[i] = static_cast<uint8_t>(i * 37 % 32);
+  for (size_t i = 0; i < codebook.size(); ++i) codebook[i] = static_cast<float>(i) - 16.0F;
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 19) - 9.0F;  // integers, so that sums are exact
+  std::vector<uint32_t> packed(kdq::codebook_panels(n) * kdq::codebook_words(k, bits) * kdq::kCodebookLanes);
+  require(kdq::pack_indices(indices.data(), n, k, bits, packed.data(), kdq::default_executor()));
+  std::vector<float> y(n);
+  kdq::CodebookLinear args;
+  args.x = x.data();
+  args.y = y.data();
+  args.m = 1;
+  args.n = n;
+  args.k = k;
+  args.packed = packed.data();
+  args.bits = bits;
+  args.codebook = codebook.data();
+  require(kdq::codebook_linear(args, kdq::default_executor()));
+  return y;
+}
+
+std::vector<uint64_t> run_binary_threshold() {
+  const int64_t m = 9;
+  const int64_t n = 70;
+  const int64_t k = 300;
+  const std::vector<float> x = ramp(m * k);
+  const std::vector<float> w = ramp(n * k + 17);
+  std::vector<uint64_t> weight_bits(n * kdq::binary_words(k));
+  require(kdq::pack_signs(kdq::DType::kFloat32, w.data() + 17, n, k, weight_bits.data(), kdq::default_executor()));
+  std::vector<int32_t> threshold(n);
+  for (int64_t c = 0; c < n; ++c) threshold[c] = static_cast<int32_t>(c % 7) - 3;
+  std::vector<uint64_t> y_bits(m * kdq::binary_words(n));
+  kdq::BinaryThreshold args;
+  args.x = x.data();
+  args.y_bits = y_bits.data();
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  args.weight_bits = weight_bits.data();
+  args.threshold = threshold.data();
+  require(kdq::binary_threshold(args, kdq::default_executor()));
+  return y_bits;
+}
+
 // A float result, which may differ between levels in its last digits.
 std::vector<int64_t> run_distillation() {
   const int64_t classes = 1001;
@@ -105,7 +154,9 @@ int main() {
   const bool fake_quant = same_on_every_isa("fake_quantize", run_fake_quant);
   const bool int8 = same_on_every_isa("int8_matmul", run_int8);
   const bool binary = same_on_every_isa("binary_matmul", run_binary);
+  const bool threshold = same_on_every_isa("binary_threshold", run_binary_threshold);
+  const bool codebook = same_on_every_isa("codebook_linear", run_codebook);
   const bool distillation = same_on_every_isa("distillation_loss", run_distillation);
   const bool refused = !kdq::set_isa("mmx").ok();
-  return fake_quant && int8 && binary && distillation && refused ? 0 : 1;
+  return fake_quant && int8 && binary && threshold && codebook && distillation && refused ? 0 : 1;
 }

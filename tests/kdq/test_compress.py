@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdq
+from kdq.checkpoint import write_atomically
 from kdq.compression import road
-from kdq.compression.folder import RunFolder, write_atomically
+from kdq.compression.folder import RunFolder
 from kdq.compression.report import CompressionReport, Model, pareto_front, times
 from kdq.search.cost import tensor_bytes
 

@@ -26,6 +26,7 @@ CONFIGS: list[Config] = [
     kdq.Int8Dynamic(),
     kdq.Int8Static(),
     kdq.Int8WeightOnly(),
+    kdq.Codebook(weight_bits=3),
     kdq.LowBit(weight_bits=3, act_bits=4),
     kdq.LowBit(weight_bits=1, act_bits=4),
 ]

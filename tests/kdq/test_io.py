@@ -21,6 +21,7 @@ CONFIGS: list[Config] = [
     kdq.Int8WeightOnly(),
     kdq.LowBit(weight_bits=3, act_bits=4),
     kdq.Binary(),
+    kdq.Codebook(weight_bits=3),
 ]
 X = torch.randn(11, 19, generator=torch.Generator().manual_seed(3))
 

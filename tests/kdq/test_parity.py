@@ -135,6 +135,7 @@ def test_bfloat16_agrees_too(config: Config) -> None:
         kdq.Int8Dynamic(),
         kdq.Int8Static(),
         kdq.Int8WeightOnly(),
+        kdq.Codebook(weight_bits=4),
         kdq.LowBit(weight_bits=3, act_bits=4),
         kdq.LowBit(weight_bits=3, act_bits=4, method="pact"),
         kdq.LowBit(weight_bits=3, act_bits=4, method="dorefa"),

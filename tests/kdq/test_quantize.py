@@ -21,6 +21,7 @@ CONFIGS: list[Config] = [
     kdq.Int8Dynamic(),
     kdq.Int8Static(),
     kdq.Int8WeightOnly(),
+    kdq.Codebook(weight_bits=5),
     kdq.LowBit(weight_bits=8, act_bits=8),
     kdq.LowBit(weight_bits=4, act_bits=4),
     kdq.LowBit(weight_bits=3, act_bits=5),
@@ -304,7 +305,8 @@ def test_modes_and_dtypes(config: Config) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert m(data()).dtype == torch.bfloat16
     half = copy.deepcopy(m).bfloat16()
-    assert half.weight_scale.dtype == torch.float32, "scales are not rounded with the model"
+    values = half.codebook if isinstance(config, kdq.Codebook) else half.weight_scale
+    assert values.dtype == torch.float32, "scales and centroids are not rounded with the model"
     assert half(data().bfloat16()).dtype == torch.bfloat16
     assert m(data(0)).shape == (0, 48)
     assert torch.equal(m(data(12).reshape(3, 4, 37)), m(data(12)).reshape(3, 4, 48))
@@ -327,6 +329,7 @@ def test_gradient_passes_to_the_input(config: Config) -> None:
 @every_config
 def test_compiles_and_exports(config: Config) -> None:
     m = quantized(config)
+    torch.compiler.reset()  # each config is another model, of which only some few may be compiled
     with torch.no_grad():
         compiled = torch.compile(m, fullgraph=True)
         torch.testing.assert_close(compiled(data()), m(data()), rtol=1e-5, atol=1e-5)

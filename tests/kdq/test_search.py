@@ -264,7 +264,8 @@ def test_a_students_own_precision_is_used() -> None:
 
 
 def test_input_rows_are_of_every_call() -> None:
-    assert input_rows(Tied(), ["a", "c"], parse_batch(torch.zeros(2, 6))) == {"a": [2, 2, 2], "c": [2]}
+    tied = Tied()
+    assert input_rows(tied, ["a", "c"], parse_batch(torch.zeros(2, 6), tied)) == {"a": [2, 2, 2], "c": [2]}
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def test_report_and_order() -> None:
     report = kdq.prepare_switchable_(model, [TWO, ONE, INT8, kdq.Int8WeightOnly(), FOUR])
     assert set(report.changed) == {"0", "1", "3", "4.0", "4.1", "5"}
     assert not report.left
+    assert "active=Int8WeightOnly" in str(model)
     assert kdq.precisions(model) == (kdq.Int8WeightOnly(), INT8, FOUR, TWO, ONE)
     assert kdq.precision_of(model) == dict.fromkeys(["1", "4.1", "5"], kdq.Int8WeightOnly())
     again = kdq.prepare_switchable_(model, PRECISIONS)

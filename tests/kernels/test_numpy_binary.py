@@ -141,3 +141,106 @@ def test_linear_is_exact_for_rows_longer_than_float32_can_count(isa: str) -> Non
     w[0, : 2**23] = -1
     got = kn.binary_linear(np.ones((1, k), np.float16), kn.pack_signs(w), np.ones(1, np.float32), None)
     np.testing.assert_array_equal(got, [[1]])
+
+
+# ---- from bits to bits -----------------------------------------------------------------------------------------------
+
+
+def below(dots: Array, threshold: Array) -> Array:
+    """The bits that `binary_threshold` means, spelled out."""
+    m, n = dots.shape
+    words = (n + 63) // 64
+    table = np.zeros((m, words * 64), np.uint8)
+    table[:, :n] = dots < threshold
+    return np.frombuffer(np.packbits(table, axis=1, bitorder="little").tobytes(), "<i8").reshape(m, words)
+
+
+@every_isa
+@given(m=rows, n=rows, k=depths, seed=st.integers(0, 2**32 - 1))
+def test_threshold_is_a_comparison_of_the_exact_dot(isa: str, m: int, n: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, w = rng.normal(size=(m, k)).astype("f4"), rng.normal(size=(n, k)).astype("f4")
+    dots = signs(a) @ signs(w).T
+    threshold = rng.integers(-k - 1, k + 2, n).astype("i4")
+    if m and n:  # ties, which random thresholds of long rows would miss
+        threshold = np.where(rng.random(n) < 0.5, dots[0], threshold).astype("i4")
+    expected = below(dots, threshold)
+    a_bits, w_bits = kn.pack_signs(a), kn.pack_signs(w)
+    np.testing.assert_array_equal(kn.binary_threshold(a_bits, w_bits, threshold, k=k), expected)
+    np.testing.assert_array_equal(kn.binary_threshold(a, w_bits, threshold), expected)
+
+
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_threshold_of_every_height_and_width_of_tile(isa: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    for n in (1, 8, 9, 16, 33, 63, 64, 65, 128, 130, 257):
+        for k in (1, 64, 65, 700):
+            x, w = rng.normal(size=(rows, k)).astype("f2"), rng.normal(size=(n, k)).astype("f4")
+            threshold = rng.integers(-3, 4, n).astype("i4")
+            got = kn.binary_threshold(x, kn.pack_signs(w), threshold)
+            np.testing.assert_array_equal(got, below(signs(x) @ signs(w).T, threshold))
+
+
+def test_threshold_at_the_ends_of_its_range(isa: str) -> None:
+    """At most -k: always +1. More than k: always -1. Also where the dot is -k or k itself."""
+    k, n = 65, 70
+    x = np.ones((9, k), np.float32)
+    for sign in (1, -1):
+        w = kn.pack_signs(np.full((n, k), sign, np.float32))
+        for value, bit in ((-(2**31), 0), (-k, 0), (k + 1, 1), (2**31 - 1, 1), (sign * k, 0), (sign * k + 1, 1)):
+            got = kn.binary_threshold(x, w, np.full(n, value, "i4"))
+            np.testing.assert_array_equal(got, below(np.zeros((9, n)), np.full(n, bit)))
+
+
+def test_threshold_counts_every_bit_of_a_long_row(isa: str) -> None:
+    k = 70_001
+    a, w = np.ones((9, k), np.float32), kn.pack_signs(np.full((11, k), -1, np.float32))
+    np.testing.assert_array_equal(kn.binary_threshold(a, w, np.full(11, -k, "i4")), 0)
+    np.testing.assert_array_equal(kn.binary_threshold(a, w, np.full(11, 1 - k, "i4")), 2**11 - 1)
+
+
+def test_linear_takes_packed_signs(isa: str) -> None:
+    """The same bits as from the values, whatever their dtype: the result is float32."""
+    rng = np.random.default_rng(6)
+    for batch, n, k in (((1,), 10, 130), ((3, 5), 77, 64), ((40,), 130, 700)):
+        x, w = rng.normal(size=(*batch, k)).astype("f4"), kn.pack_signs(rng.normal(size=(n, k)).astype("f4"))
+        scale, bias = rng.uniform(0.1, 1, n).astype("f4"), rng.normal(size=n).astype("f4")
+        got = kn.binary_linear(kn.pack_signs(x), w, scale, bias, k=k)
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, kn.binary_linear(x, w, scale, bias))
+
+
+def test_bits_do_not_depend_on_threads(isa: str) -> None:
+    rng = np.random.default_rng(4)
+    x, w = rng.normal(size=(230, 700)).astype("f4"), kn.pack_signs(rng.normal(size=(390, 700)).astype("f4"))
+    threshold = rng.integers(-30, 30, 390).astype("i4")
+    before = kn.num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 7):
+            kn.set_num_threads(threads)
+            results.append(kn.binary_threshold(x, w, threshold))
+    finally:
+        kn.set_num_threads(before)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_bad_arguments_of_bits_are_named() -> None:
+    bits, threshold = kn.pack_signs(np.ones((2, 70), np.float32)), np.zeros(2, "i4")
+    with pytest.raises(ValueError, match="k: expected the number of features"):
+        kn.binary_threshold(bits, bits, threshold)
+    with pytest.raises(ValueError, match="k: expected 70.*got 71"):
+        kn.binary_threshold(np.ones((2, 70), np.float32), bits, threshold, k=71)
+    with pytest.raises(ValueError, match="x: expected 4 words"):
+        kn.binary_linear(bits, bits, np.ones(2, "f4"), k=200)
+    with pytest.raises(ValueError, match="threshold: expected dtype int32, got float32"):
+        kn.binary_threshold(bits, bits, np.zeros(2, "f4"), k=70)
+    with pytest.raises(ValueError, match="threshold: expected shape"):
+        kn.binary_threshold(bits, bits, np.zeros(3, "i4"), k=70)
+    dirty = bits.copy()
+    dirty[1, 1] |= 1 << 40
+    with pytest.raises(ValueError, match="x_bits: row 1"):
+        kn.binary_threshold(dirty, bits, threshold, k=70)
+    with pytest.raises(ValueError, match="weight_bits: row 1"):
+        kn.binary_threshold(bits, dirty, threshold, k=70)

@@ -28,6 +28,9 @@ def int8(*shape: int) -> Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
 
 
+INDICES = torch.randint(0, 8, (13, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
 def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     x, w = randn(5, 70), int8(13, 70)
     packed, scale = kk.pack_int8_weight(w), torch.rand(13) + 0.1
@@ -70,6 +73,17 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("unpack_signs", ops.unpack_signs.default, (bits, 70), {}),
         ("binary_matmul", ops.binary_matmul.default, (bits, bits, 70), {}),
         ("binary_linear", ops.binary_linear.default, (x, bits, scale, scale), {}),
+        ("pack_indices", ops.pack_indices.default, (INDICES, 3), {}),
+        ("unpack_indices", ops.unpack_indices.default, (kk.pack_indices(INDICES, 3), 3, 13, 70), {}),
+        (
+            "codebook_linear",
+            ops.codebook_linear.default,
+            (x, kk.pack_indices(INDICES, 3), torch.rand(8), 13, scale),
+            {"activation": "silu"},
+        ),
+        ("binary_linear of bits", ops.binary_linear.default, (bits, bits, scale, None, 70), {}),
+        ("binary_threshold", ops.binary_threshold.default, (x, bits, torch.arange(13, dtype=torch.int32)), {}),
+        ("binary_threshold of bits", ops.binary_threshold.default, (bits, bits, torch.arange(13).int(), 70), {}),
         ("distillation_loss", ops.distillation_loss.default, (x, w.float()[:5], None, 4.0, 1.0), {}),
         (
             "distillation_loss_backward",
@@ -121,11 +135,15 @@ def test_binarize_gradient(isa: str, dtype: torch.dtype) -> None:
 def layer(x: Tensor) -> Tensor:
     q = kk.fake_quantize(x, 0.1, quant_min=-128, quant_max=127)
     y = kk.int8_linear(q, PACKED, torch.full((8,), 0.01), activation="relu")
-    return kk.binary_linear(y, BITS, torch.ones(3))
+    y = kk.codebook_linear(y, CODEBOOK_WEIGHT, torch.tensor([-0.5, 0.0, 0.25, 1.0]), 8)
+    hidden = kk.binary_threshold(y, HIDDEN_BITS, torch.zeros(70, dtype=torch.int32))
+    return kk.binary_linear(hidden, BITS, torch.ones(3), k=70)
 
 
+CODEBOOK_WEIGHT = kk.pack_indices(INDICES[:8, :8] % 4, 2)
 PACKED = kk.pack_int8_weight(int8(8, 20))
-BITS = kk.pack_signs(randn(3, 8))
+HIDDEN_BITS = kk.pack_signs(randn(70, 8, seed=1))
+BITS = kk.pack_signs(randn(3, 70))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -154,7 +172,8 @@ def test_export_keeps_the_operators() -> None:
 
     exported = torch.export.export(Model(), (randn(4, 20),))
     targets = {str(node.target) for node in exported.graph.nodes}
-    assert {"kdq.fake_quantize.default", "kdq.int8_linear.default", "kdq.binary_linear.default"} <= targets
+    names = ("fake_quantize", "int8_linear", "codebook_linear", "binary_threshold", "binary_linear")
+    assert {f"kdq.{name}.default" for name in names} <= targets
     torch.testing.assert_close(exported.module()(randn(4, 20)), layer(randn(4, 20)))
 
 
@@ -301,6 +320,10 @@ def test_linear_layers_in_every_dtype(isa: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         weight_only.double(), x.double() @ w.double().t() * scale + bias, rtol=tolerance, atol=tolerance
     )
+    indices, codebook = (w % 32).to(torch.uint8), randn(32, seed=7)
+    got = kk.codebook_linear(x, kk.pack_indices(indices, 5), codebook, 33, bias)
+    expected = x.double() @ codebook[indices.long()].double().t() + bias
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_numbers_and_tensors_mean_the_same() -> None:

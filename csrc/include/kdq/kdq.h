@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kdq/binary_gemm.h"
+#include "kdq/codebook.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 #include "kdq/int8_gemm.h"

@@ -6,10 +6,11 @@ int8, bfloat16 or float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kdq_kernels as kk
@@ -65,3 +66,33 @@ def binary_linear_cases(quick: bool) -> Iterator[Case]:
         limits = [binary_products(2.0 * m * n * k), reading(n * k / 8 + 4 * m * k)]
         reference = x.double() @ scaled.double().t() + bias
         yield Case("binary_linear", shapes.name((m, n, k)), limits, reference, contenders)
+
+
+def binary_threshold_cases(quick: bool) -> Iterator[Case]:
+    """Bits in, bits out: a hidden layer with its norm and its sign. The others compare their products and pack."""
+    generator = torch.Generator().manual_seed(4)
+    for m, n, k in shapes.QUICK if quick else shapes.BINARY:
+        a = random_signs(m, k, generator)
+        w = random_signs(n, k, generator)
+        a_bits, w_bits = kk.pack_signs(a), kk.pack_signs(w)
+        threshold = torch.randint(-16, 17, (n,), generator=generator, dtype=torch.int32)
+        products: dict[str, Callable[[], Tensor]] = {
+            "kdq binary_matmul": partial(kk.binary_matmul, a_bits, w_bits, k),
+            "torch float32": partial(F.linear, a, w),
+            "torch _int_mm": int_mm(a.to(torch.int8), w.to(torch.int8)),
+        }
+        contenders = [
+            Contender("kdq binary_threshold", partial(kk.binary_threshold, a_bits, w_bits, threshold, k=k), "ours"),
+            *(
+                Contender(name, partial(compare_and_pack, product, threshold), "context" if "kdq" in name else "peer")
+                for name, product in products.items()
+            ),
+        ]
+        limits = [binary_products(2.0 * m * n * k), reading((n + m) * k / 8)]
+        reference = kk.pack_signs((a.double() @ w.double().t() - threshold).float())
+        yield Case("binary_threshold", shapes.name((m, n, k)), limits, reference, contenders)
+
+
+def compare_and_pack(product: Callable[[], Tensor], threshold: Tensor) -> Tensor:
+    """The same bits from the products in memory."""
+    return kk.pack_signs((product() - threshold).float())

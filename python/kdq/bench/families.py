@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kdq.bench.binary import binary_linear_cases, binary_matmul_cases
+from kdq.bench.binary import binary_linear_cases, binary_matmul_cases, binary_threshold_cases
 from kdq.bench.case import Case
+from kdq.bench.codebook import codebook_cases
 from kdq.bench.distillation import distillation_loss_cases
 from kdq.bench.fake_quant import fake_quantize_cases, fake_quantize_out_cases
 from kdq.bench.fake_quant_gradients import fake_quantize_backward_cases, fake_quantize_training_cases
@@ -18,8 +19,10 @@ FAMILIES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "int8_matmul": int8_matmul_cases,
     "int8_linear": int8_linear_cases,
     "int8_weight_only_linear": weight_only_cases,
+    "codebook_linear": codebook_cases,
     "binary_matmul": binary_matmul_cases,
     "binary_linear": binary_linear_cases,
+    "binary_threshold": binary_threshold_cases,
     "fake_quantize": fake_quantize_cases,
     "fake_quantize_out": fake_quantize_out_cases,
     "fake_quantize_backward": fake_quantize_backward_cases,

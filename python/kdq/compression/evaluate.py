@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from kdq.compression.report import Layer, Model
-from kdq.configs import short_name
+from kdq.configs import bits_of, short_name
 from kdq.layers.base import InferenceLinear
-from kdq.layers.switchable import bits_of
 from kdq.observe import evaluating, parse_batch, rows_of
 from kdq.reporting import interleaved_latency, layer_errors
 from kdq.search.cost import tensor_bytes
@@ -22,7 +21,7 @@ from kdq.validation import validate
 
 def evaluate(models: Mapping[str, nn.Module], teacher: nn.Module, batches: Sequence[Any]) -> dict[str, Model]:
     """Every model on the batches, by its name."""
-    first = parse_batch(batches[0])
+    first = parse_batch(batches[0], teacher)
     with evaluating(*models.values()), torch.inference_mode():
         times = interleaved_latency([partial(first.logits, model, name) for name, model in models.items()])
     found = {}
@@ -47,6 +46,6 @@ def describe_layers(model: nn.Module, reference: nn.Module, batch: Any) -> list[
 
 def count_samples(model: nn.Module, batches: Sequence[Any]) -> int:
     """Rows of logits that count (their target is not -100), in all batches."""
-    parsed = [parse_batch(batch) for batch in batches]
+    parsed = [parse_batch(batch, model) for batch in batches]
     with evaluating(model), torch.no_grad():
         return sum(int(rows_of(batch.logits(model, "model"), batch.target)[2].sum()) for batch in parsed)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kdq.checkpoint import write_atomically
 
 RECORD = "run.json"
 
@@ -21,16 +23,6 @@ RECORD = "run.json"
 def fingerprint(**inputs: Any) -> str:
     """A hash of JSON-like values; the same for the same values in any process."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Whoever is killed meanwhile leaves the file as it was, or whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class RunFolder:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdq.checkpoint import generators_of
+
 
 @contextmanager
 def seeded(seed: int, loader: Iterable[Any], owner: object = None) -> Iterator[None]:
@@ -19,12 +21,8 @@ def seeded(seed: int, loader: Iterable[Any], owner: object = None) -> Iterator[N
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    for holder in (loader, *samplers, owner):
-        generator = getattr(holder, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
+    for generator in generators_of(loader, owner):
+        generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ import copy
 import importlib.util
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,15 +22,16 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kdq.checkpoint import description, write_atomically
 from kdq.compression.evaluate import count_samples, describe_layers, evaluate
-from kdq.compression.folder import RunFolder, fingerprint, write_atomically
+from kdq.compression.folder import RunFolder, fingerprint
 from kdq.compression.repeatable import seeded
 from kdq.compression.report import CompressionReport, Training
 from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize, short_name
 from kdq.distill import Distiller, History
 from kdq.io import load, save
 from kdq.losses import Loss, SoftTargets
-from kdq.observe import device_of, evaluating, parse_batch
+from kdq.observe import evaluating, parse_batch
 from kdq.quantize import prepare_switchable_, quantizable_layers
 from kdq.reporting import ROUNDS
 from kdq.search import Budget, Plan, search_precision
@@ -196,7 +196,7 @@ class _Road:
             "model": fingerprint_of(self.model),
             "teacher": fingerprint_of(self.goal),
             "precisions": [config_to_json(config) for config in self.precisions],
-            "losses": [re.sub(r" at 0x[0-9a-f]+", "", repr(loss)) for loss in self.losses],
+            "losses": [description(loss) for loss in self.losses],
             "training": [self.epochs, self.lr, self.seed],
         }
         distilled = fingerprint(**about)
@@ -239,7 +239,7 @@ class _Road:
         """The student before it is trained. A batch has gone through each precision: all scales have a start."""
         student = copy.deepcopy(self.model)
         prepare_switchable_(student, self.precisions)
-        first = parse_batch(self.held[0], device_of(student))
+        first = parse_batch(self.held[0], student)
         with evaluating(student), torch.no_grad(), keeping_precision(student):
             for config in self.precisions:
                 set_precision_(student, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +16,48 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
-class InferenceLinear(nn.Module):
-    """A linear layer on quantized kernels. Its tensors are buffers: frozen, and saved in a form any machine can load.
+class InferenceLayer(nn.Module):
+    """What takes a float layer's place for inference. Its tensors are buffers: frozen, and saved in a form any machine
+    can load.
 
-    Subclasses compute the result in `kernel`; `dequantized_weight` is the float32 weight that they stand for.
-    `activation` (None, "relu", "gelu" in its erf form, or "silu") is applied to the result.
+    sizes: names of the attributes that say how large it is, in the float layer as well as here.
     """
 
+    sizes: ClassVar[tuple[str, str]]
+    config: Any
+
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor takes beside the config, ready for JSON."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLayer:
+        """Moves between devices, but keeps dtypes: `model.bfloat16()` must not round the float32 scales."""
+        super()._apply(lambda t: keeping_dtype(fn, t), recurse)
+        return self
+
+
+class InferenceLinear(InferenceLayer):
+    """A linear layer on quantized kernels.
+
+    Subclasses compute the result in `kernel`; `dequantized_weight` is the float32 weight that they stand for.
+    `activation` (None, "relu", "gelu" in its erf form, or "silu") is applied to the result, by the kernel where
+    `computes_activation`.
+    """
+
+    sizes = ("in_features", "out_features")
+    computes_activation = False
     in_features: int
     out_features: int
-    weight_scale: Tensor
     bias: Tensor | None
-    activation: str | None = None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str | None = None) -> None:
         super().__init__()
+        if activation is not None and activation not in ACTIVATION_FUNCTIONS:
+            names = ", ".join(map(repr, ACTIVATION_FUNCTIONS))
+            raise ValueError(f"activation: expected None or one of {names}, got {activation!r}")
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.activation = activation
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
@@ -69,10 +93,14 @@ class InferenceLinear(nn.Module):
             return linear
         return nn.Sequential(linear, ACTIVATION_MODULES[self.activation]())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLinear:
-        """Moves between devices, but keeps dtypes: `model.bfloat16()` must not round the float32 scales."""
-        super()._apply(lambda t: keeping_dtype(fn, t), recurse)
-        return self
+    def arguments(self) -> dict[str, Any]:
+        fused = {} if self.activation is None else {"activation": self.activation}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            **fused,
+        }
 
     def extra_repr(self) -> str:
         fused = "" if self.activation is None else f", activation={self.activation!r}"
@@ -119,14 +147,13 @@ class PackedInt8Linear(InferenceLinear):
     is built, loaded, copied or unpickled, remade after `set_isa`, and never saved.
     """
 
+    computes_activation = True
+    weight_scale: Tensor
     packed: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, activation: str | None) -> None:
-        super().__init__(in_features, out_features, bias)
-        if activation is not None and activation not in ACTIVATION_FUNCTIONS:
-            names = ", ".join(map(repr, ACTIVATION_FUNCTIONS))
-            raise ValueError(f"activation: expected None or one of {names}, got {activation!r}")
-        self.activation = activation
+        super().__init__(in_features, out_features, bias, activation)
+        self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
         self._packed_isa = ""
 

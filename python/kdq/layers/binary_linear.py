@@ -16,14 +16,17 @@ class BinaryLinear(InferenceLinear):
     """`sign(x) @ sign(w).T * weight_scale + bias` (XNOR-Net, Rastegari et al. 2016).
 
     Buffers: `weight_bits` int64 `[N, ceil(K / 64)]`, `weight_scale` float32 `[N]` (the mean `|w|` of the output
-    channel), `bias` float32 `[N]` or None. The binary kernels compute no activation.
+    channel), `bias` float32 `[N]` or None. The binary kernels compute no activation. x may be packed signs, int64
+    `[..., ceil(K / 64)]`, as a `BinaryThresholdLinear` puts out; the result is then float32.
     """
 
+    weight_scale: Tensor
     weight_bits: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, config: Binary | None = None) -> None:
         super().__init__(in_features, out_features, bias)
         self.config = Binary() if config is None else config
+        self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("weight_bits", torch.zeros(out_features, (in_features + 63) // 64, dtype=torch.int64))
 
     @classmethod
@@ -36,6 +39,12 @@ class BinaryLinear(InferenceLinear):
         if linear.bias is not None:
             layer.bias = linear.bias.detach().float().clone()
         return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.int64:
+            own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
+            return kk.binary_linear(x, own["weight_bits"], own["weight_scale"], own["bias"], k=self.in_features)
+        return super().forward(x)
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         if activation is not None:

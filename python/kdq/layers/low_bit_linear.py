@@ -36,7 +36,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 def unpack_bits(stream: Tensor, bits: int, k: int) -> Tensor:
     """The inverse of `pack_bits`: int8 `[N, k]`."""
     eight = torch.arange(8, dtype=torch.uint8)
-    flat = (stream[:, :, None] >> eight & 1).reshape(len(stream), -1)[:, : k * bits]
+    flat = (stream[:, :, None] >> eight & 1).reshape(len(stream), 8 * stream.shape[1])[:, : k * bits]
     codes = (flat.reshape(len(stream), k, bits).to(torch.int32) << torch.arange(bits, dtype=torch.int32)).sum(-1)
     if bits == 1:
         return (1 - 2 * codes).to(torch.int8)

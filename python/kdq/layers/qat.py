@@ -24,12 +24,14 @@ from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat_product import integer_zero_point, learned_scale, quantized_product
+from kdq.ranks import check_first_batch, pooled_range, sum_over_ranks
 
 
 class LearnedActivationGrid(nn.Module):
     """Unsigned activations with a learned scale and zero point (LSQ+, Bhalgat et al. 2020).
 
-    Both are initialised from the first batch that comes through, by least squared error.
+    Both are initialised from the first batch that comes through, by least squared error; from those of all ranks where
+    they train together (`kdq.distributed`).
     """
 
     initialized: Tensor
@@ -43,10 +45,12 @@ class LearnedActivationGrid(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
+        check_first_batch()
         sample = x.detach().float().flatten()
-        if sample.numel() == 0:
+        low, high = pooled_range(sample)
+        if low > high:
             return
-        grid = search_affine_grid(sample, float(sample.min()), float(sample.max()), self.bits)
+        grid = search_affine_grid(sample, low, high, self.bits, pooled=lambda errors: sum_over_ranks(errors, x.device))
         self.scale.copy_(grid.scale)
         self.zero_point.copy_(grid.zero_point)
         self.initialized.fill_(True)
@@ -71,17 +75,10 @@ class LearnedActivationGrid(nn.Module):
         return AffineGrid(learned_scale(self.scale.detach()), integer_zero_point(self.zero_point.detach(), self.bits))
 
 
-class QATLinear(nn.Module):
-    """Base of the training twins: the float weight and bias of an nn.Linear, taken over as they are."""
+class TrainingTwin(nn.Module):
+    """Base of the training twins: float parameters `weight` and, if any, `bias`, and what their grids learn."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QATLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingTwin:
         """`model.bfloat16()` turns weight and bias; learned scales and grids stay float32, as in inference layers."""
         parameters = [self._parameters.get(name) for name in ("weight", "bias")]
         turned = [t for p in parameters if p is not None for t in (p, p.grad)]
@@ -92,6 +89,17 @@ class QATLinear(nn.Module):
         """The layer on the real kernels; the twin is left as it is."""
         raise NotImplementedError
 
+
+class QATLinear(TrainingTwin):
+    """Base of the linear layers' twins: the float weight and bias of an nn.Linear, taken over as they are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+
     def to_float(self) -> nn.Linear:
         """A plain nn.Linear that shares the float weight and bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -99,7 +107,7 @@ class QATLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, bias={getattr(self, 'bias', None) is not None}"
 
 
 class Int8QATLinear(QATLinear):

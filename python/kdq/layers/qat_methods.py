@@ -25,6 +25,7 @@ from kdq.grids import (
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import QATLinear
 from kdq.layers.qat_product import gradient_factor, learned_scale
+from kdq.ranks import check_first_batch, pooled_range
 
 
 class _Rounded(torch.autograd.Function):
@@ -76,7 +77,8 @@ class ClippedActivation(nn.Module):
     [0, alpha] and rounded to `2**bits` levels.
 
     As in the paper, the gradient of alpha is that of the result where `x >= alpha` and 0 elsewhere; x gets its gradient
-    where `0 < x < alpha`. alpha starts at the largest value of the first batch.
+    where `0 < x < alpha`. alpha starts at the largest value of the first batch, or of all ranks' where they train
+    together.
     """
 
     initialized: Tensor
@@ -89,12 +91,12 @@ class ClippedActivation(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
+        check_first_batch()
         finite = x.detach().float()
-        finite = finite[torch.isfinite(finite)]
-        if finite.numel() == 0:
+        low, largest = pooled_range(finite[torch.isfinite(finite)])
+        if low > largest:
             return
-        largest = finite.max()
-        self.alpha.copy_(torch.where(largest > 0, largest, 1.0))
+        self.alpha.fill_(largest if largest > 0 else 1.0)
         self.initialized.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,17 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdq.configs import Binary, Config, Int8WeightOnly, LowBit, config_to_json
+from kdq.configs import Config, bits_of, config_to_json
 from kdq.layers.qat import QATLinear
-
-
-def bits_of(config: Config) -> tuple[int, int]:
-    """Bits of the weights and of the activations; activations that stay in floating point count 16."""
-    if isinstance(config, Binary):
-        return 1, 1
-    if isinstance(config, LowBit):
-        return config.weight_bits, config.act_bits
-    return 8, 16 if isinstance(config, Int8WeightOnly) else 8
 
 
 def precision_key(config: Config) -> str:

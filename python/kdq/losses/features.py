@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.observe import IGNORED_TARGET
+from kdq.ranks import gather_rows, pooling, share_of_rows
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class FeatureLoss:
     """Base of the losses on features; for one of your own, override `compare`, and `adapter` if it needs one.
 
     Samples whose targets are all -100 are left out. The features are compared in float32, or float64 if they are, under
-    autocast too.
+    autocast too. Where ranks train together, `compare` is taken for a mean over what this rank's samples have, and
+    weighs as much as they are; a loss that relates samples sets `relates_samples`, and compares all ranks'.
 
     Args:
         layers: student layer name -> teacher layer name, as in `named_modules()`; the loss is the sum over the pairs.
@@ -33,6 +36,7 @@ class FeatureLoss:
 
     layers: Mapping[str, str]
     weight: float = 1.0
+    relates_samples: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Mapping) or not self.layers:
@@ -95,12 +99,18 @@ class FeatureLoss:
         ours, theirs = self.counted(student, target), self.counted(teacher, target)
         ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
         theirs = theirs.to(ours.dtype)
-        if ours.numel() == 0:
+        share: Tensor | float = 1.0
+        if self.relates_samples:
+            ours, theirs = gather_rows(ours)[0], gather_rows(theirs)[0]
+        else:
+            share = share_of_rows(ours.numel(), ours.device)
+        empty = ours.numel() == 0
+        if empty and not pooling():
             return ours.sum()  # 0, with a gradient of 0
         with torch.autocast(ours.device.type, enabled=False):
             if adapter is not None:
-                ours, theirs = adapter(ours, theirs)
-            return self.compare(ours, theirs)
+                ours, theirs = adapter(ours, theirs)  # also if this rank has nothing: it may gather what others have
+            return ours.sum() if empty else self.compare(ours, theirs) * share
 
 
 def make_adapters(
@@ -212,7 +222,7 @@ class RelationalKD(FeatureLoss):
     Park, Kim, Lu, Cho: Relational Knowledge Distillation, 2019. Distances are over the mean distance in the batch. The
     loss is a mean over all pairs and triplets, where the paper writes sums; those of a sample with itself count, as 0.
     Features are flattened a sample; their widths may differ. The angles take memory of (samples of the batch)^2 times
-    width and (samples)^3.
+    width and (samples)^3. Where ranks train together the batch is that of all, and each computes all of the loss.
 
     Args:
         distance_weight, angle_weight: factors of the two parts, at least 0; 0 leaves one out.
@@ -220,6 +230,7 @@ class RelationalKD(FeatureLoss):
 
     distance_weight: float = 25.0
     angle_weight: float = 50.0
+    relates_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,7 +269,8 @@ class ContrastiveKD(FeatureLoss):
     paper's memory bank and NCE, which need each sample's index in the data. The heads that project both features
     (flattened) to a common width belong to the `Distiller` and are trained. Keep queue plus batch well below the number
     of samples of an epoch: a sample that meets itself in the queue counts as its own negative. A batch that comes again
-    at once, as at each precision of a `SwitchableDistiller`, does not meet itself.
+    at once, as at each precision of a `SwitchableDistiller`, does not meet itself. Where ranks train together,
+    negatives and queue are the samples of all, the anchors each rank's own.
 
     Args:
         width: of the common space.
@@ -306,15 +318,22 @@ class ContrastiveHeads(nn.Module):
         self.size = size
         self.register_buffer("queue", torch.empty(0, teacher_width), persistent=False)
 
+    def get_extra_state(self) -> Tensor:
+        """The queue, which a buffer of the state dict could not be: it grows."""
+        return self.queue
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.queue = state.to(self.queue)
+
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """`[n, width]` and `[n + negatives, width]`. Only a forward pass that trains puts features into the queue."""
-        teacher = teacher.flatten(1)
+        teacher, own = gather_rows(teacher.flatten(1))
         latest = self.queue[: len(teacher)]
         negatives = self.queue[len(latest) :] if torch.equal(latest, teacher[: len(latest)]) else self.queue
         candidates = torch.cat([teacher, negatives])
         if self.training and torch.is_grad_enabled():
             self.queue = candidates[: self.size].clone()  # the latest are in front
-        ours, theirs = self.student(student.flatten(1)), self.teacher(candidates)
+        ours, theirs = self.student(student.flatten(1)), self.teacher(candidates.roll(-own, 0))
         return ours, theirs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.calibrate import observe_inputs, run_batches
-from kdq.configs import Binary, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit
+from kdq.configs import Binary, Codebook, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit
 from kdq.grids import AffineGrid, int8_weight_scale, low_bit_weight_scale, weight_range
 from kdq.layers.base import InferenceLinear
 from kdq.layers.int8_linear import Int8Linear
@@ -86,8 +86,8 @@ def reconstruct_(
         For each layer the relative squared error of its outputs, nearest -> learned.
 
     Raises:
-        TypeError, ValueError: as for `quantize_`; steps is not positive; a config has 1-bit weights; the loader is
-            empty, or no batch came through a layer. Nothing was changed.
+        TypeError, ValueError: as for `quantize_`; steps is not positive; a config has 1-bit weights or is a Codebook;
+            the loader is empty, or no batch came through a layer. Nothing was changed.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: expected a positive integer, got {steps!r}")
@@ -95,6 +95,8 @@ def reconstruct_(
     for name, target in plan.chosen.items():
         if isinstance(target.config, Binary) or (isinstance(target.config, LowBit) and target.config.weight_bits == 1):
             raise ValueError(f"config: {name!r} gets {target.config}, whose rounding is a sign; use 2 bits or more")
+        if isinstance(target.config, Codebook):
+            raise ValueError(f"config: {name!r} gets {target.config}, which has no grid to round to; use quantize_")
     check_post_training(plan)
     batches = list(loader)
     layers = {name: target.module for name, target in plan.chosen.items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdq.configs import Binary, Config, Int8Static, LowBit
+from kdq.configs import Binary, Codebook, Config, Int8Static, LowBit
 from kdq.observe import Batch
 from kdq.reporting import ROUND_SECONDS
 from kdq.search.precision import Precision, all_at
@@ -28,7 +28,7 @@ def weight_bits(linear: nn.Linear, config: Config | None) -> int:
         return 8 * linear.weight.element_size()
     if isinstance(config, Binary):
         return 1
-    return config.weight_bits if isinstance(config, LowBit) else 8
+    return config.weight_bits if isinstance(config, LowBit | Codebook) else 8
 
 
 def layer_bytes(linear: nn.Linear, config: Config | None) -> int:
@@ -36,9 +36,12 @@ def layer_bytes(linear: nn.Linear, config: Config | None) -> int:
     n, k = linear.weight.shape
     if config is None:
         return linear.weight.nbytes + (0 if linear.bias is None else linear.bias.nbytes)
+    bias = 0 if linear.bias is None else 4 * n
+    if isinstance(config, Codebook):
+        return math.ceil(n / 16) * 64 * math.ceil(k / (32 // config.weight_bits)) + 4 * 2**config.weight_bits + bias
     row = (k + 63) // 64 * 8 if isinstance(config, Binary) else (k * weight_bits(linear, config) + 7) // 8
     grid = 8 if isinstance(config, Int8Static | LowBit) else 0  # input_scale and input_zero_point
-    return n * (row + 4 + (0 if linear.bias is None else 4)) + grid
+    return n * (row + 4) + bias + grid
 
 
 def tensor_bytes(model: nn.Module) -> int:

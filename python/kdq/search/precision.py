@@ -10,7 +10,7 @@ from torch import nn
 
 from kdq.calibrate import observe_inputs
 from kdq.configs import Config
-from kdq.layers.base import InferenceLinear
+from kdq.layers.base import InferenceLayer
 from kdq.layers.switchable import SwitchableLinear
 from kdq.observers import DEFAULT_OBSERVER, ObserverState
 from kdq.quantize import inference_layer, quantizable_layers
@@ -48,7 +48,7 @@ class BuiltLayers:
         if not self.layers:
             raise ValueError("student: it has no layer that quantize_ would replace (see its report for the reasons)")
         self.observers: dict[str, ObserverState] = observe_inputs(model, self.layers, batches, DEFAULT_OBSERVER)
-        self.built: dict[tuple[int, Config], InferenceLinear] = {}
+        self.built: dict[tuple[int, Config], InferenceLayer] = {}
 
     @contextmanager
     def at(self, name: str, config: Config | None) -> Iterator[None]:
@@ -67,7 +67,7 @@ class BuiltLayers:
         parent, _, child = name.rpartition(".")
         return self.model.get_submodule(parent), child
 
-    def _layer(self, name: str, config: Config) -> InferenceLinear:
+    def _layer(self, name: str, config: Config) -> InferenceLayer:
         linear = self.layers[name]
         key = (id(linear), config)
         if key not in self.built:

@@ -84,7 +84,7 @@ def search_precision(
     batches = list(loader)
     if not batches:
         raise ValueError("loader: expected at least one batch, got none")
-    parsed = [parse_batch(batch) for batch in batches]
+    parsed = [parse_batch(batch, student) for batch in batches]
     models = [student] if teacher is None else [student, teacher]
     with evaluating(*models), torch.no_grad(), unfused(student), Progress(disable=not progress, transient=True) as bar:
         distance = None

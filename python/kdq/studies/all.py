@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from kdq.studies import claim_a, claim_b, claim_c
+from kdq.studies import claim_a, claim_b, claim_c, deep_compression, layerwise, qnn, transfer
 from kdq.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (claim_a.STUDY, claim_b.STUDY, claim_c.STUDY)}
+STUDIES: dict[str, Study] = {
+    module.STUDY.name: module.STUDY
+    for module in (claim_a, claim_b, claim_c, deep_compression, qnn, transfer, layerwise)
+}

@@ -24,7 +24,7 @@ def write(findings: Findings, folder: Path) -> list[Path]:
     """The page, the picture and the data; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     page, picture, data = (folder / f"{findings.study.name}.{suffix}" for suffix in ("md", "png", "json"))
-    plot(findings, picture)
+    (findings.study.picture or plot)(findings, picture)
     page.write_text(markdown(findings, picture.name))
     content = {**about(findings), "outcomes": [asdict(o) for o in findings.outcomes]}
     data.write_text(json.dumps(content, indent=1) + "\n")
@@ -56,13 +56,14 @@ def markdown(findings: Findings, picture: str) -> str:
         "",
         *markdown_table(("question", "measure", *VERDICTS), summary(findings.answers), text_columns=5),
         "",
-        f"![differences]({picture})",
+        f"![what was found]({picture})",
         "",
+        *([] if study.section is None else [study.section(findings.outcomes)]),
         "## Method",
         "",
         study.method,
         "",
-        *(f"- *{task.name}*: {task.description}" for task in TASKS.values()),
+        *(f"- *{name}*: {TASKS[name].description}" for name in study.tasks),
         "",
         f"{findings.seeds} seeds, {findings.steps} steps an arm. Differences are paired by seed: mean ± standard error "
         f"of the mean. *better* and *worse* stand where the difference is {SURE:g} standard errors or more; everything "

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -58,7 +59,10 @@ class Study:
         run_seed: all outcomes of one seed of a task, trained for `steps` steps an arm; runs in a process of its own.
         steps: of an arm.
         method: paragraphs for the page.
+        tasks: names of those it runs on.
+        section: one of Markdown before the method, made of all outcomes.
         appendix: a section of Markdown, made after the seeds, in this process, on one thread; given `quick`.
+        picture: draws the findings to a path, instead of `document.plot`.
     """
 
     name: str
@@ -69,6 +73,9 @@ class Study:
     run_seed: Callable[[Task, int, int], list[Outcome]]
     steps: int = 600
     appendix: Callable[[bool], str] | None = None
+    section: Callable[[Sequence[Outcome]], str] | None = None
+    tasks: Sequence[str] = tuple(TASKS)
+    picture: Callable[[Findings, Path], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Findings:
 
 
 def run_study(study: Study, seeds: int, *, quick: bool = False, processes: int | None = None) -> Findings:
-    """Runs all seeds of all tasks, a process each, one thread a process.
+    """Runs all seeds of all its tasks, a process each, one thread a process.
 
     Args:
         quick: a few steps only, to see that everything works.
@@ -119,13 +126,13 @@ def run_study(study: Study, seeds: int, *, quick: bool = False, processes: int |
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     start, used = time.perf_counter(), processor_seconds()
-    workers = min(processes or len(os.sched_getaffinity(0)), seeds * len(TASKS))
+    workers = min(processes or len(os.sched_getaffinity(0)), seeds * len(study.tasks))
     steps = QUICK_STEPS if quick else study.steps
     outcomes: list[Outcome] = []
     # Forked threads of torch hang; a spawned process starts anew.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress(transient=True) as progress:
-        jobs = [pool.submit(_run_job, study, name, seed, steps, quick) for seed in range(seeds) for name in TASKS]
+        jobs = [pool.submit(_run_job, study, name, seed, steps, quick) for seed in range(seeds) for name in study.tasks]
         bar = progress.add_task(study.name, total=len(jobs))
         for job in as_completed(jobs):
             outcomes += job.result()

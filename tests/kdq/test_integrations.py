@@ -1,0 +1,328 @@
+"""Distillation in the loops of transformers, Lightning and Accelerate: the steps of `fit`, the teacher in no file."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kdq
+from kdq.validation import validate
+from small_models import TWO, mlp, randn
+
+X = randn(24, 6)
+Y = X[:, :4].argmax(1)
+LOADER = DataLoader(TensorDataset(X, Y), batch_size=8)
+
+
+def distiller_of(config: Any = TWO, losses: Any = None) -> kdq.Distiller:
+    """A student with dropout, a batch norm and learned scales, which start from the first batch that a model sees."""
+    torch.manual_seed(1)
+    student = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
+    if config is not None:
+        kdq.prepare_qat_(student, config)
+    distiller = kdq.Distiller(mlp(32), student, losses or [kdq.SoftTargets(alpha=0.5), kdq.Hint({"0": "0"})])
+    distiller.prepare((X, Y))
+    return distiller
+
+
+def same(one: nn.Module, other: nn.Module, rtol: float = 0.0, atol: float = 0.0) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def parameter_count(modules: list[nn.Module]) -> int:
+    return len([p for module in modules for p in module.parameters() if p.requires_grad])
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for entry in entries for tensor in tensors_in(entry)]
+
+
+def without(teacher: nn.Module, tensors: list[Tensor]) -> bool:
+    """Whether no weight of the teacher is among them."""
+    return bool(tensors) and not any(
+        a.shape == b.shape and torch.equal(a.float(), b.float()) for a in teacher.parameters() for b in tensors
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "library"), [("transformers", "transformers"), ("lightning", "lightning.pytorch")], ids=str
+)
+def test_a_missing_library_is_named(module: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"kdq.integrations.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'kdq-kernels\[{module}\]'"):
+        importlib.import_module(f"kdq.integrations.{module}")
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer_of(tmp_path: Path) -> Any:
+    """Makes a DistillationTrainer; the process that a test runs in is the only one, on the CPU."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from kdq.integrations.transformers import DistillationTrainer
+
+    def make(
+        distiller: kdq.Distiller,
+        data: Any,
+        evaluated: Any = None,
+        metrics: Any = None,
+        loss: Any = None,
+        **options: Any,
+    ) -> Any:
+        options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", **options}
+        arguments = transformers.TrainingArguments(str(tmp_path), **options)
+        return DistillationTrainer(
+            distiller,
+            arguments,
+            train_dataset=data,
+            eval_dataset=evaluated,
+            compute_metrics=metrics,
+            compute_loss_func=loss,
+        )
+
+    return make
+
+
+class Named(nn.Module):
+    """The student of `distiller_of`, called as Trainer does."""
+
+    def __init__(self, body: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body, self.dropout = body, nn.Dropout(dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        y: Tensor = self.body(self.dropout(features))
+        return y
+
+
+def named(dropout: float = 0.0, config: Any = TWO) -> kdq.Distiller:
+    plain = distiller_of(config)
+    losses = [kdq.SoftTargets(alpha=0.5), kdq.Hint({"body.0": "body.0"})]
+    distiller = kdq.Distiller(Named(plain.teacher), Named(plain.student, dropout), losses)
+    torch.manual_seed(2)
+    distiller.prepare((X, Y))
+    return distiller
+
+
+ROWS = [{"features": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+
+
+def test_trainer_takes_the_steps_of_fit(trainer_of: Any) -> None:
+    """All rows in one step, accumulated over batches: in whatever order they come, it is one gradient (up to rounding,
+    which would grow where integers flip: the student is a float one)."""
+    ours, theirs = (named(config=None) for _ in range(2))
+    for module in (ours.student.body[1], theirs.student.body[1]):
+        module.eval()  # statistics of a batch would depend on the order
+        module.train = lambda mode=True: None
+    sgd = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = trainer_of(
+        ours, ROWS, num_train_epochs=3, per_device_train_batch_size=8, gradient_accumulation_steps=3, **sgd
+    )
+    trainer.train()
+    theirs.fit(LOADER, 3, torch.optim.SGD(theirs.parameters(), lr=0.1), accumulate=3, progress=False)
+    same(ours.student, theirs.student, 1e-4, 1e-6)
+    same(ours.adapters[1, "body.0"], theirs.adapters[1, "body.0"], 1e-4, 1e-6)
+
+
+def test_trainer_checkpoints_hold_no_teacher_and_go_on(trainer_of: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    options = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "save_strategy": "epoch"}
+    whole = named(dropout=0.2)
+    before = copy.deepcopy(whole.teacher)
+    trainer_of(whole, ROWS, **options).train()
+    same(whole.teacher, before)
+    folder = tmp_path / "checkpoint-3"
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == whole.student.state_dict().keys()
+    others = [torch.load(folder / name, weights_only=True) for name in ("optimizer.pt", "distiller.pt")]
+    assert without(whole.teacher, [*weights.values(), *tensors_in(others)])
+    groups = others[0]["param_groups"]
+    trained = parameter_count([whole.student, *whole.own_modules()])
+    assert sum(len(group["params"]) for group in groups) == trained
+    resumed = named(dropout=0.2)
+    with torch.no_grad():
+        for parameter in resumed.parameters():
+            parameter.zero_()
+    trainer_of(resumed, ROWS, **options).train(resume_from_checkpoint=str(folder))
+    same(resumed.student, whole.student)
+    same(resumed.adapters[1, "body.0"], whole.adapters[1, "body.0"])
+    (folder / "distiller.pt").unlink()
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*distiller\.pt is missing"):
+        trainer_of(named(), ROWS, **options).train(resume_from_checkpoint=str(folder))
+
+
+def test_trainer_evaluates_the_student(trainer_of: Any) -> None:
+    distiller = named()
+
+    def accuracy(found: Any) -> dict[str, float]:
+        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+    metrics = trainer_of(distiller, ROWS, ROWS, accuracy, per_device_eval_batch_size=24).evaluate()
+    assert metrics["eval_accuracy"] == validate(distiller.student, distiller.teacher, [(X, Y)]).accuracy
+    distiller.student.eval()
+    assert metrics["eval_loss"] == pytest.approx(float(distiller.loss((X, Y)).detach()), rel=1e-5)
+
+
+def test_trainer_decays_no_scales(trainer_of: Any) -> None:
+    distiller = named()
+    optimizer = trainer_of(distiller, ROWS, weight_decay=0.1).create_optimizer()
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in distiller.student.named_parameters() if id(p) in decayed}
+    assert {"body.0.weight", "body.3.weight"} <= names
+    assert not any("scale" in name or "zero_point" in name for name in names)
+
+
+def test_trainer_of_a_causal_language_model(trainer_of: Any) -> None:
+    """From a Hugging Face config to a converted student, in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    teacher, student = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    assert len(kdq.prepare_qat_(student, kdq.LowBit(weight_bits=4, act_bits=8)).changed) == 8
+    ids = torch.randint(12, (32, 9))
+    rows = [{"input_ids": row, "attention_mask": torch.ones(9, dtype=torch.long), "labels": row} for row in ids]
+    distiller = kdq.Distiller(teacher, student, [kdq.SoftTargets(T=1.0)])
+    before = validate(student, teacher, [{"input_ids": ids, "labels": ids}])
+    options = {"num_train_epochs": 8, "learning_rate": 1e-2, "bf16": True}
+    trainer = trainer_of(distiller, rows, rows, **options)
+    trainer.train()
+    trainer.evaluate()
+    after = validate(student, teacher, [{"input_ids": ids, "labels": ids}])
+    assert after.teacher_kl < 0.5 * before.teacher_kl
+    kdq.convert_(student)
+    assert student(ids).logits.shape == (32, 9, 12)
+
+
+def test_mistakes_with_the_trainer_are_named(trainer_of: Any) -> None:
+    with pytest.raises(ValueError, match="compute_loss_func, label_smoothing_factor: the loss is"):
+        trainer_of(named(), ROWS, loss=lambda *_: None)
+    taught = kdq.Distiller(mlp(3), mlp(3), [kdq.SoftTargets()], train_teacher=True)
+    with pytest.raises(ValueError, match="train_teacher"):
+        trainer_of(taught, ROWS)
+    with pytest.raises(RuntimeError, match="call distiller.prepare"):
+        trainer_of(kdq.Distiller(mlp(3), mlp(4), [kdq.Hint({"0": "0"})]), ROWS)
+
+
+# ---- Lightning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning(tmp_path: Path) -> Any:
+    """Makes a Lightning Trainer, and the module."""
+    library = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    from kdq.integrations.lightning import DistillationModule
+
+    def trainer(**options: Any) -> Any:
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        options = {"logger": False, **quiet, **options}
+        return library.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **options)
+
+    return trainer, DistillationModule
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:the teacher is worse")
+def test_lightning_takes_the_steps_of_fit(lightning: Any, tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    trainer, module = lightning
+    ours, theirs = distiller_of(), distiller_of()
+    logger = CSVLogger(tmp_path)
+    held_out = DataLoader(TensorDataset(X, Y), batch_size=24)
+    trainer(max_epochs=2, logger=logger, log_every_n_steps=1).fit(module(ours, lr=1e-2), LOADER, held_out)
+    history = theirs.fit(LOADER, 2, lr=1e-2, validation=[(X, Y)], progress=False)
+    same(ours.student, theirs.student)
+    same(ours.adapters[1, "0"], theirs.adapters[1, "0"])
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    found = [row for row in rows if row["val_teacher_kl"]]
+    for row, expected in zip(found, history.validation, strict=True):
+        assert float(row["val_teacher_kl"]) == pytest.approx(expected.teacher_kl, rel=1e-5)
+        assert float(row["val_accuracy"]) == pytest.approx(expected.accuracy)
+    assert sum(bool(row["train_loss"]) for row in rows) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+def test_lightning_checkpoints_hold_no_teacher_and_go_on(lightning: Any, tmp_path: Path) -> None:
+    trainer, module = lightning
+    losses = [kdq.SoftTargets(), kdq.ContrastiveKD({"0": "0"}, width=4, queue=16)]
+    whole, first, resumed = (distiller_of(losses=losses) for _ in range(3))
+    before = copy.deepcopy(whole.teacher)
+    trainer(max_epochs=3).fit(module(whole), LOADER)
+    same(whole.teacher, before)
+    half = trainer(max_epochs=2)
+    half.fit(module(first), LOADER)
+    half.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    expected = {f"student.{name}" for name in whole.student.state_dict()}
+    assert {name for name in saved["state_dict"] if not name.startswith("own.")} == expected
+    assert without(whole.teacher, tensors_in(saved))
+    groups = saved["optimizer_states"][0]["param_groups"]
+    trained = parameter_count([whole.student, *whole.own_modules()])
+    assert sum(len(group["params"]) for group in groups) == trained
+    trainer(max_epochs=3).fit(module(resumed), LOADER, ckpt_path=tmp_path / "a.ckpt")
+    same(resumed.student, whole.student)
+    same(resumed.own_modules()[0], whole.own_modules()[0])
+
+
+def test_mistakes_with_lightning_are_named(lightning: Any) -> None:
+    _, module = lightning
+    with pytest.raises(ValueError, match="keeps the teacher as it is"):
+        module(kdq.Distiller(mlp(3), mlp(3), [kdq.SoftTargets()], train_teacher=True))
+    with pytest.raises(RuntimeError, match="call distiller.prepare"):
+        module(kdq.Distiller(mlp(3), mlp(4), [kdq.Hint({"0": "0"})]))
+
+
+# ---- Accelerate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_needs_nothing_but_the_loss(precision: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    ours, theirs = distiller_of(), distiller_of()
+    batches = DataLoader(TensorDataset(X, Y), batch_size=6)
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_steps=2, mixed_precision=precision, project_dir=tmp_path
+    )
+    student, adapter = ours.student.train(), ours.adapters[1, "0"]
+    optimizer = torch.optim.Adam(ours.parameters(), lr=1e-2)
+    student, adapter, optimizer, loader = accelerator.prepare(student, adapter, optimizer, batches)
+    for _ in range(2):
+        for batch in loader:
+            with accelerator.accumulate(student), accelerator.autocast():
+                accelerator.backward(ours.loss(batch))
+                optimizer.step()
+                optimizer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        theirs.fit(batches, 2, lr=1e-2, accumulate=2, progress=False)
+    tolerance = (0.0, 0.0) if precision == "no" else (1e-2, 1e-3)  # accelerate turns the logits to float32
+    same(ours.student, theirs.student, *tolerance)
+    same(ours.adapters[1, "0"], theirs.adapters[1, "0"], *tolerance)
+    accelerator.save_state(str(tmp_path / "state"))
+    kept = [torch.load(file, weights_only=False) for file in (tmp_path / "state").glob("*.bin")]
+    from safetensors.torch import load_file
+
+    weights = [load_file(file) for file in (tmp_path / "state").glob("*.safetensors")]
+    assert [set(w) for w in weights if len(w) > 2] == [set(student.state_dict())]
+    assert without(ours.teacher, tensors_in([*kept, *weights]))
