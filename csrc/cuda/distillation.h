@@ -196,6 +196,9 @@ struct DistillationGradient {
     const float a_row = thread.load(grad_loss) / thread.load(kept);
     const float soft_scale = args.alpha * args.temperature * a_row;
     const float label_scale = (1.0F - args.alpha) * a_row;
+    const float of_label = 1.0F / sums.label_sum;
+    const float of_student = 1.0F / sums.student_sum;
+    const float of_teacher = 1.0F / sums.teacher_sum;
     for (int64_t i = int64_t{thread.index()} * kChunk<T>; i < args.classes; i += kThreads * kChunk<T>) {
       const int64_t first = row * args.classes + i;
       float student[kChunk<T>];
@@ -207,10 +210,11 @@ struct DistillationGradient {
       for (int e = 0; e < kChunk<T>; ++e) {
         const float s = student[e] - sums.student_max;
         float result = args.is_labelled() && i + e == target ? -label_scale : 0.0F;
-        if (args.is_labelled()) result += label_scale * (exp_or_zero(s) / sums.label_sum);
+        if (args.is_labelled()) result += label_scale * (exp_or_zero(s) * of_label);
         if (args.is_soft()) {
-          const float q = exp_or_zero(s * args.inverse_temperature) / sums.student_sum;
-          const float p = exp_or_zero((teacher[e] - sums.teacher_max) * args.inverse_temperature) / sums.teacher_sum;
+          const float t = teacher[e] - sums.teacher_max;
+          const float q = exp_or_zero(s * args.inverse_temperature) * of_student;
+          const float p = exp_or_zero(t * args.inverse_temperature) * of_teacher;
           result += soft_scale * (q - p);
         }
         gradient[e] = ignored ? 0.0F : valid ? result : NAN;

@@ -100,7 +100,8 @@ KDQ_DEVICE void load_chunk(Thread& thread, const T* x, bool wide, int64_t count,
     const Words<16> words = thread.load(reinterpret_cast<const Words<16>*>(x));
     memcpy(bits, &words, sizeof(bits));
   } else {
-    for (int i = 0; i < kChunk<T>; ++i) bits[i] = i < count ? thread.load(reinterpret_cast<const Bits*>(x) + i) : Bits{0};
+    for (int i = 0; i < kChunk<T>; ++i)
+      bits[i] = i < count ? thread.load(reinterpret_cast<const Bits*>(x) + i) : Bits{0};
   }
   for (int i = 0; i < kChunk<T>; ++i) values[i] = Element<T>::widen(bits[i]);
 }

@@ -1,4 +1,4 @@
-// fake_quantize and quantize on a GPU: memory-bound, one pass, 16 bytes an access, four chunks of a thread in flight.
+// fake_quantize and quantize on a GPU: memory-bound, a thread reads, rounds and writes one chunk of 16 bytes.
 #pragma once
 
 #include "cuda/quant_grid.h"
@@ -26,8 +26,7 @@ struct FakeQuantize {
   using Output = Quantized<T, Y>;
   using Bits = typename Output::Bits;
   static constexpr int kThreads = 256;
-  static constexpr int kChunks = 4;                                              // of a thread
-  static constexpr int64_t kElements = int64_t{kThreads} * kChunks * kChunk<T>;  // of a block
+  static constexpr int64_t kElements = int64_t{kThreads} * kChunk<T>;  // of a block
   static constexpr size_t kAlignment = sizeof(Bits) * kChunk<T> < 16 ? sizeof(Bits) * kChunk<T> : 16;
   struct Shared {};
 
@@ -39,27 +38,19 @@ struct FakeQuantize {
 
   template <class Thread>
   KDQ_DEVICE void operator()(Thread& thread, Shared&) const {
-    const int64_t start = thread.block() * kElements + thread.index() * kChunk<T>;
-    float values[kChunks][kChunk<T>];
+    const int64_t first = thread.block() * kElements + thread.index() * kChunk<T>;
+    if (first >= n) return;
+    float values[kChunk<T>];
+    load_chunk(thread, x + first, wide, n - first, values);
+    GridCursor<Thread> cursor(thread, grid, first);
+    Bits results[kChunk<T>] = {};
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int64_t first = start + int64_t{c} * kThreads * kChunk<T>;
-      load_chunk(thread, x + first, wide, n - first, values[c]);
+    for (int i = 0; i < kChunk<T>; ++i) {
+      if (first + i >= n) continue;
+      const Grid& g = cursor.next();
+      results[i] = Output::of(g, g.clamp(g.unclamped(values[i])));
     }
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int64_t first = start + int64_t{c} * kThreads * kChunk<T>;
-      if (first >= n) return;
-      GridCursor<Thread> cursor(thread, grid, first);
-      Bits results[kChunk<T>] = {};
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) {
-        if (first + i >= n) continue;
-        const Grid& g = cursor.next();
-        results[i] = Output::of(g, g.clamp(g.unclamped(values[c][i])));
-      }
-      store_chunk(thread, y + first, wide, n - first, results);
-    }
+    store_chunk(thread, y + first, wide, n - first, results);
   }
 };
 

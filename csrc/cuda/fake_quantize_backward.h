@@ -220,9 +220,15 @@ Status launch_fake_quantize_backward(const Launcher& launcher, DType dtype, cons
     const int64_t run = partials.columns ? shape.channels * shape.inner : shape.inner;
     const bool one_run = partials.columns ? shape.outer == 1 : shape.outer * shape.channels == 1;
     const bool aligned = is_aligned(grad_y, 16) && is_aligned(x, 16) && is_aligned(grad_x, 16);
-    const BackwardArgs<T> args = {static_cast<const T*>(grad_y), static_cast<const T*>(x), static_cast<T*>(grad_x),
-                                  scale_sum, zero_point_sum, shape.outer,
-                                  aligned && (one_run || run % kChunk<T> == 0), view_of(shape, grid), partials};
+    const BackwardArgs<T> args = {static_cast<const T*>(grad_y),
+                                  static_cast<const T*>(x),
+                                  static_cast<T*>(grad_x),
+                                  scale_sum,
+                                  zero_point_sum,
+                                  shape.outer,
+                                  aligned && (one_run || run % kChunk<T> == 0),
+                                  view_of(shape, grid),
+                                  partials};
     return launch_backward_pass(launcher, args);
   });
   if (status.ok()) status = launch_add_partials(launcher, partials, scale_sum, grad_scale);

@@ -22,8 +22,7 @@ struct Int32Output {
   }
 };
 
-// Not inlined: a thread stores 64 results, and each would have these instructions.
-KDQ_DEVICE_CALL float activate(float y, Activation activation) {
+KDQ_DEVICE float activate(float y, Activation activation) {
   if (activation == Activation::kRelu) return y < 0.0F ? 0.0F : y;
   if (activation == Activation::kGelu) return 0.5F * y * erfcf(y * -0.70710678F);
   return y / (1.0F + expf(-y));  // SiLU
@@ -39,8 +38,9 @@ struct ScaledOutput {
   const float* bias;  // or nullptr
   Activation activation;
 
+  // Not inlined: a thread stores 64 results, and each would bring all of this.
   template <class Thread>
-  KDQ_DEVICE void store(Thread& thread, int64_t row, int64_t col, int32_t sum, uint32_t, uint32_t) const {
+  KDQ_DEVICE_CALL void store(Thread& thread, int64_t row, int64_t col, int32_t sum, uint32_t, uint32_t) const {
     const float of_row = thread.load(row_scale + row);
     float scale = of_row * thread.load(weight_scale + col);
     if (scale > FLT_MAX) scale = FLT_MAX;             // inf * 0 would be NaN where the true result is 0
@@ -51,7 +51,8 @@ struct ScaledOutput {
     if (dtype == DType::kFloat32) {
       thread.store(static_cast<float*>(y) + at, value);
     } else {
-      const uint16_t bits = dtype == DType::kFloat16 ? Element<Float16>::narrow(value) : Element<BFloat16>::narrow(value);
+      const uint16_t bits =
+          dtype == DType::kFloat16 ? Element<Float16>::narrow(value) : Element<BFloat16>::narrow(value);
       thread.store(static_cast<uint16_t*>(y) + at, bits);
     }
   }

@@ -11,13 +11,13 @@
 namespace kdq::cuda {
 
 constexpr int kTile = 128;
-constexpr int kStepWords = 16;               // 64 bytes of every row
-constexpr int kStride = kStepWords + 4;      // of a row in shared memory: lanes of a fragment then lie in 32 banks
-constexpr int kPieces = kStepWords / 4;      // of 16 bytes, of a row's step
-constexpr int kFragmentWords = 8;            // of k, of one mma
-constexpr int kProductThreads = 256;         // 8 warps: 2 down the tile, 4 across
-constexpr int kWarpRows = kTile / 2;         // of the tile, of a warp
-constexpr int kWarpCols = kTile / 4;         //
+constexpr int kStepWords = 16;           // 64 bytes of every row
+constexpr int kStride = kStepWords + 4;  // of a row in shared memory: lanes of a fragment then lie in 32 banks
+constexpr int kPieces = kStepWords / 4;  // of 16 bytes, of a row's step
+constexpr int kFragmentWords = 8;        // of k, of one mma
+constexpr int kProductThreads = 256;     // 8 warps: 2 down the tile, 4 across
+constexpr int kWarpRows = kTile / 2;     // of the tile, of a warp
+constexpr int kWarpCols = kTile / 4;     //
 constexpr int kRowFragments = kWarpRows / 16;
 constexpr int kColFragments = kWarpCols / 8;
 constexpr int kLoads = kTile * kPieces / kProductThreads;  // pieces of a thread, of each operand

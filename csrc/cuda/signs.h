@@ -1,5 +1,5 @@
-// pack_signs and unpack_signs on a GPU. A thread makes or reads a byte, eight signs: on little-endian machines byte b of
-// a row has the elements from 8 b on, and no thread needs another.
+// pack_signs and unpack_signs on a GPU. A thread makes or reads a byte, eight signs: on little-endian machines byte b
+// of a row has the elements from 8 b on, and no thread needs another.
 #pragma once
 
 #include "core/checks.h"

@@ -7,7 +7,7 @@
 
 #if defined(__CUDACC__)
 #define KDQ_DEVICE __device__ __forceinline__
-#define KDQ_DEVICE_CALL static __device__ __noinline__
+#define KDQ_DEVICE_CALL __device__ __noinline__
 #else
 #define KDQ_DEVICE inline
 #define KDQ_DEVICE_CALL inline
@@ -46,10 +46,9 @@ struct GpuThread {
 
   // c [16, 8] += a [16, 32] @ b [32, 8] on int8, the fragments of a warp as PTX lays out mma.m16n8k32.
   KDQ_DEVICE void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 
   // c [16, 8] += how many bits are set in both a row of a [16, 256] and a column of b [256, 8], as mma.m16n8k256. (The

@@ -2,9 +2,9 @@
 // block a fiber of its own that stops at barriers and at exchanges within its warp.
 //
 // What it checks beside results: alignment of every access, that all threads of a block (lanes of a warp) meet at each
-// barrier (exchange), and, for buffers handed to watch(), that every byte is written exactly once. It runs the threads in
-// ascending or descending order, so that a missing barrier shows in one of the two. It has no weak memory model: what
-// only the hardware can show, it does not.
+// barrier (exchange), and, for buffers handed to watch(), that every byte is written exactly once. It runs the threads
+// in ascending or descending order, so that a missing barrier shows in one of the two. It has no weak memory model:
+// what only the hardware can show, it does not.
 #pragma once
 
 #include <ucontext.h>
@@ -57,7 +57,8 @@ inline Watch& watch() {
   return instance;
 }
 
-// ---- threads ---------------------------------------------------------------------------------------------------------
+// ---- threads
+// ---------------------------------------------------------------------------------------------------------
 
 enum class State { kReady, kAtBarrier, kAtExchange, kDone };
 
@@ -190,7 +191,8 @@ inline void Thread::mma_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint3
   multiply(warp, lane(), c, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
 }
 
-// ---- blocks ------------------------------------------------------------------------------------------------------------
+// ---- blocks
+// ------------------------------------------------------------------------------------------------------------
 
 class Block {
  public:

@@ -7,6 +7,8 @@
 namespace kdq::test {
 namespace {
 
+#if !defined(__CUDACC__)  // a GPU has instructions for these
+
 template <class T>
 void same_narrowing(float value) {
   T expected;
@@ -32,6 +34,8 @@ void test_conversions() {
   }
 }
 
+#endif
+
 struct GridCase {
   ZeroPointKind kind;
   int32_t quant_min;
@@ -41,16 +45,15 @@ constexpr GridCase kGrids[] = {
     {ZeroPointKind::kNone, -8, 7}, {ZeroPointKind::kInt32, 0, 255}, {ZeroPointKind::kFloat32, -128, 127}};
 
 constexpr QuantShape kShapes[] = {
-    {1, 1, 5003},    // per tensor, more than a block
-    {3, 5, 7},       // an inner axis, chunks across channels
-    {2, 4, 48},      // chunks within channels
-    {1, 30, 16},     // groups
-    {70, 24, 1},     // the last axis
-    {37, 3, 2},      // columns that are no multiple of a chunk
-    {2, 3, 2500},    // several pieces a run
-    {40, 6, 4},      // columns, two pieces down
-    {1, 1, 1},
-    {0, 2, 3},
+    {1, 1, 5003},  // per tensor, more than a block
+    {3, 5, 7},     // an inner axis, chunks across channels
+    {2, 4, 48},    // chunks within channels
+    {1, 30, 16},   // groups
+    {70, 24, 1},   // the last axis
+    {37, 3, 2},    // columns that are no multiple of a chunk
+    {2, 3, 2500},  // several pieces a run
+    {40, 6, 4},    // columns, two pieces down
+    {1, 1, 1},    {0, 2, 3},
 };
 
 std::string name(const QuantShape& s) {
@@ -59,16 +62,19 @@ std::string name(const QuantShape& s) {
 
 // A grid whose arrays live as long as it.
 struct OwnedGrid {
-  std::vector<float> scale;
-  std::vector<int32_t> integers;
-  std::vector<float> floats;
+  Buffer<float> scale;
+  Buffer<int32_t> integers;
+  Buffer<float> floats;
   QuantGrid grid;
 
-  OwnedGrid(const GridCase& c, int64_t channels) {
+  OwnedGrid(const GridCase& c, int64_t channels)
+      : scale(static_cast<size_t>(channels), Place::kEnd),
+        integers(static_cast<size_t>(channels), Place::kEnd),
+        floats(static_cast<size_t>(channels), Place::kEnd) {
     for (int64_t i = 0; i < channels; ++i) {
-      scale.push_back(0.1F + 0.013F * static_cast<float>(i));
-      integers.push_back(static_cast<int32_t>(100 + i));
-      floats.push_back(-0.3F + 1.7F * static_cast<float>(i));
+      scale.data()[i] = 0.1F + 0.013F * static_cast<float>(i);
+      integers.data()[i] = static_cast<int32_t>(100 + i);
+      floats.data()[i] = -0.3F + 1.7F * static_cast<float>(i);
     }
     grid.scale = scale.data();
     grid.zero_point_kind = c.kind;
@@ -89,7 +95,7 @@ void test_forward(const QuantShape& shape, const GridCase& c, const Setting& set
   require(fake_quantize(dtype_of<T>(), x.data(), expected.data(), shape, owned.grid, serial_executor()));
   Buffer<T> in(x, setting.place);
   Buffer<T> out(x.size(), setting.place);
-  const emulator::Launcher launcher(setting.descending);
+  const Launcher launcher(setting.descending);
   run_watched(out, [&] {
     return cuda::launch_fake_quantize(launcher, dtype_of<T>(), in.data(), out.data(), shape, owned.grid);
   });
@@ -107,8 +113,8 @@ void test_quantize(QType qtype, const QuantShape& shape, const GridCase& c, cons
   Buffer<T> in(x, setting.place);
   Buffer<Q> out(x.size(), setting.place);
   run_watched(out, [&] {
-    return cuda::launch_quantize(emulator::Launcher(setting.descending), dtype_of<T>(), in.data(), qtype, out.data(),
-                                 shape, owned.grid);
+    return cuda::launch_quantize(Launcher(setting.descending), dtype_of<T>(), in.data(), qtype, out.data(), shape,
+                                 owned.grid);
   });
   CHECK_SAME(out.values(), expected, name(shape));
 }
@@ -141,7 +147,7 @@ void test_backward(const QuantShape& shape, const GridCase& c, const Setting& se
   Buffer<float> grad_scale(channels, setting.place);
   Buffer<float> grad_zero_point(channels, setting.place);
   Buffer<float> workspace(cuda::backward_workspace_bytes(shape) / sizeof(float), setting.place);
-  const emulator::Launcher launcher(setting.descending);
+  const Launcher launcher(setting.descending);
   const auto backward = [&](T* grad_x, float* of_scale, float* of_zero_point) {
     return cuda::launch_fake_quantize_backward(launcher, dtype_of<T>(), grad.data(), in.data(), grad_x, of_scale,
                                                of_zero_point, shape, owned.grid, workspace.data());
@@ -176,14 +182,14 @@ void test_rows(int64_t cols, const Setting& setting) {
   const std::vector<T> x = narrowed<T>(values);
   std::vector<int8_t> expected(n);
   std::vector<float> expected_scale(kRows);
-  require(quantize_rows(dtype_of<T>(), x.data(), kRows, cols, expected.data(), expected_scale.data(),
-                        serial_executor()));
+  require(
+      quantize_rows(dtype_of<T>(), x.data(), kRows, cols, expected.data(), expected_scale.data(), serial_executor()));
   Buffer<T> in(x, setting.place);
   Buffer<int8_t> q(n, setting.place);
   Buffer<float> scale(kRows, setting.place);
   run_watched(q, [&] {
-    return cuda::launch_quantize_rows(emulator::Launcher(setting.descending), dtype_of<T>(), in.data(), kRows, cols,
-                                      q.data(), scale.data());
+    return cuda::launch_quantize_rows(Launcher(setting.descending), dtype_of<T>(), in.data(), kRows, cols, q.data(),
+                                      scale.data());
   });
   CHECK_SAME(q.values(), expected, std::to_string(cols) + " columns");
   CHECK_SAME(scale.values(), expected_scale, std::to_string(cols) + " columns");
@@ -192,7 +198,7 @@ void test_rows(int64_t cols, const Setting& setting) {
 void test_refusals() {
   const float x[4] = {};
   float y[4];
-  const emulator::Launcher launcher(false);
+  const Launcher launcher(false);
   QuantGrid grid;
   const auto refuses = [&](const char* what, const Status& status) {
     const bool names_it = status.message().find(what) != std::string::npos;
@@ -222,21 +228,22 @@ void test_elementwise(const QuantShape& shape, const GridCase& c, const Setting&
   });
 }
 
-}  // namespace
-}  // namespace kdq::test
-
-int main() {
-  using namespace kdq::test;
-  require(kdq::set_isa("reference"));
+void run_all() {
+#if !defined(__CUDACC__)
   test_conversions();
+#endif
   test_refusals();
   for (const Setting& setting : kSettings) {
     for (const GridCase& c : kGrids) {
-      for (const kdq::QuantShape& shape : kShapes) test_elementwise(shape, c, setting);
+      for (const QuantShape& shape : kShapes) test_elementwise(shape, c, setting);
     }
     for (int64_t cols : {0, 1, 7, 64, 1000, 1500, 2048}) {
       for_each_dtype([&](auto element) { test_rows<decltype(element)>(cols, setting); });
     }
   }
-  return failures() == 0 ? 0 : 1;
 }
+
+}  // namespace
+}  // namespace kdq::test
+
+int main() { return kdq::test::run_tests(kdq::test::run_all); }

@@ -31,11 +31,10 @@ void test_signs(int64_t k, const Setting& setting) {
   constexpr int64_t kRows = 5;
   const std::vector<T> x = narrowed<T>(awkward(static_cast<size_t>(kRows * k)));
   const std::vector<uint64_t> expected = packed(x, kRows, k);
-  const emulator::Launcher launcher(setting.descending);
+  const Launcher launcher(setting.descending);
   Buffer<T> in(x, setting.place);
   Buffer<uint64_t> bits(expected.size(), setting.place);
-  run_watched(bits,
-              [&] { return cuda::launch_pack_signs(launcher, dtype_of<T>(), in.data(), kRows, k, bits.data()); });
+  run_watched(bits, [&] { return cuda::launch_pack_signs(launcher, dtype_of<T>(), in.data(), kRows, k, bits.data()); });
   CHECK_SAME(bits.values(), expected, "k = " + std::to_string(k));
   std::vector<float> signs(x.size());
   require(unpack_signs(expected.data(), kRows, k, signs.data(), serial_executor()));
@@ -53,7 +52,7 @@ void test_binary(const Size& s, const Setting& setting) {
   Buffer<uint64_t> of_b(b, setting.place);
   Buffer<int32_t> out(expected.size(), setting.place);
   run_watched(out, [&] {
-    return cuda::launch_binary_matmul(emulator::Launcher(setting.descending), of_a.data(), of_b.data(), s.m, s.n, s.k,
+    return cuda::launch_binary_matmul(Launcher(setting.descending), of_a.data(), of_b.data(), s.m, s.n, s.k,
                                       out.data());
   });
   CHECK_SAME(out.values(), expected, name(s));
@@ -84,8 +83,7 @@ void test_int8(const Size& s, const Setting& setting) {
   Buffer<int8_t> of_b(b, setting.place);
   Buffer<int32_t> out(expected.size(), setting.place);
   run_watched(out, [&] {
-    return cuda::launch_int8_matmul(emulator::Launcher(setting.descending), of_a.data(), of_b.data(), s.m, s.n, s.k,
-                                    out.data());
+    return cuda::launch_int8_matmul(Launcher(setting.descending), of_a.data(), of_b.data(), s.m, s.n, s.k, out.data());
   });
   CHECK_SAME(out.values(), expected, name(s));
 }
@@ -102,7 +100,7 @@ bool close(const T& got, const T& expected) {
 template <class T>
 void test_linear(const Size& s, Activation activation, bool has_bias, const Setting& setting) {
   std::vector<float> values = normals(static_cast<size_t>(s.m * s.k));
-  values[0] = NAN;                                    // row 0
+  values[0] = NAN;                                           // row 0
   if (s.m > 1) values[static_cast<size_t>(s.k)] = INFINITY;  // row 1
   const std::vector<T> x = narrowed<T>(values);
   const std::vector<int8_t> w = integers(s.n * s.k);
@@ -125,6 +123,8 @@ void test_linear(const Size& s, Activation activation, bool has_bias, const Sett
   require(int8_linear(on_cpu, serial_executor()));
 
   Buffer<T> in(x, setting.place);
+  Buffer<float> of_scale(scale, setting.place);
+  Buffer<float> of_bias(bias, setting.place);
   Buffer<int8_t> of_w(w, setting.place);
   Buffer<T> out(expected.size(), setting.place);
   Buffer<char> workspace(cuda::linear_workspace_bytes(s.m, s.k), Place::kStart);
@@ -136,11 +136,11 @@ void test_linear(const Size& s, Activation activation, bool has_bias, const Sett
   args.n = s.n;
   args.k = s.k;
   args.weight = of_w.data();
-  args.weight_scale = scale.data();
-  args.bias = on_cpu.bias;
+  args.weight_scale = of_scale.data();
+  args.bias = has_bias ? of_bias.data() : nullptr;
   args.activation = activation;
   args.workspace = workspace.data();
-  run_watched(out, [&] { return cuda::launch_int8_linear(emulator::Launcher(setting.descending), args); });
+  run_watched(out, [&] { return cuda::launch_int8_linear(Launcher(setting.descending), args); });
   const std::vector<T> got = out.values();
   for (size_t i = 0; i < got.size(); ++i) {
     CHECK(close(got[i], expected[i]), "%s at %zu: %g, expected %g", name(s).c_str(), i,
@@ -149,7 +149,7 @@ void test_linear(const Size& s, Activation activation, bool has_bias, const Sett
 }
 
 void test_refusals() {
-  const emulator::Launcher launcher(false);
+  const Launcher launcher(false);
   int32_t out = 0;
   const int8_t a[2] = {};
   CHECK(!cuda::launch_int8_matmul(launcher, a, a, 1, 1, kInt8MaxK + 1, &out).ok(), "k is too large");
@@ -158,12 +158,7 @@ void test_refusals() {
   CHECK(!cuda::launch_int8_linear(launcher, cuda::Int8Linear{DType::kFloat32, a, &out, 1, 1, 1}).ok(), "no weight");
 }
 
-}  // namespace
-}  // namespace kdq::test
-
-int main() {
-  using namespace kdq::test;
-  require(kdq::set_isa("reference"));
+void run_all() {
   test_refusals();
   for (const Setting& setting : kSettings) {
     for (int64_t k : {1, 63, 64, 65, 200, 1000}) {
@@ -176,10 +171,14 @@ int main() {
     for (const Size& size : {Size{1, 1, 1}, Size{130, 133, 37}, Size{20, 9, 160}, Size{65, 70, 44}, Size{3, 2, 0}}) {
       test_int8(size, setting);
     }
-    test_linear<float>({5, 9, 100}, kdq::Activation::kNone, true, setting);
-    test_linear<float>({4, 8, 64}, kdq::Activation::kGelu, false, setting);
-    test_linear<kdq::BFloat16>({5, 9, 33}, kdq::Activation::kSilu, true, setting);
-    test_linear<kdq::Float16>({3, 130, 48}, kdq::Activation::kRelu, true, setting);
+    test_linear<float>({5, 9, 100}, Activation::kNone, true, setting);
+    test_linear<float>({4, 8, 64}, Activation::kGelu, false, setting);
+    test_linear<BFloat16>({5, 9, 33}, Activation::kSilu, true, setting);
+    test_linear<Float16>({3, 130, 48}, Activation::kRelu, true, setting);
   }
-  return failures() == 0 ? 0 : 1;
 }
+
+}  // namespace
+}  // namespace kdq::test
+
+int main() { return kdq::test::run_tests(kdq::test::run_all); }

@@ -1,4 +1,6 @@
-// What the tests of the CUDA kernels share: buffers with guards, awkward values, checks.
+// What the tests of the CUDA kernels share: where they run, buffers, awkward values, checks.
+//
+// Compiled as C++ they run on the emulator; compiled by nvcc, the same tests run on a GPU.
 #pragma once
 
 #include <sys/mman.h>
@@ -12,9 +14,14 @@
 #include <random>
 #include <vector>
 
-#include "emulator.h"
 #include "kdq/kdq.h"
 #include "reference/scalar.h"
+
+#if defined(__CUDACC__)
+#include "cuda/launch.h"
+#else
+#include "emulator.h"
+#endif
 
 namespace kdq::test {
 
@@ -23,14 +30,14 @@ inline int& failures() {
   return count;
 }
 
-#define CHECK(condition, ...)                                           \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);       \
-      std::printf(__VA_ARGS__);                                         \
-      std::printf("\n");                                                \
-      if (++::kdq::test::failures() > 20) std::exit(1);                 \
-    }                                                                   \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+      if (++::kdq::test::failures() > 20) std::exit(1);           \
+    }                                                             \
   } while (false)
 
 inline void require(const Status& status) {
@@ -38,6 +45,80 @@ inline void require(const Status& status) {
   std::printf("unexpected error: %s\n", status.message().c_str());
   std::exit(1);
 }
+
+// ---- where kernels run ---------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+
+class Launcher {
+ public:
+  explicit Launcher(bool) {}
+
+  template <class Kernel>
+  Status run(const Kernel& kernel, int64_t blocks) const {
+    const Status status = cuda::StreamLauncher(nullptr).run(kernel, blocks);
+    return status.ok() ? cuda::status_of(cudaDeviceSynchronize()) : status;
+  }
+};
+
+// Memory that both sides see.
+inline char* new_pages(size_t bytes) {
+  void* memory = nullptr;
+  require(cuda::status_of(cudaMallocManaged(&memory, bytes)));
+  return static_cast<char*>(memory);
+}
+inline void delete_pages(char* base, size_t) { (void)cudaFree(base); }
+inline void forbid_page(char*, size_t) {}
+
+// A result that is not written keeps what Buffer put there, and so is not the expected one.
+template <class Buffer, class Run>
+void run_watched(Buffer&, const Run& run) {
+  require(run());
+}
+
+inline bool can_run() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+}
+
+#else
+
+using emulator::Launcher;
+
+inline char* new_pages(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  return static_cast<char*>(memory);
+}
+inline void delete_pages(char* base, size_t bytes) { munmap(base, bytes); }
+inline void forbid_page(char* page, size_t bytes) { mprotect(page, bytes, PROT_NONE); }
+
+// A run of a kernel that must write all of `out`, once.
+template <class Buffer, class Run>
+void run_watched(Buffer& out, const Run& run) {
+  emulator::watch().start(out.data(), out.bytes());
+  require(run());
+  CHECK(emulator::watch().all_once(), "some bytes of the result were not written exactly once");
+  emulator::watch().start(nullptr, 0);
+}
+
+inline bool can_run() { return true; }
+
+#endif
+
+// What main() does: 77 says that there is no GPU.
+template <class Tests>
+int run_tests(const Tests& tests) {
+  if (!can_run()) {
+    std::printf("no GPU: nothing was tested\n");
+    return 77;
+  }
+  require(set_isa("reference"));
+  tests();
+  return failures() == 0 ? 0 : 1;
+}
+
+// ---- buffers and values --------------------------------------------------------------------------------------------
 
 // Where a buffer lies in its pages: at the start, aligned, or at the end, where a read past it is a crash.
 enum class Place { kStart, kEnd };
@@ -56,12 +137,10 @@ class Buffer {
     constexpr size_t kPage = 4096;
     const size_t pages = (n * sizeof(T) + kPage - 1) / kPage + 2;  // one that may not be touched at either end
     bytes_ = pages * kPage;
-    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) std::abort();
-    base_ = static_cast<char*>(memory);
+    base_ = new_pages(bytes_);
     std::memset(base_, 0x5A, bytes_);
-    mprotect(base_, kPage, PROT_NONE);
-    mprotect(base_ + bytes_ - kPage, kPage, PROT_NONE);
+    forbid_page(base_, kPage);
+    forbid_page(base_ + bytes_ - kPage, kPage);
     data_ = reinterpret_cast<T*>(place == Place::kStart ? base_ + kPage : base_ + bytes_ - kPage - n * sizeof(T));
   }
   Buffer(const std::vector<T>& values, Place place) : Buffer(values.size(), place) {
@@ -69,9 +148,10 @@ class Buffer {
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { munmap(base_, bytes_); }
+  ~Buffer() { delete_pages(base_, bytes_); }
 
   T* data() { return data_; }
+  const T* data() const { return data_; }
   size_t bytes() const { return size_ * sizeof(T); }
   std::vector<T> values() const { return std::vector<T>(data_, data_ + size_); }
 
@@ -134,20 +214,11 @@ size_t first_difference(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size();
 }
 
-#define CHECK_SAME(got, expected, what)                                                             \
-  do {                                                                                              \
-    const auto at = ::kdq::test::first_difference(got, expected);                                   \
+#define CHECK_SAME(got, expected, what)                                                               \
+  do {                                                                                                \
+    const auto at = ::kdq::test::first_difference(got, expected);                                     \
     CHECK(got.size() == expected.size() && at == got.size(), "%s, first at %zu", (what).c_str(), at); \
   } while (false)
-
-// A run of a kernel that must write all of `out`, once.
-template <class T, class Run>
-void run_watched(Buffer<T>& out, const Run& run) {
-  emulator::watch().start(out.data(), out.bytes());
-  require(run());
-  CHECK(emulator::watch().all_once(), "some bytes of the result were not written exactly once");
-  emulator::watch().start(nullptr, 0);
-}
 
 template <class Test>
 void for_each_dtype(const Test& test) {

@@ -1,11 +1,11 @@
-// The kernels on NVIDIA GPUs, under the same names: libkdq_cuda, find_package(kdq)'s kdq::kdq_cuda. Formulas, layouts and
-// rounding are those of the headers of the CPU kernels; integers and fake-quantized values have the same bits.
+// The kernels on NVIDIA GPUs, under the same names: libkdq_cuda, find_package(kdq)'s kdq::kdq_cuda. Formulas, layouts
+// and rounding are those of the headers of the CPU kernels; integers and fake-quantized values have the same bits.
 //
-// Every pointer is to device memory, and workspaces are multiples of 16 bytes from the start of an allocation. Functions
-// check what they can without reading device memory (shapes, ranges, null), put their kernels on the stream and return;
-// an error while a kernel runs is reported by CUDA later. Not checked, as it would wait for the GPU: that scales are
-// positive and finite, that zero points lie on the grid, that the tail bits of binary rows are zero. Results then are
-// unspecified, but no memory outside the buffers is touched.
+// Every pointer is to device memory, and workspaces are multiples of 16 bytes from the start of an allocation.
+// Functions check what they can without reading device memory (shapes, ranges, null), put their kernels on the stream
+// and return; an error while a kernel runs is reported by CUDA later. Not checked, as it would wait for the GPU: that
+// scales are positive and finite, that zero points lie on the grid, that the tail bits of binary rows are zero. Results
+// then are unspecified, but no memory outside the buffers is touched.
 //
 // Any alignment works; rows and buffers that are multiples of 16 bytes are fastest. sm_80 (Ampere) or newer.
 #pragma once
@@ -66,12 +66,12 @@ struct Int8Linear {
   void* y = nullptr;        // [m, n]
   int64_t m = 0;
   int64_t n = 0;
-  int64_t k = 0;                          // <= kInt8MaxK
-  const int8_t* weight = nullptr;         // [n, k]
-  const float* weight_scale = nullptr;    // [n]
-  const float* bias = nullptr;            // [n], or nullptr
+  int64_t k = 0;                        // <= kInt8MaxK
+  const int8_t* weight = nullptr;       // [n, k]
+  const float* weight_scale = nullptr;  // [n]
+  const float* bias = nullptr;          // [n], or nullptr
   Activation activation = Activation::kNone;
-  void* workspace = nullptr;              // int8_linear_workspace(m, k) bytes
+  void* workspace = nullptr;  // int8_linear_workspace(m, k) bytes
 };
 
 KDQ_API size_t int8_linear_workspace(int64_t m, int64_t k);
@@ -80,14 +80,13 @@ KDQ_API Status int8_linear(const Int8Linear& args, Stream stream);
 
 // ---- distillation.h -------------------------------------------------------------------------------------------------
 
-// statistics, row_losses: [rows], written; row_losses is scratch. loss: the scalar. kept: how many rows are not ignored,
-// for the backward pass. A target that is no class makes its row, and so the loss, NaN.
+// statistics, row_losses: [rows], written; row_losses is scratch. loss: the scalar. kept: how many rows are not
+// ignored, for the backward pass. A target that is no class makes its row, and so the loss, NaN.
 KDQ_API Status distillation_loss(const DistillationLoss& args, DistillationRow* statistics, double* row_losses,
                                  float* loss, float* kept, Stream stream);
 
 // grad_loss: the gradient of the scalar loss. grad_student: [rows, classes] of dtype; may be args.student.
 KDQ_API Status distillation_loss_backward(const DistillationLoss& args, const DistillationRow* statistics,
-                                          const float* kept, const float* grad_loss, void* grad_student,
-                                          Stream stream);
+                                          const float* kept, const float* grad_loss, void* grad_student, Stream stream);
 
 }  // namespace kdq::cuda
