@@ -17,7 +17,7 @@ constexpr int kPieces = kStepWords / 4;  // of 16 bytes, of a row's step
 constexpr int kFragmentWords = 8;        // of k, of one mma
 constexpr int kProductThreads = 256;     // 8 warps: 2 down the tile, 4 across
 constexpr int kWarpRows = kTile / 2;     // of the tile, of a warp
-constexpr int kWarpCols = kTile / 4;     //
+constexpr int kWarpCols = kTile / 4;
 constexpr int kRowFragments = kWarpRows / 16;
 constexpr int kColFragments = kWarpCols / 8;
 constexpr int kLoads = kTile * kPieces / kProductThreads;  // pieces of a thread, of each operand
@@ -72,7 +72,7 @@ struct BinaryProduct {
   }
 };
 
-// Writes the sum of one result. A template argument, so that the sums never leave the registers as integers. Members:
+// Output writes what becomes of a sum. It is a template argument, so that sums go there from registers. Its member:
 //   store(thread, row, col, sum, bits of the row, bits of the column), the last two 0 unless Product::kCountsBits
 template <class Product, class Output>
 struct TiledProduct {

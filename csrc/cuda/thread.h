@@ -51,8 +51,8 @@ struct GpuThread {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 
-  // c [16, 8] += how many bits are set in both a row of a [16, 256] and a column of b [256, 8], as mma.m16n8k256. (The
-  // form with xor is made of several instructions from sm_90 on.)
+  // c [16, 8] += how many bits are set in both a row of a [16, 256] and a column of b [256, 8], as mma.m16n8k256. (On
+  // sm_90a the form with xor is two of these.)
   KDQ_DEVICE void mma_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
     asm volatile(
         "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
