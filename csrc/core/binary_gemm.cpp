@@ -287,7 +287,7 @@ Status binary_threshold(const BinaryThreshold& args, const ParallelFor& parallel
   const BinaryKernels* kernels = nullptr;
   const Rows rows = {args.x_bits, args.dtype, args.x, args.k};
   Status status = choose_kernels(kChoices, &kernels);
-  if (status.ok()) status = check_sizes(args.m, args.n, args.k);
+  if (status.ok()) status = check_binary_sizes(args.m, args.n, args.k);
   if (status.ok()) status = check_bits("weight_bits", args.weight_bits, args.n, args.k);
   if (status.ok()) status = check_rows(rows, args.m);
   if (!status.ok()) return status;
