@@ -13,7 +13,7 @@ VENV ?= .venv
 SEEDS ?= 5
 OUT ?= demo-output
 BIN := $(VENV)/bin
-CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp')
+CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
 .PHONY: demo test bench lint build clean
 .DEFAULT_GOAL := build

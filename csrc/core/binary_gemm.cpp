@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "core/binary_gemm_kernels.h"
+#include "core/checks.h"
 #include "core/format.h"
 #include "core/kernel_choice.h"
 #include "core/parallel_range.h"
@@ -31,14 +32,6 @@ constexpr KernelChoice<BinaryKernels> kChoices[] = {
 constexpr int64_t kPanelBytes = 8 * 1024 * 1024;
 // Word pairs (xor, count, add) below which waking another thread costs more than it saves: some 5 us of work.
 constexpr int64_t kWordsWorthAThread = 1 << 17;
-
-Status check_sizes(int64_t m, int64_t n, int64_t k) {
-  if (m < 0 || n < 0 || k < 0 || k > INT32_MAX) {
-    return Status::invalid("m, n, k: expected at least 0, and k below 2^31, got " + std::to_string(m) + ", " +
-                           std::to_string(n) + ", " + std::to_string(k));
-  }
-  return {};
-}
 
 Status check_bits(const char* name, const uint64_t* bits, int64_t rows, int64_t k) {
   const int64_t words = binary_words(k);
@@ -233,7 +226,7 @@ Status pack_signs(DType dtype, const void* x, int64_t rows, int64_t k, uint64_t*
                   const ParallelFor& parallel_for) {
   const BinaryKernels* kernels = nullptr;
   Status status = choose_kernels(kChoices, &kernels);
-  if (status.ok()) status = check_sizes(rows, 0, k);
+  if (status.ok()) status = check_binary_sizes(rows, 0, k);
   if (!status.ok()) return status;
   if (rows * k > 0 && (x == nullptr || bits == nullptr)) return Status::invalid("x, bits: expected pointers, got null");
   pack_rows(*kernels, dtype, x, rows, k, bits, parallel_for);
@@ -241,7 +234,7 @@ Status pack_signs(DType dtype, const void* x, int64_t rows, int64_t k, uint64_t*
 }
 
 Status unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, float* x, const ParallelFor& parallel_for) {
-  Status status = check_sizes(rows, 0, k);
+  Status status = check_binary_sizes(rows, 0, k);
   if (status.ok()) status = check_bits("bits", bits, rows, k);
   if (!status.ok()) return status;
   if (rows * k > 0 && x == nullptr) return Status::invalid("x: expected a pointer, got null");
@@ -258,7 +251,7 @@ Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, 
                      const ParallelFor& parallel_for) {
   const BinaryKernels* kernels = nullptr;
   Status status = choose_kernels(kChoices, &kernels);
-  if (status.ok()) status = check_sizes(m, n, k);
+  if (status.ok()) status = check_binary_sizes(m, n, k);
   if (status.ok()) status = check_bits("a_bits", a_bits, m, k);
   if (status.ok()) status = check_bits("b_bits", b_bits, n, k);
   if (!status.ok()) return status;
@@ -272,7 +265,7 @@ Status binary_linear(const BinaryLinear& args, const ParallelFor& parallel_for) 
   const BinaryKernels* kernels = nullptr;
   const Rows rows = {args.x_bits, args.dtype, args.x, args.k};
   Status status = choose_kernels(kChoices, &kernels);
-  if (status.ok()) status = check_sizes(args.m, args.n, args.k);
+  if (status.ok()) status = check_binary_sizes(args.m, args.n, args.k);
   if (status.ok()) status = check_bits("weight_bits", args.weight_bits, args.n, args.k);
   if (status.ok()) status = check_rows(rows, args.m);
   if (!status.ok()) return status;
@@ -294,7 +287,7 @@ Status binary_threshold(const BinaryThreshold& args, const ParallelFor& parallel
   const BinaryKernels* kernels = nullptr;
   const Rows rows = {args.x_bits, args.dtype, args.x, args.k};
   Status status = choose_kernels(kChoices, &kernels);
-  if (status.ok()) status = check_sizes(args.m, args.n, args.k);
+  if (status.ok()) status = check_binary_sizes(args.m, args.n, args.k);
   if (status.ok()) status = check_bits("weight_bits", args.weight_bits, args.n, args.k);
   if (status.ok()) status = check_rows(rows, args.m);
   if (!status.ok()) return status;

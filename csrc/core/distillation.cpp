@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "core/checks.h"
 #include "core/distillation_kernels.h"
-#include "core/format.h"
 #include "core/kernel_choice.h"
 #include "core/parallel_range.h"
 
@@ -26,11 +26,7 @@ constexpr KernelChoice<DistillationKernels> kChoices[] = {
 constexpr int64_t kClassesWorthAThread = 8192;
 
 Status check_target(const DistillationLoss& args) {
-  if (args.target == nullptr) {
-    if (args.alpha == 1.0F) return {};
-    return Status::invalid("target: expected class indices, since alpha = " + format(args.alpha) +
-                           " mixes in the labels; got none");
-  }
+  if (args.target == nullptr) return {};
   for (int64_t r = 0; r < args.rows; ++r) {
     const int64_t y = args.target[r];
     if (y == kIgnoredTarget || (y >= 0 && y < args.classes)) continue;
@@ -47,22 +43,8 @@ struct Call {
 
   Status open(const DistillationLoss& args) {
     Status status = choose_kernels(kChoices, &kernels);
-    if (!status.ok()) return status;
-    if (args.rows < 0 || args.classes < 1) {
-      return Status::invalid("student: expected at least 0 rows of at least 1 class, got " + std::to_string(args.rows) +
-                             " of " + std::to_string(args.classes));
-    }
-    if (!(args.temperature > 0.0F) || !std::isfinite(args.temperature) || !std::isfinite(1.0F / args.temperature)) {
-      return Status::invalid("temperature: expected positive and finite, with a finite reciprocal, got " +
-                             format(args.temperature));
-    }
-    if (!(args.alpha >= 0.0F && args.alpha <= 1.0F)) {
-      return Status::invalid("alpha: expected a number from 0 to 1, got " + format(args.alpha));
-    }
-    if (args.rows > 0 && (args.student == nullptr || args.teacher == nullptr)) {
-      return Status::invalid("student, teacher: expected pointers, got null");
-    }
-    status = check_target(args);
+    if (status.ok()) status = check_distillation(args);
+    if (status.ok()) status = check_target(args);
     for (int64_t r = 0; status.ok() && r < args.rows; ++r) kept += keeps(args, r) ? 1 : 0;
     terms.inverse_temperature = 1.0F / args.temperature;
     terms.soft = args.alpha > 0.0F;

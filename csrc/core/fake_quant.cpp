@@ -3,34 +3,22 @@
 
 #include <string>
 
+#include "core/checks.h"
 #include "core/fake_quant_grid.h"
 
 namespace kdq {
 namespace {
-
-Status check_pointer(const char* name, const void* pointer, const RunLayout& layout) {
-  if (pointer != nullptr || layout.rows * layout.row_length == 0) return {};
-  return Status::invalid(std::string(name) + ": expected a pointer, got null");
-}
 
 // The start of everything here: chooses kernels, prepares the grid, checks the two buffers.
 Status begin(const QuantShape& shape, const QuantGrid& grid, const char* in_name, const void* in, const char* out_name,
              const void* out, const FakeQuantKernels** kernels, PreparedGrid* prepared) {
   Status status = fake_quant_kernels(kernels);
   if (status.ok()) status = prepare_grid(shape, grid, prepared);
-  if (status.ok()) status = check_pointer(in_name, in, prepared->layout);
-  if (status.ok()) status = check_pointer(out_name, out, prepared->layout);
+  if (!status.ok()) return status;
+  const int64_t n = prepared->layout.rows * prepared->layout.row_length;
+  status = check_pointer(in_name, in, n);
+  if (status.ok()) status = check_pointer(out_name, out, n);
   return status;
-}
-
-Status check_fits(QType qtype, const QuantGrid& grid) {
-  const bool fits = qtype == QType::kInt32 ||
-                    (qtype == QType::kInt8 && grid.quant_min >= -128 && grid.quant_max <= 127) ||
-                    (qtype == QType::kUInt8 && grid.quant_min >= 0 && grid.quant_max <= 255);
-  if (fits) return {};
-  return Status::invalid("quant_min, quant_max: [" + std::to_string(grid.quant_min) + ", " +
-                         std::to_string(grid.quant_max) + "] does not fit " +
-                         (qtype == QType::kInt8 ? "int8" : "uint8"));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "core/checks.h"
 #include "core/format.h"
 #include "core/kernel_choice.h"
 
@@ -25,29 +26,9 @@ constexpr int64_t kShortestRun = 16;
 // Results from here on do not fit a last-level cache beside what they are computed from.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
-constexpr int32_t kIntegerLimit = 1 << 23;
-
 std::string at_index(int64_t i) { return " at index " + std::to_string(i); }
 
-Status check_shape(const QuantShape& s) {
-  if (s.outer < 0 || s.channels < 0 || s.inner < 0) return Status::invalid("shape: expected sizes of at least 0");
-  int64_t n = 0;
-  if (__builtin_mul_overflow(s.outer, s.channels, &n) || __builtin_mul_overflow(n, s.inner, &n)) {
-    return Status::invalid("shape: the number of elements does not fit 64 bits");
-  }
-  return {};
-}
-
-Status check_range(const QuantGrid& grid) {
-  if (grid.quant_min >= grid.quant_max || grid.quant_min < -kIntegerLimit || grid.quant_max > kIntegerLimit) {
-    return Status::invalid("quant_min, quant_max: expected quant_min < quant_max within [-2^23, 2^23], got " +
-                           std::to_string(grid.quant_min) + " and " + std::to_string(grid.quant_max));
-  }
-  return {};
-}
-
 Status read_scale(const QuantGrid& grid, int64_t channels, PreparedGrid* out) {
-  if (channels > 0 && grid.scale == nullptr) return Status::invalid("scale: expected a pointer, got null");
   out->scale.assign(grid.scale, grid.scale + channels);
   out->inverse.resize(static_cast<size_t>(channels));
   for (int64_t c = 0; c < channels; ++c) {
@@ -65,7 +46,6 @@ Status read_scale(const QuantGrid& grid, int64_t channels, PreparedGrid* out) {
 Status read_zero_point(const QuantGrid& grid, int64_t channels, PreparedGrid* out) {
   out->zero_point.assign(static_cast<size_t>(channels), 0.0F);
   if (grid.zero_point_kind == ZeroPointKind::kNone || channels == 0) return {};
-  if (grid.zero_point == nullptr) return Status::invalid("zero_point: expected a pointer, got null");
   const float low = static_cast<float>(grid.quant_min);
   const float high = static_cast<float>(grid.quant_max);
   for (int64_t c = 0; c < channels; ++c) {
@@ -107,6 +87,7 @@ bool worth_streaming(const RunLayout& layout, const void* in, const void* out, s
 Status prepare_grid(const QuantShape& shape, const QuantGrid& grid, PreparedGrid* out) {
   Status status = check_shape(shape);
   if (status.ok()) status = check_range(grid);
+  if (status.ok()) status = check_grid_pointers(grid, shape.channels);
   if (status.ok()) status = read_scale(grid, shape.channels, out);
   if (status.ok()) status = read_zero_point(grid, shape.channels, out);
   if (!status.ok()) return status;

@@ -1,5 +1,5 @@
-"""The native build as others meet it: the C++ package, the ODR rule of the ISA objects, introspection, clean
-imports."""
+"""The native build as others meet it: the C++ package, the CUDA library, the ODR rule of the ISA objects,
+introspection, clean imports."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def require_success(result: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cmake --install` of the library alone, and a consumer built against nothing but that."""
+    """`cmake --install` of the libraries alone (CUDA's where nvcc is), and consumers built against nothing but that."""
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not on PATH")
     folder = tmp_path_factory.mktemp("cpp")
     generator = ("-G", "Ninja") if shutil.which("ninja") else ()
-    require_success(run("cmake", "-S", ROOT, "-B", folder / "build", *generator))
+    require_success(run("cmake", "-S", ROOT, "-B", folder / "build", "-DKDQ_TESTS=ON", *generator))
     require_success(run("cmake", "--build", folder / "build"))
     require_success(run("cmake", "--install", folder / "build", "--prefix", folder / "prefix"))
     require_success(
@@ -70,6 +70,30 @@ def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> No
     needed = require_success(run("ldd", library))
     assert "torch" not in needed
     assert "python" not in needed
+
+
+def test_cuda_kernels_agree_with_the_reference_on_the_emulator(installed: Path) -> None:
+    """tests/cuda: the kernels' own bodies, run on the CPU; needs neither nvcc nor a GPU."""
+    output = require_success(run("ctest", "--test-dir", installed / "build", "--output-on-failure"))
+    assert re.search(r"100% tests passed.* out of 3\n", output)
+
+
+def test_cuda_library_needs_no_toolkit(installed: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH: libkdq_cuda is not built here")
+    assert "expected a pointer" in require_success(run(installed / "consumer" / "cuda_consumer"))
+    (library,) = (installed / "prefix").rglob("libkdq_cuda.so")
+    needed = require_success(run("ldd", library))
+    assert "cudart" not in needed
+    assert "torch" not in needed
+
+
+def test_cuda_without_nvcc_is_an_error(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not on PATH")
+    result = run("cmake", "-S", ROOT, "-B", tmp_path, "-DKDQ_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    assert result.returncode != 0
+    assert "KDQ_CUDA=ON, but there is no CUDA compiler" in " ".join(result.stderr.split())
 
 
 def test_isa_objects_have_no_weak_symbols(installed: Path) -> None:

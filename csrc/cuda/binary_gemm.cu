@@ -1,0 +1,22 @@
+// The public functions of the binary family on a GPU.
+#include "cuda/binary_gemm.h"
+
+#include "cuda/launch.h"
+#include "cuda/signs.h"
+
+namespace kdq::cuda {
+
+Status pack_signs(DType dtype, const void* x, int64_t rows, int64_t k, uint64_t* bits, Stream stream) {
+  return launch_pack_signs(StreamLauncher(stream), dtype, x, rows, k, bits);
+}
+
+Status unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, float* x, Stream stream) {
+  return launch_unpack_signs(StreamLauncher(stream), bits, rows, k, x);
+}
+
+Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, int64_t n, int64_t k, int32_t* out,
+                     Stream stream) {
+  return launch_binary_matmul(StreamLauncher(stream), a_bits, b_bits, m, n, k, out);
+}
+
+}  // namespace kdq::cuda

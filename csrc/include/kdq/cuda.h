@@ -1,0 +1,92 @@
+// The kernels on NVIDIA GPUs, under the same names: libkdq_cuda, find_package(kdq)'s kdq::kdq_cuda. Formulas, layouts
+// and rounding are those of the headers of the CPU kernels; integers and fake-quantized values have the same bits.
+//
+// Every pointer is to device memory, and workspaces are multiples of 16 bytes from the start of an allocation.
+// Functions check what they can without reading device memory (shapes, ranges, null), put their kernels on the stream
+// and return; an error while a kernel runs is reported by CUDA later. Not checked, as it would wait for the GPU: that
+// scales are positive and finite, that zero points lie on the grid, that the tail bits of binary rows are zero. Results
+// then are unspecified, but no memory outside the buffers is touched.
+//
+// Any alignment works; rows and buffers that are multiples of 16 bytes are fastest. sm_80 (Ampere) or newer.
+#pragma once
+
+#include "kdq/binary_gemm.h"
+#include "kdq/distillation.h"
+#include "kdq/fake_quant.h"
+#include "kdq/int8_gemm.h"
+
+struct CUstream_st;
+
+namespace kdq::cuda {
+
+// A cudaStream_t; nullptr is the default stream. The device is the current one of the calling thread.
+using Stream = CUstream_st*;
+
+// ---- fake_quant.h: grid.scale and grid.zero_point are on the device too --------------------------------------------
+
+// y may be x.
+KDQ_API Status fake_quantize(DType dtype, const void* x, void* y, const QuantShape& shape, const QuantGrid& grid,
+                             Stream stream);
+
+KDQ_API Status quantize(DType dtype, const void* x, QType qtype, void* q, const QuantShape& shape,
+                        const QuantGrid& grid, Stream stream);
+
+// Bytes of the workspace that fake_quantize_backward needs; 0 where it may be null, which it may be too if neither
+// grad_scale nor grad_zero_point is asked for.
+KDQ_API size_t fake_quantize_backward_workspace(const QuantShape& shape);
+
+// The sums' order depends on the shape alone: the same bits in every run and on every GPU.
+KDQ_API Status fake_quantize_backward(DType dtype, const void* grad_y, const void* x, void* grad_x, float* grad_scale,
+                                      float* grad_zero_point, const QuantShape& shape, const QuantGrid& grid,
+                                      void* workspace, Stream stream);
+
+KDQ_API Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int8_t* q, float* scale,
+                             Stream stream);
+
+// ---- binary_gemm.h --------------------------------------------------------------------------------------------------
+
+KDQ_API Status pack_signs(DType dtype, const void* x, int64_t rows, int64_t k, uint64_t* bits, Stream stream);
+
+KDQ_API Status unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, float* x, Stream stream);
+
+KDQ_API Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, int64_t n, int64_t k,
+                             int32_t* out, Stream stream);
+
+// ---- int8_gemm.h: weights are row-major, not packed -----------------------------------------------------------------
+
+// out int32 [m, n] = a int8 [m, k] @ b.T, b int8 [n, k]; exact. k <= kInt8MaxK.
+KDQ_API Status int8_matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, int32_t* out,
+                           Stream stream);
+
+// y [m, n] = activation((q @ weight.T) * row_scale * weight_scale + bias), in the dtype of x; q and row_scale by
+// quantize_rows. kGelu is the erf-based form.
+struct Int8Linear {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;  // [m, k]
+  void* y = nullptr;        // [m, n]
+  int64_t m = 0;
+  int64_t n = 0;
+  int64_t k = 0;                        // <= kInt8MaxK
+  const int8_t* weight = nullptr;       // [n, k]
+  const float* weight_scale = nullptr;  // [n]
+  const float* bias = nullptr;          // [n], or nullptr
+  Activation activation = Activation::kNone;
+  void* workspace = nullptr;  // int8_linear_workspace(m, k) bytes
+};
+
+KDQ_API size_t int8_linear_workspace(int64_t m, int64_t k);
+
+KDQ_API Status int8_linear(const Int8Linear& args, Stream stream);
+
+// ---- distillation.h -------------------------------------------------------------------------------------------------
+
+// statistics, row_losses: [rows], written; row_losses is scratch. loss: the scalar. kept: how many rows are not
+// ignored, for the backward pass. A target that is no class makes its row, and so the loss, NaN.
+KDQ_API Status distillation_loss(const DistillationLoss& args, DistillationRow* statistics, double* row_losses,
+                                 float* loss, float* kept, Stream stream);
+
+// grad_loss: the gradient of the scalar loss. grad_student: [rows, classes] of dtype; may be args.student.
+KDQ_API Status distillation_loss_backward(const DistillationLoss& args, const DistillationRow* statistics,
+                                          const float* kept, const float* grad_loss, void* grad_student, Stream stream);
+
+}  // namespace kdq::cuda
