@@ -143,8 +143,8 @@ trained under the teacher without labels for half of the steps. Every student ru
             "Bits by teacher KL against bits by the loss on ten labels",
             "teacher KL",
             TEN_LABELS,
-            "Ten labels say less about the layers than the KL, which needs none, does on many inputs; a hundred (above) "
-            "say as much.",
+            "Ten labels say less about the layers than the KL, which needs none, does on many inputs; a hundred "
+            "(above) say as much.",
         ),
         *against(
             "teacher KL",
