@@ -78,7 +78,8 @@ def latency_section(quick: bool) -> str:
     )
     lines = ["## Predicted latency against measured", ""]
     lines += [
-        "Random weights; one thread. The search times the layers inside the model, on this machine's kernels.",
+        "Random weights; one thread. The search times the layers inside the model, on this machine's kernels, one at a "
+        "time, the others in float: a model of 1-bit layers only is quicker than such times add up to.",
         "",
     ]
     lines += markdown_table(columns, rows, text_columns=1)
