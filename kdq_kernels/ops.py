@@ -25,8 +25,8 @@ _codebook_linear = _ops.codebook_linear.default
 
 def _tensor(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
     """A number as a 0-d tensor; tensors and None as they are."""
-    if value is None:  # first: the common case of a call that takes a microsecond or two
-        return None
+    if value is None or type(value) is Tensor:  # first: the common cases of a call that takes a microsecond or two
+        return value
     return torch.tensor(value, dtype=dtype) if isinstance(value, int | float) else value
 
 
@@ -187,18 +187,13 @@ def int8_linear(
     Returns:
         `[..., N]`. A row of x with NaN (or, dynamically, inf) gives NaN in that row alone.
     """
-    if input_scale is None and input_zero_point is None and activation is None:
-        return _int8_linear(x, packed, weight_scale, bias)  # each argument that is passed costs 100 ns
-    return _int8_linear(
-        x,
-        packed,
-        weight_scale,
-        bias,
-        _tensor(input_scale, torch.float32),
-        _tensor(input_zero_point, torch.int32),
-        input_quant_max,
-        activation,
-    )
+    is_plain = activation is None and input_quant_max == 255  # each argument that is passed costs 100 ns
+    if is_plain and input_scale is None and input_zero_point is None:
+        return _int8_linear(x, packed, weight_scale, bias)
+    grid = _tensor(input_scale, torch.float32), _tensor(input_zero_point, torch.int32)
+    if is_plain:
+        return _int8_linear(x, packed, weight_scale, bias, *grid)
+    return _int8_linear(x, packed, weight_scale, bias, *grid, input_quant_max, activation)
 
 
 def int8_weight_only_linear(
