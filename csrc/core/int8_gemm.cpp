@@ -175,7 +175,7 @@ Status run(Call& call, int64_t element_bytes, int (*at_once)(int, int), void (*t
       [&](int64_t first, int count, const PreparedRows& to) { prepare(call.rows_at(first, count, to)); },
       [&](const RowTile& rows, int64_t group) {
         int64_t panel = group * panels;
-        if (panel + panels <= weight.panels) return tile(call.tile(rows, panel, panels));
+        if (panel + panels <= weight.whole_panels) return tile(call.tile(rows, panel, panels));
         for (; panel < weight.panels; ++panel) tile(call.tile(rows, panel, 1));
       });
 }

@@ -102,6 +102,6 @@ struct Loops {
 
 }  // namespace
 
-const Int8Kernels kInt8Reference = make_int8_kernels<Loops>({1, 1, 1, 2, 0});
+const Int8Kernels kInt8Reference = make_int8_kernels<Loops>({1, 1, 1, 1, 2, 0});
 
 }  // namespace kdq

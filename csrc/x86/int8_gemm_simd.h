@@ -112,6 +112,10 @@ struct Loops {
 
   // ---- tile ----
 
+  // Bytes from one step along k to the next: only a last, narrower panel has fewer than kCols vectors.
+  template <int kVectors>
+  static constexpr int kStep = (kVectors < kCols ? kVectors : kCols) * kLanes * Dot::kUnit;
+
   // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.
   template <int kRows, int kVectors>
   static void tile_of(const Int8TileCall& call) {
@@ -144,7 +148,7 @@ struct Loops {
             pin(sum[r][v]);
           }
         }
-        panel += kPanel * Dot::kUnit;
+        panel += kStep<kVectors>;
       }
       if (u == call.units) break;
       prefetch_output(call.out);
@@ -198,7 +202,7 @@ struct Loops {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
       float_step<kRows, kVectors, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
-      panel += kPanel * Dot::kUnit;
+      panel += kStep<kVectors>;
     }
     alignas(64) float spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 16
@@ -371,7 +375,7 @@ struct Loops {
   }
 };
 
-constexpr Int8Tile kTile = {Dot::kRows, Loops::kPanel, Dot::kUnit, sizeof(Dot::Prepared), Dot::kOffset};
+constexpr Int8Tile kTile = {Dot::kRows, Loops::kPanel, Loops::kLanes, Dot::kUnit, sizeof(Dot::Prepared), Dot::kOffset};
 
 }  // namespace
 }  // namespace kdq
