@@ -55,11 +55,11 @@ inline __attribute__((always_inline)) void put_pair(T* p, Vec::Pair v) {
   }
 }
 
-// Asks for what a loop that reads memory and writes past the caches will read 2 KiB from p on, where p has count
-// elements: the CPU's own prefetching starts anew in every page. Worth a tenth on Zen 4.
+// Asks for what a loop that reads memory and writes past the caches will read 4 KiB from p on, where p has count
+// elements: the CPU's own prefetching starts anew in every page. Worth a tenth on Zen 4 and 5.
 template <class T>
 inline __attribute__((always_inline)) void prefetch_ahead(const T* p, int count) {
-  constexpr int64_t kAhead = 2048;
+  constexpr int64_t kAhead = 4096;
   const char* bytes = reinterpret_cast<const char*>(p) + kAhead;
   for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += kLine) _mm_prefetch(bytes + i, _MM_HINT_T0);
 }
