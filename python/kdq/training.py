@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,7 +103,9 @@ class Loop:
             RuntimeError: a loss is not finite.
         """
         epoch = len(self.losses)
-        with _watched(self.distiller.teacher, repeats=epoch > 0 or self.span[0] > 0):
+        with ExitStack() as watched:
+            for cache in (m for m in self.distiller.teacher.modules() if isinstance(m, CachedTeacher)):
+                watched.enter_context(cache.epoch(whole=not self.within, repeats=epoch > 0 or self.span[0] > 0))
             for batch in self._batches(epoch):
                 self._learn(batch, epoch)
                 advance(self.within[-1])
@@ -261,17 +263,6 @@ def _digest(model: nn.Module) -> str:
         for name, module in model.named_modules()
     ]
     return hashlib.sha256(description(layers).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _watched(teacher: nn.Module, repeats: bool) -> Iterator[None]:
-    """Lets every `CachedTeacher` in the teacher judge an epoch that repeats another."""
-    caches = [module for module in teacher.modules() if isinstance(module, CachedTeacher)]
-    before = [(cache.hits, cache.misses) for cache in caches]
-    yield
-    for cache, (hits, misses) in zip(caches, before, strict=True):
-        if repeats:
-            cache.judge(cache.hits - hits, cache.misses - misses)
 
 
 def check_count(name: str, count: int) -> None:
