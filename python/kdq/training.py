@@ -32,7 +32,7 @@ from kdq.checkpoint import (
 )
 from kdq.layers.codebook_qat import CodebookQATLinear
 from kdq.layers.qat import TrainingTwin
-from kdq.observe import device_of
+from kdq.observe import check_repeatable, device_of
 from kdq.teacher_cache import CachedTeacher
 from kdq.validation import BestWeights
 
@@ -74,6 +74,8 @@ class Loop:
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)
         check_count("accumulate", self.accumulate)
+        if self.epochs > 1:
+            check_repeatable(self.loader, f"{self.epochs} epochs need all batches each")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm: expected a positive number, got {self.clip_grad_norm!r}")
         if not 0 <= self.span[0] < self.span[1] <= 1:
@@ -110,7 +112,8 @@ class Loop:
                 self._learn(batch, epoch)
                 advance(self.within[-1])
         if not self.within or self.optimizer is None:
-            raise ValueError(f"loader: it gave no batch in epoch {epoch + 1} (an iterator can be used only once)")
+            where = "" if self.epochs == 1 else f" in epoch {epoch + 1}"
+            raise ValueError(f"loader: it gave no batch{where} (an iterator can be used only once)")
         if self.pending:
             self._step(self.optimizer)
         if self.first_epoch is None:
