@@ -15,7 +15,9 @@ from kdq.checkpoint import write_atomically
 from kdq.compression import road
 from kdq.compression.folder import RunFolder
 from kdq.compression.report import CompressionReport, Model, pareto_front, times
+from kdq.reporting import layer_errors
 from kdq.search.cost import Timing, tensor_bytes
+from kdq.validation import validate
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,6 +62,26 @@ def test_the_road(tmp_path) -> None:
     assert page.count("data:image/png;base64,") == 3
     assert "Int8Dynamic" in page
     assert "compressed" in str(report)
+
+
+def test_the_error_of_a_layer_is_told_before_and_after(tmp_path) -> None:
+    """Before: as quantize_ leaves the model that was given. After: as compressed. Both beside the float model."""
+    result = compressed(
+        tmp_path, candidates=[kdq.LowBit(weight_bits=3, act_bits=8), kdq.LowBit(weight_bits=2, act_bits=8)]
+    )
+    rounded = model()
+    kdq.quantize_(rounded, result.plan, calibration=[data()])
+    errors = {error.name: error.sqnr_db for error in layer_errors(rounded, model(), data())}
+    assert {layer.name: layer.rounded_sqnr_db for layer in result.report.layers} == pytest.approx(errors, rel=1e-6)
+    after = {error.name: error.sqnr_db for error in layer_errors(result.model, model(), data())}
+    assert {layer.name: layer.sqnr_db for layer in result.report.layers} == pytest.approx(after, rel=1e-6)
+    assert all(layer.own_sqnr_db is not None and layer.own_sqnr_db > 0 for layer in result.report.layers)
+    found = validate(rounded, model(), [data()])
+    assert (result.report.rounded.accuracy, result.report.rounded.teacher_kl) == (found.accuracy, found.teacher_kl)
+    text = str(result.report)
+    for value in errors.values():
+        assert f"{value:.1f}" in text
+    assert "only rounded" in text
 
 
 @pytest.mark.parametrize("batches", [0, 5, 9, 12, 15])  # epochs have 4: two of distillation, two of the finetune

@@ -26,13 +26,13 @@ from kdq.checkpoint import description, write_atomically
 from kdq.compression.evaluate import count_samples, describe_layers, evaluate
 from kdq.compression.folder import RunFolder, fingerprint
 from kdq.compression.repeatable import seeded
-from kdq.compression.report import CompressionReport, Training
+from kdq.compression.report import CompressionReport, Model, Training
 from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize, short_name
 from kdq.distill import Distiller, History
 from kdq.io import load, save
 from kdq.losses import Loss, SoftTargets
 from kdq.observe import check_repeatable, evaluating, parse_batch
-from kdq.quantize import prepare_switchable_, quantizable_layers
+from kdq.quantize import prepare_switchable_, quantizable_layers, quantize_
 from kdq.reporting import ROUNDS
 from kdq.search import Budget, Plan, search_precision
 from kdq.switch import extract, float_copy, keeping_precision, precisions, set_precision_
@@ -88,7 +88,7 @@ def compress(
        (`search_precision`).
     3. *finetune*: the plan is trained on.
     4. *convert* to the layers that run on the kernels.
-    5. *report*: before and after, every other choice the student offers, errors by layer.
+    5. *report*: before and after, every other choice the student offers, errors by layer before and after.
 
     Call it again with the same arguments and folder after an interruption, and it goes on where it was, from the last
     whole epoch. With another budget the distilled student is used again, and what follows from it replaced; with
@@ -344,23 +344,31 @@ class _Road:
         return {"file_bytes": path.stat().st_size}
 
     def report(self, student: nn.Module, final: nn.Module, plan: Plan) -> dict[str, Any]:
-        """Also what the student was before its finetune: at every precision, and at the plan."""
+        """Also what the student was before its finetune, at every precision and at the plan, and the plan untrained."""
         before = copy.deepcopy(student)
         before.load_state_dict(self.trained("distil")["distiller"]["student"])
         choices = {short_name(config): extract(before, config) for config in precisions(before)}
-        models = {"float": self.model, **choices, "plan, not finetuned": extract(before, plan), "compressed": final}
+        rounded = copy.deepcopy(self.model)
+        quantize_(rounded, plan, calibration=self.held)
+        at_plan = {"plan, only rounded": rounded, "plan, not finetuned": extract(before, plan), "compressed": final}
+        models = {"float": self.model, **choices, **at_plan}
         if self.teacher is not None:
             cached = isinstance(self.teacher, CachedTeacher)  # then its own time is wanted, not the cache's
             models["teacher"] = self.teacher.get_submodule("teacher") if cached else self.teacher
         found = evaluate(models, self.goal, self.held)
+
+        def as_compressed(name: str) -> Model:
+            return replace(found[name], latency_ms=found["compressed"].latency_ms)  # the same kernels
+
         report = CompressionReport(
             samples=count_samples(self.model, self.held),
             teacher=found.get("teacher"),
             before=found["float"],
-            searched=replace(found["plan, not finetuned"], latency_ms=found["compressed"].latency_ms),  # same kernels
+            rounded=as_compressed("plan, only rounded"),
+            searched=as_compressed("plan, not finetuned"),
             after=found["compressed"],
             choices=[found[name] for name in choices],
-            layers=describe_layers(final, float_copy(student), self.held[0]),
+            layers=describe_layers(final, float_copy(student), rounded, self.model, self.held[0]),
             training=[Training(phase, self.folder.result(phase)["losses"]) for phase in ("distil", "finetune")],
             budget={name: value for name, value in asdict(self.budget).items() if value is not None},
             predicted={name: getattr(plan, name) for name in ("size_bytes", "latency_ms", "average_bits")},
