@@ -30,6 +30,7 @@ from kdq.losses.features import make_adapters
 from kdq.observe import (
     Batch,
     captured_outputs,
+    check_repeatable,
     check_same_shape,
     count_of_rows,
     evaluating,
@@ -406,6 +407,8 @@ class Distiller:
         """
         if "optimizer" in options or "scheduler" in options:
             raise ValueError("options: each phase makes its own optimizer; call fit for one of yours")
+        if len(phases) > 1:
+            check_repeatable(loader, f"{len(phases)} phases need all batches each")
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
         for phase in phases:
             if phase.sparsity is not None:

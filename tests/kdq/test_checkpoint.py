@@ -217,6 +217,57 @@ def test_a_loader_that_has_shrunk_is_named(tmp_path: Path) -> None:
         fit(unsized(1, killed=False))
 
 
+class Spoilt:
+    """Three batches an epoch; from the second epoch on another number of them, or one of NaN."""
+
+    def __init__(self, later: int = 3, nan: bool = False) -> None:
+        self.epoch, self.later, self.nan = 0, later, nan
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        late = self.epoch > 1
+        for i in range(self.later if late else 3):
+            x = randn(8, 6, seed=i)
+            yield x * float("nan") if late and self.nan and i == 1 else x
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (Spoilt(nan=True), RuntimeError, "the loss is nan at epoch 2, step 2: lower the learning rate"),
+        (Spoilt(later=2), ValueError, "loader: expected 3 batches as in the first epoch, got 2 in epoch 2"),
+        (Spoilt(later=4), ValueError, "loader: expected 3 batches as in the first epoch, got 4 in epoch 2"),
+        (Spoilt(later=0), ValueError, "loader: it gave no batch in epoch 2"),
+    ],
+)
+def test_bad_input_keeps_the_checkpoint(loader: Spoilt, error: Any, message: str, tmp_path: Path) -> None:
+    """The one of the epoch before; with good batches the training goes on from it, to where it would have come."""
+
+    def fit(batches: Any, path: Path) -> nn.Module:
+        student = mlp(5, seed=1)
+        distiller = kdq.Distiller(mlp(16), student, [kdq.SoftTargets()])
+        distiller.fit(batches, 2, lr=1e-2, checkpoint=path, progress=False)
+        return student
+
+    with pytest.raises(error, match=message):
+        fit(loader, tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert len(saved["parts"]["loop"]["losses"]) == 1
+    same(fit(Spoilt(), tmp_path / "a.pt"), fit(Spoilt(), tmp_path / "b.pt"))
+
+
+def test_a_layer_that_does_not_exist_keeps_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with pytest.raises(Killed):
+        plain(path, 7)
+    before = path.read_bytes()
+    for hint, message in (({"9": "0"}, "student.*'9'"), ({"0": "block"}, "teacher.*'block'")):
+        with pytest.raises(ValueError, match=message):
+            kdq.Distiller(mlp(16), student_of(), [kdq.Hint(hint)]).fit([DATA], 3, checkpoint=path, progress=False)
+    assert path.read_bytes() == before
+    assert plain(path)[1].steps == 18
+
+
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,17 +6,19 @@ caches as its neighbours leave them.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from kdq.configs import Binary, Codebook, Config, Int8Static, LowBit
+from kdq.configs import Binary, Codebook, Config, Int8Static, LowBit, config_from_json, config_to_json
 from kdq.observe import Batch
 from kdq.reporting import ROUND_SECONDS
 from kdq.search.precision import Precision, all_at
@@ -55,6 +57,33 @@ class Timing:
 
     layers: Mapping[Config | None, Mapping[str, float]]
     fixed: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json.dumps."""
+        layers = [[None if c is None else config_to_json(c), dict(ms)] for c, ms in self.layers.items()]
+        return {"layers": layers, "fixed": self.fixed}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Timing:
+        """The inverse of `to_json`."""
+        return cls({None if c is None else config_from_json(c): dict(ms) for c, ms in data["layers"]}, data["fixed"])
+
+
+def kept_timing(path: Path | None, names: Sequence[str], candidates: Sequence[Config | None]) -> Timing | None:
+    """What `measure` gave and a file has; None where there is no file.
+
+    Raises:
+        ValueError: the file is damaged, or of other layers or candidates.
+    """
+    if path is None or not path.exists():
+        return None
+    try:
+        timing = Timing.from_json(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"times: {path} is not a file of times; delete it to measure anew: {error}") from error
+    if timing.layers.keys() != set(candidates) or any(ms.keys() != set(names) for ms in timing.layers.values()):
+        raise ValueError(f"times: {path} is of other layers or candidates; choose another file")
+    return timing
 
 
 def input_rows(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, list[int]]:
