@@ -182,7 +182,7 @@ steps. Every student is converted and evaluated on the integer and binary kernel
             "Four precisions, one of them 1 bit, recursive, same total cost",
             "switchable, recursive",
             "dedicated, same total",
-            "The same student, each precision taught by the next wider one.",
+            "Not for lack of a nearer teacher: what the recursion gains at 1 bit is not enough.",
             groups=GROUPS_OF_FOUR,
         ),
         Comparison(
@@ -218,9 +218,15 @@ steps. Every student is converted and evaluated on the integer and binary kernel
             "Recursive distillation against all precisions from the teacher",
             "switchable, recursive",
             "switchable",
-            "The next wider precision is a nearer goal than the teacher, and a worse one: it helps only where the "
-            "distance is large.",
-            groups=(*PRECISIONS, *GROUPS_OF_FOUR),
+            "The next wider precision is a nearer goal than the teacher, and a worse one.",
+            groups=tuple(PRECISIONS),
+        ),
+        Comparison(
+            "Recursive distillation against all precisions from the teacher, four precisions",
+            "switchable, recursive",
+            "switchable",
+            "It helps where the distance to the teacher is large, at 1 bit, and costs something above.",
+            groups=GROUPS_OF_FOUR,
         ),
         Comparison(
             "A short finetune of a mixed plan, against a dedicated student of that plan",
