@@ -51,7 +51,7 @@ class Validation:
             f"the teacher is worse than the student on the validation labels: accuracy {self.teacher_accuracy:.2%}, "
             f"the student's {self.accuracy:.2%}; it may hold the student back",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return True
 

@@ -19,7 +19,7 @@ from kdq.layers.switchable import SwitchableLinear
 from kdq.observe import Batch, evaluating, parse_batch
 from kdq.reporting import ROUNDS
 from kdq.search.budget import Budget
-from kdq.search.cost import input_rows, kept_timing, layer_bytes, measure, tensor_bytes, weight_bits
+from kdq.search.cost import input_rows, kept_timing, layer_bytes, measure, tensor_bytes, weight_bits, whole_ms
 from kdq.search.plan import Option, Plan, PlannedLayer
 from kdq.search.precision import BuiltLayers, Precision, SwitchableLayers, all_at, unfused
 from kdq.search.sensitivity import SENSITIVITIES, Distance, Sensitivity, Table, finite, increases, weight_noise
@@ -55,7 +55,8 @@ def search_precision(
     up: `refine` measures them again around the plan chosen.
 
     The student ends as it was. All of the loader's batches are kept in memory. Without a latency budget the result is
-    deterministic; times are those of this machine, at this number of threads, on the loader's first batch.
+    deterministic; times are those of this machine, at this number of threads, on the loader's first batch. With one,
+    the whole model is timed at the plan in the end: the plan tells what was predicted and what was measured.
 
     Args:
         student: a float model, in any mode; measured in eval mode. Or a switchable one, after `prepare_switchable_`
@@ -108,9 +109,14 @@ def search_precision(
             search = _Search(costed, built, precision or built, options, budget, sensitivity, parsed[0], rounds, file)
         if distance is None:
             table = weight_noise(costed, built, search.names, options)
-            return search.plan(table, 0.0, None)
-        task = bar.add_task("sensitivities", total=(refine + 1) * len(search.names) * len(options))
-        return search.by_distance(distance, refine, lambda: bar.advance(task))
+            plan = search.plan(table, 0.0, None)
+        else:
+            task = bar.add_task("sensitivities", total=(refine + 1) * len(search.names) * len(options))
+            plan = search.by_distance(distance, refine, lambda: bar.advance(task))
+        if budget.latency_ms is None:
+            return plan
+        with unfused(costed), all_at(built, {layer.names[0]: layer.option.config for layer in plan.layers}):
+            return replace(plan, measured_latency_ms=whole_ms(costed, parsed[0], rounds))
 
 
 def _checked(
