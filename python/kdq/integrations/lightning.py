@@ -21,8 +21,9 @@ from kdq.distill import Distiller
 from kdq.distributed import together
 from kdq.integrations.beside import check_trainable, load_state_beside_student, state_beside_student
 from kdq.observe import evaluating, parse_batch
-from kdq.reporting import accuracy, compared_outputs, teacher_kl
+from kdq.reporting import compared_outputs
 from kdq.training import check_optimizer
+from kdq.validation import Tally
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -94,6 +95,7 @@ class DistillationCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._to_device(pl_module)
+        self.tally = Tally()
 
     def _to_device(self, pl_module: LightningModule) -> None:
         for module in (self.distiller.teacher, *self.distiller.own_modules()):
@@ -110,13 +112,15 @@ class DistillationCallback(Callback):
         distiller = self.distiller
         parsed = parse_batch(batch, distiller.student)
         with together(), trainer.precision_plugin.val_step_context(), evaluating(distiller.teacher):
-            ours, theirs, target = compared_outputs(distiller.student, distiller.teacher, parsed)
-        if len(ours) == 0:
-            return
-        found = {"val_teacher_kl": teacher_kl(ours, theirs)}
-        if self.with_accuracy and target is not None:
-            found["val_accuracy"] = accuracy(ours, target)
-        pl_module.log_dict(found, batch_size=len(ours), sync_dist=True)
+            self.tally.add(*compared_outputs(distiller.student, distiller.teacher, parsed))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with together():
+            found = self.tally.result(pl_module.device)
+        told = {"val_teacher_kl": found.teacher_kl}
+        if self.with_accuracy and found.accuracy is not None:
+            told["val_accuracy"] = found.accuracy
+        pl_module.log_dict(told, batch_size=1, sync_dist=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE] = state_beside_student(self.distiller)
