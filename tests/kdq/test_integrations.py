@@ -251,6 +251,7 @@ def test_trainer_of_a_causal_language_model(trainer_of: Any) -> None:
     assert student(ids).logits.shape == (32, 9, 12)
 
 
+@pytest.mark.filterwarnings("ignore:.*model-agnostic default `max_length`")
 def test_trainer_mixes_with_another_kind(trainer_of: Any, tmp_path: Path) -> None:
     """An encoder-decoder in Seq2SeqTrainer, whose evaluation generates."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
