@@ -71,6 +71,8 @@ class Distiller:
 
     Attributes:
         progress: 0 to 1, where schedules are read; `fit` sets it, a loop of your own may.
+        within: None, or what another library's loop has put around a student that was not wrapped: DDP, or the module
+            in DDP whose forward pass calls `loss`, as a LightningModule. `kdq.integrations` sets it.
 
     Raises:
         ValueError: a feature loss names a layer that does not exist, or asks for features of a `CachedTeacher`, a
@@ -94,6 +96,7 @@ class Distiller:
         self.losses = [loss if isinstance(loss, Weighted) else Weighted(loss) for loss in losses]
         self.train_teacher = train_teacher
         self.progress = 0.0
+        self.within: nn.Module | None = None
         self.adapters: dict[tuple[int, str], nn.Module] = {}
         self._features = {i: term.loss for i, term in enumerate(self.losses) if isinstance(term.loss, FeatureLoss)}
         self._pairs = [pair for loss in self._features.values() for pair in loss.layers.items()]
@@ -113,7 +116,7 @@ class Distiller:
         self._replicated = [p for model in trained for p in distributed.replicated_parameters(model)]
         with distributed.scope_of(student):
             ranks.broadcast_([*self._replicated, *student.buffers()])
-            self._start_equal()
+            self.start_equal()
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
@@ -158,8 +161,8 @@ class Distiller:
         parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
         return parts
 
-    def _start_equal(self) -> None:
-        """Adapters and losses start on all ranks as on rank 0."""
+    def start_equal(self) -> None:
+        """Within `kdq.distributed.together`: adapters and losses become on all ranks what they are on rank 0."""
         ranks.broadcast_(t for module in self.own_modules() for t in (*module.parameters(), *module.buffers()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,14 +213,23 @@ class Distiller:
             TypeError: the batch or an output is of an unknown kind.
         """
         parsed = parse_batch(batch, self._inner)
-        with distributed.scope_of(self.student):
-            teacher, taught = self._run_teacher(parsed)
-            return self._as_step(lambda: self._compare(parsed, teacher, taught)[0])
+        if self.within is None:
+            distributed.check_said(self.student)
+        with distributed.scope_of(self.student) if self.within is None else distributed.together():
+            return self._as_step(self._computation(parsed))
+
+    def _computation(self, batch: Batch) -> Callable[[], Tensor]:
+        """Runs the teacher; the rest of the loss is left to be called within DDP's forward pass."""
+        teacher, taught = self._run_teacher(batch)
+        return lambda: self._compare(batch, teacher, taught)[0]
 
     def _as_step(self, compute: Callable[[], Tensor]) -> Tensor:
         """The loss that compute gives, whose backward pass averages all gradients over the ranks."""
-        loss = distributed.run_as_forward(self.student, compute)
-        ranks.average_after_backward(loss, [*self._replicated, *self.own_parameters()])
+        around = self.student if self.within is None else self.within
+        loss = distributed.run_as_forward(around, compute)
+        averaged = set() if self.within is None else {id(p) for p in self.within.parameters()}
+        rest = [p for p in (*self._replicated, *self.own_parameters()) if id(p) not in averaged]
+        ranks.average_after_backward(loss, rest)
         return loss
 
     def _compare(self, batch: Batch, teacher: Tensor | None, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -265,7 +277,7 @@ class Distiller:
                     check_unfused(model, name, role)
         if not self._adapters_known:
             self.adapters, self._adapters_known = make_adapters(self._features, learned, taught), True
-            self._start_equal()
+            self.start_equal()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
