@@ -42,7 +42,7 @@ from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
 from kdq.prune import prune_
 from kdq.teacher_cache import CachedTeacher
-from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, taken_up
+from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, settings_of, taken_up
 from kdq.validation import BestWeights, Validation, validate
 
 __all__ = ["Distiller", "Hint", "History", "SoftTargets", "mean_kl"]
@@ -370,7 +370,7 @@ class Distiller:
         best = BestWeights(self._inner, patience)
         saved = None
         if checkpoint is not None:
-            how = f"Adam, lr={lr}" if optimizer is None else type(optimizer).__name__
+            how = f"Adam, lr={float(lr)}" if optimizer is None else settings_of(optimizer)
             with distributed.scope_of(self.student):
                 saved = taken_up(checkpoint, checkpoint_every, loop, best, validation, how)
         warned = False
