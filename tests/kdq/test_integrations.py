@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,36 @@ def named(dropout: float = 0.0, config: Any = TWO) -> kdq.Distiller:
 ROWS = [{"features": x, "labels": y} for x, y in zip(X, Y, strict=True)]
 
 
+class Noisy:
+    """Rows that are others each time."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        row = self.rows[i]
+        if isinstance(row, dict):
+            return {**row, "features": row["features"] + 0.1 * torch.randn(6)}
+        return row[0] + 0.1 * torch.randn(6), row[1]
+
+
+def cached_named(folder: Path) -> tuple[kdq.CachedTeacher, kdq.Distiller]:
+    """A distiller of logits alone, whose teacher is cached."""
+    cached = kdq.CachedTeacher(Named(mlp(16)), folder)
+    return cached, kdq.Distiller(cached, Named(mlp(8, seed=1)), [kdq.SoftTargets()])
+
+
+def warnings_of(call: Any) -> list[Any]:
+    """Those that the call gave of a CachedTeacher."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [w for w in caught if "CachedTeacher" in str(w.message)]
+
+
 def test_trainer_takes_the_steps_of_fit(trainer_of: Any) -> None:
     """All rows in one step, accumulated over batches: in whatever order they come, it is one gradient (up to rounding,
     which would grow where integers flip: the student is a float one)."""
@@ -215,6 +246,33 @@ def test_trainer_of_a_causal_language_model(trainer_of: Any) -> None:
     assert student(ids).logits.shape == (32, 9, 12)
 
 
+@pytest.mark.parametrize("evaluated", [None, ROWS, {"a": ROWS[:8], "b": ROWS[8:]}], ids=["none", "one", "dict"])
+def test_trainer_tells_a_cached_teacher_how_many_samples_there_are(
+    trainer_of: Any, evaluated: Any, tmp_path: Path
+) -> None:
+    """24 samples, and as many for evaluation: without a repeat, a warning past twice as many."""
+    data, epochs = Noisy(ROWS), 3 if evaluated is None else 5
+    for rows, warned in ((ROWS, False), (data, True)):
+        cached, distiller = cached_named(tmp_path / str(warned))
+        options = {"num_train_epochs": epochs, "eval_strategy": "no" if evaluated is None else "epoch"}
+        trainer = trainer_of(distiller, rows, evaluated, per_device_train_batch_size=8, **options)
+        assert bool(warnings_of(trainer.train)) == warned
+        assert cached.storing != warned
+    cached, distiller = cached_named(tmp_path / "after")
+    trainer_of(distiller, ROWS, num_train_epochs=1).train()
+    assert not warnings_of(lambda: [cached(features=randn(24, 6, seed=s)) for s in range(9)]), "other data, later"
+
+
+def test_trainer_of_a_stream_tells_nothing(trainer_of: Any, tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(Noisy(ROWS))
+
+    cached, distiller = cached_named(tmp_path / "logits")
+    assert not warnings_of(trainer_of(distiller, Stream(), max_steps=12).train)
+    assert cached.storing
+
+
 def test_mistakes_with_the_trainer_are_named(trainer_of: Any) -> None:
     with pytest.raises(ValueError, match="compute_loss_func, label_smoothing_factor: the loss is"):
         trainer_of(named(), ROWS, loss=lambda *_: None)
@@ -283,6 +341,37 @@ def test_lightning_checkpoints_hold_no_teacher_and_go_on(lightning: Any, tmp_pat
     trainer(max_epochs=3).fit(module(resumed), LOADER, ckpt_path=tmp_path / "a.ckpt")
     same(resumed.student, whole.student)
     same(resumed.own_modules()[0], whole.own_modules()[0])
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_lightning_tells_a_cached_teacher_how_many_samples_there_are(
+    lightning: Any, validated: bool, tmp_path: Path
+) -> None:
+    trainer, module = lightning
+    same_rows = TensorDataset(X, Y)
+    held_out = [DataLoader(TensorDataset(X + 1, Y), batch_size=24)] if validated else []
+    for rows, warned in ((same_rows, False), (Noisy(same_rows), True)):
+        cached, distiller = cached_named(tmp_path / str(warned))
+        fit = trainer(max_epochs=5 if validated else 3).fit
+        loader = DataLoader(rows, batch_size=8, shuffle=True)
+        assert bool(warnings_of(lambda f=fit, d=distiller, b=loader: f(module(d), b, *held_out))) == warned
+        assert cached.storing != warned
+    cached, distiller = cached_named(tmp_path / "after")
+    trainer(max_epochs=1).fit(module(distiller), LOADER)
+    assert not warnings_of(lambda: [cached(randn(24, 6, seed=s)) for s in range(9)]), "other data, later"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+def test_lightning_with_loaders_that_have_no_length_tells_nothing(lightning: Any, tmp_path: Path) -> None:
+    trainer, module = lightning
+
+    class Batches:
+        def __iter__(self) -> Any:
+            return iter(DataLoader(Noisy(TensorDataset(X, Y)), batch_size=8))
+
+    cached, distiller = cached_named(tmp_path / "logits")
+    assert not warnings_of(lambda: trainer(max_epochs=4).fit(module(distiller), Batches()))
+    assert cached.storing
 
 
 def test_mistakes_with_lightning_are_named(lightning: Any) -> None:

@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from kdq.distill import Distiller
 from kdq.observe import evaluating, parse_batch
 from kdq.reporting import accuracy, compared_outputs, teacher_kl
+from kdq.teacher_cache import expect_samples
 
 try:
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities import CombinedLoader
 except ImportError as error:
     raise ImportError(
         f"kdq.integrations.lightning needs lightning: pip install 'kdq-kernels[lightning]' ({error})"
@@ -65,6 +67,14 @@ class DistillationModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.distiller.teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        loaders = [self.trainer.train_dataloader, self.trainer.val_dataloaders]
+        flat = CombinedLoader([part for part in loaders if part is not None]).flattened
+        expect_samples(self.distiller.teacher, [getattr(loader, "dataset", None) for loader in flat])
+
+    def on_train_end(self) -> None:
+        expect_samples(self.distiller.teacher, [])
 
     def on_validation_start(self) -> None:
         self.distiller.teacher.to(self.device)

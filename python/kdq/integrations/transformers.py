@@ -22,6 +22,7 @@ from kdq.checkpoint import generators_of, write_atomically
 from kdq.distill import Distiller
 from kdq.layers.qat import TrainingTwin
 from kdq.observe import logits_of
+from kdq.teacher_cache import expect_samples
 from kdq.training import check_optimizer
 
 try:
@@ -111,7 +112,12 @@ class DistillationTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             _load_beside_student(self.distiller, Path(folder) / STATE)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        expect_samples(self.distiller.teacher, [d for d in (self.train_dataset, *evaluated) if d is not None])
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            expect_samples(self.distiller.teacher, [])
 
 
 class _BesideStudent(TrainerCallback):
