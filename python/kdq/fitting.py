@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdq import distributed, ranks
 from kdq.averaging import WeightAverage
 from kdq.observe import training
-from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, taken_up
+from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, settings_of, taken_up
 from kdq.validation import BestWeights, Validation, validate
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def fit(
     best = BestWeights(student, patience)
     saved = None
     if checkpoint is not None:
-        how = f"Adam, lr={lr}" if optimizer is None else type(optimizer).__name__
+        how = f"Adam, lr={float(lr)}" if optimizer is None else settings_of(optimizer)
         with distributed.scope_of(distiller.student):
             saved = taken_up(checkpoint, checkpoint_every, loop, best, validation, how)
     warned = False

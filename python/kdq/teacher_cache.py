@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,18 @@ class CachedTeacher(nn.Module):
     Several processes and runs may share a folder: each writes what it asked, and reads what all have written. A teacher
     that is sharded by `fully_shard` is asked by all ranks at once, as soon as one of them needs it.
 
-    It is of no use where the inputs change every epoch (augmentation): then a UserWarning says so, once, and nothing
-    more is stored. `Distiller.fit` knows when an epoch repeats another: fewer than 10 % known are too few. In any other
-    loop it takes `samples` to tell: more than twice as many unknown ones cannot be. It has no features: feature losses
-    need the teacher itself.
+    It is of no use where the inputs change every epoch (augmentation, padding to the longest of a batch): then a
+    UserWarning says so, once, and nothing more is stored. `Distiller.fit` knows when an epoch repeats another: fewer
+    than 10 % known are too few. In any other loop it takes the number of samples to tell: more than twice as many
+    unknown ones cannot be. `DistillationTrainer` and `DistillationModule` look it up, a loop of your own gives it as
+    `samples`. It has no features: feature losses need the teacher itself.
 
     Args:
         teacher: its outputs are logits `[N, ..., C]` or have `.logits`.
         folder: made if it is not there; some bytes a logit, append-only. Delete it to begin anew.
         top_k: keep only the k largest logits of each row and the logsumexp of the others, spread evenly.
         dtype: of the stored logits: float16, bfloat16 or float32.
-        samples: of the training data, `len(dataset)`. None: only `Distiller.fit` notices inputs that change.
+        samples: `len(dataset)`, of training and validation together; only loops of your own need it.
 
     Attributes:
         hits, misses: samples that were known, or not, since this object was made.
@@ -76,6 +77,7 @@ class CachedTeacher(nn.Module):
         facts = {"version": 1, "teacher": self.fingerprint, "top_k": top_k, "dtype": names[dtype]}
         self.store = LogitStore(Path(folder), facts)
         self.samples = samples
+        self._expected = None if samples is None else (0, samples)  # since how many misses, and how many samples
         self.hits = self.misses = 0
         self.storing = True
         self._whole_epochs = 0  # of a fit, that went through this object
@@ -95,8 +97,7 @@ class CachedTeacher(nn.Module):
         missing = [i for i, key in enumerate(keys) if key not in known]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        if self.samples is not None and self.misses > 2 * self.samples:
-            self._stop_storing(f"{self.misses} samples were unknown, where there are {self.samples}")
+        self._check_expected()
         if distributed.needed(bool(missing), self.teacher):
             payloads = self.codec.encode(self._ask(missing or [0], len(keys), args, kwargs))[: len(missing)]
             fresh = dict(zip((keys[i] for i in missing), payloads, strict=True))
@@ -137,13 +138,24 @@ class CachedTeacher(nn.Module):
             self._stop_storing(f"{hits} of {hits + misses} samples of a repeated epoch were known")
         self._whole_epochs += whole
 
+    def expect(self, samples: int | None) -> None:
+        """From now on there will be so many different samples; None: nobody knows. What the user said counts more."""
+        if self.samples is None:
+            self._expected = None if samples is None else (self.misses, samples)
+
+    def _check_expected(self) -> None:
+        if self._expected is not None:
+            since, samples = self._expected
+            if self.misses - since > 2 * samples:
+                self._stop_storing(f"{self.misses - since} samples were unknown, where there are {samples}")
+
     def _stop_storing(self, found: str) -> None:
         """With a warning, the first time."""
         if self.storing:
             self.storing = False
             warnings.warn(
-                f"CachedTeacher: {found}: the inputs seem to change every epoch (augmentation), so nothing more is "
-                "stored",
+                f"CachedTeacher: {found}: the inputs seem to change every epoch (augmentation, padding to the longest "
+                "of a batch), so nothing more is stored",
                 UserWarning,
                 stacklevel=2,
             )
@@ -157,6 +169,17 @@ class CachedTeacher(nn.Module):
                 "teacher: its weights have changed since the CachedTeacher was made; what is stored is no longer its"
             )
         self._stamp = stamp  # it was copied or moved
+
+
+def expect_samples(teacher: nn.Module, datasets: Iterable[Any]) -> None:
+    """Tells all CachedTeachers within how many samples they will see, if every data set knows its length; no data sets:
+    that this is not known any more."""
+    datasets = list(datasets)
+    known = datasets and all(isinstance(data, Sized) for data in datasets)
+    samples = sum(map(len, datasets)) if known else None
+    for module in teacher.modules():
+        if isinstance(module, CachedTeacher):
+            module.expect(samples)
 
 
 def check_rows_are_independent(teacher: nn.Module) -> None:

@@ -268,6 +268,15 @@ def _digest(model: nn.Module) -> str:
     return hashlib.sha256(description(layers).encode()).hexdigest()[:16]
 
 
+def settings_of(optimizer: Optimizer) -> str:
+    """Its class, and what its groups were made with: learning rates, before a scheduler changed them, and decays."""
+    each = []
+    for group in optimizer.param_groups:
+        rate, decay = float(group.get("initial_lr", group["lr"])), group.get("weight_decay", 0)
+        each.append(f"lr={rate}" + (f" weight_decay={float(decay)}" if decay else ""))
+    return ", ".join([type(optimizer).__name__, *(each if len(set(each)) > 1 else each[:1])])
+
+
 def check_count(name: str, count: int) -> None:
     if count < 1:
         raise ValueError(f"{name}: expected at least 1, got {count}")

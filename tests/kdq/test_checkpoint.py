@@ -256,6 +256,36 @@ def test_bad_input_keeps_the_checkpoint(loader: Spoilt, error: Any, message: str
     same(fit(Spoilt(), tmp_path / "a.pt"), fit(Spoilt(), tmp_path / "b.pt"))
 
 
+def test_another_learning_rate_of_ones_own_optimizer_is_refused(tmp_path: Path) -> None:
+    """The checkpoint would put the old one back."""
+
+    def made(rate: float, **last_group: float) -> Any:
+        student = mlp(5, seed=1)
+        groups = [{"params": student[0].parameters()}, {"params": student[2].parameters(), **last_group}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)
+        return kdq.Distiller(mlp(16), student, [kdq.SoftTargets()]), optimizer, scheduler
+
+    def fit(distiller: kdq.Distiller, optimizer: Any, scheduler: Any, nan: bool = False) -> None:
+        path = tmp_path / "a.pt"
+        distiller.fit(Spoilt(nan=nan), 2, optimizer, scheduler=scheduler, checkpoint=path, progress=False)
+
+    first = made(0.25)
+    with pytest.raises(RuntimeError, match="lower the learning rate"):
+        fit(*first, nan=True)
+    for other, found in (
+        (made(0.125), "AdamW, lr=0.125"),
+        (made(0.25, lr=0.5), "AdamW, lr=0.25, lr=0.5"),
+        (made(0.25, weight_decay=0.5), "AdamW, lr=0.25, lr=0.25 weight_decay=0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"optimizer = 'AdamW, lr=0.25', this one has '{found}'; choose another"):
+            fit(*other)
+    fit(*first)  # in the same process, where the scheduler has changed the rate
+    anew = made(0.25)
+    fit(*anew)  # done already
+    same(anew[0].student, first[0].student)
+
+
 def test_a_layer_that_does_not_exist_keeps_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with pytest.raises(Killed):

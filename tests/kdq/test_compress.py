@@ -79,6 +79,7 @@ def test_the_error_of_a_layer_is_told_before_and_after(tmp_path) -> None:
     found = validate(rounded, model(), [data()])
     assert (result.report.rounded.accuracy, result.report.rounded.teacher_kl) == (found.accuracy, found.teacher_kl)
     text = str(result.report)
+    assert str(result) == text
     for value in errors.values():
         assert f"{value:.1f}" in text
     assert "only rounded" in text

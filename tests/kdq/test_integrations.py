@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,36 @@ def named(dropout: float = 0.0, config: Any = TWO, hint: bool = True) -> kdq.Dis
 
 
 ROWS = [{"features": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+
+
+class Noisy:
+    """Rows that are others each time."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        row = self.rows[i]
+        if isinstance(row, dict):
+            return {**row, "features": row["features"] + 0.1 * torch.randn(6)}
+        return row[0] + 0.1 * torch.randn(6), row[1]
+
+
+def cached_named(folder: Path) -> tuple[kdq.CachedTeacher, kdq.Distiller]:
+    """A distiller of logits alone, whose teacher is cached."""
+    cached = kdq.CachedTeacher(Named(mlp(16)), folder)
+    return cached, kdq.Distiller(cached, Named(mlp(8, seed=1)), [kdq.SoftTargets()])
+
+
+def warnings_of(call: Any) -> list[Any]:
+    """Those that the call gave of a CachedTeacher."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [w for w in caught if "CachedTeacher" in str(w.message)]
 
 
 @pytest.mark.parametrize(("schedule", "clip"), [("constant", 0.0), ("linear", CLIP), ("cosine", CLIP)])
@@ -286,6 +317,33 @@ def test_trainer_mixes_with_another_kind(trainer_of: Any, tmp_path: Path) -> Non
     assert trainer.evaluate()["eval_count"] == 16
     assert generated[0].dtype.kind == "i", "tokens, not logits"
     assert float(distiller.loss(batch).detach()) < 0.5 * before
+
+
+@pytest.mark.parametrize("evaluated", [None, ROWS, {"a": ROWS[:8], "b": ROWS[8:]}], ids=["none", "one", "dict"])
+def test_trainer_tells_a_cached_teacher_how_many_samples_there_are(
+    trainer_of: Any, evaluated: Any, tmp_path: Path
+) -> None:
+    """24 samples, and as many for evaluation: without a repeat, a warning past twice as many."""
+    data, epochs = Noisy(ROWS), 3 if evaluated is None else 5
+    for rows, warned in ((ROWS, False), (data, True)):
+        cached, distiller = cached_named(tmp_path / str(warned))
+        options = {"num_train_epochs": epochs, "eval_strategy": "no" if evaluated is None else "epoch"}
+        trainer = trainer_of(distiller, rows, evaluated, per_device_train_batch_size=8, **options)
+        assert bool(warnings_of(trainer.train)) == warned
+        assert cached.storing != warned
+    cached, distiller = cached_named(tmp_path / "after")
+    trainer_of(distiller, ROWS, num_train_epochs=1).train()
+    assert not warnings_of(lambda: [cached(features=randn(24, 6, seed=s)) for s in range(9)]), "other data, later"
+
+
+def test_trainer_of_a_stream_tells_nothing(trainer_of: Any, tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(Noisy(ROWS))
+
+    cached, distiller = cached_named(tmp_path / "logits")
+    assert not warnings_of(trainer_of(distiller, Stream(), max_steps=12).train)
+    assert cached.storing
 
 
 def test_mistakes_with_the_trainer_are_named(trainer_of: Any) -> None:
@@ -498,6 +556,38 @@ def test_mistakes_with_lightning_are_named(lightning: Any, own_module: Any) -> N
         module(kdq.Distiller(mlp(3), mlp(3), [kdq.SoftTargets()], train_teacher=True))
     with pytest.raises(RuntimeError, match="call distiller.prepare"):
         module(kdq.Distiller(mlp(3), mlp(4), [kdq.Hint({"0": "0"})]))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+@pytest.mark.parametrize("validated", [False, True])
+def test_lightning_tells_a_cached_teacher_how_many_samples_there_are(
+    lightning: Any, validated: bool, tmp_path: Path
+) -> None:
+    trainer, module = lightning
+    same_rows = TensorDataset(X, Y)
+    held_out = [DataLoader(TensorDataset(X + 1, Y), batch_size=24)] if validated else []
+    for rows, warned in ((same_rows, False), (Noisy(same_rows), True)):
+        cached, distiller = cached_named(tmp_path / str(warned))
+        fit = trainer(max_epochs=5 if validated else 3).fit
+        loader = DataLoader(rows, batch_size=8, shuffle=True)
+        assert bool(warnings_of(lambda f=fit, d=distiller, b=loader: f(module(d), b, *held_out))) == warned
+        assert cached.storing != warned
+    cached, distiller = cached_named(tmp_path / "after")
+    trainer(max_epochs=1).fit(module(distiller), LOADER)
+    assert not warnings_of(lambda: [cached(randn(24, 6, seed=s)) for s in range(9)]), "other data, later"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+def test_lightning_with_loaders_that_have_no_length_tells_nothing(lightning: Any, tmp_path: Path) -> None:
+    trainer, module = lightning
+
+    class Batches:
+        def __iter__(self) -> Any:
+            return iter(DataLoader(Noisy(TensorDataset(X, Y)), batch_size=8))
+
+    cached, distiller = cached_named(tmp_path / "logits")
+    assert not warnings_of(lambda: trainer(max_epochs=4).fit(module(distiller), Batches()))
+    assert cached.storing
 
 
 # ---- Accelerate ------------------------------------------------------------------------------------------------------

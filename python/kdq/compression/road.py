@@ -59,6 +59,9 @@ class Compressed:
     report: CompressionReport
     folder: Path
 
+    def __str__(self) -> str:
+        return str(self.report)
+
 
 def compress(
     model: nn.Module,

@@ -22,11 +22,13 @@ from kdq.distributed import together
 from kdq.integrations.beside import check_trainable, load_state_beside_student, state_beside_student
 from kdq.observe import evaluating, parse_batch
 from kdq.reporting import compared_outputs
+from kdq.teacher_cache import expect_samples
 from kdq.training import check_optimizer
 from kdq.validation import Tally
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
 except ImportError as error:
     raise ImportError(
         f"kdq.integrations.lightning needs lightning: pip install 'kdq-kernels[lightning]' ({error})"
@@ -92,6 +94,14 @@ class DistillationCallback(Callback):
             self.distiller.within = pl_module
             with together():
                 self.distiller.start_equal()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loaders = [loader for loader in (trainer.train_dataloader, trainer.val_dataloaders) if loader is not None]
+        datasets = [getattr(loader, "dataset", None) for loader in CombinedLoader(loaders).flattened]
+        expect_samples(self.distiller.teacher, datasets)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        expect_samples(self.distiller.teacher, [])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._to_device(pl_module)

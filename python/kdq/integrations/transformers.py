@@ -25,6 +25,7 @@ from kdq.distributed import alone, together
 from kdq.integrations.beside import check_trainable, load_state_beside_student, state_beside_student
 from kdq.layers.qat import TrainingTwin
 from kdq.observe import logits_of
+from kdq.teacher_cache import expect_samples
 from kdq.training import check_optimizer
 
 try:
@@ -124,7 +125,12 @@ class DistillationTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             _load_beside_student(self.distiller, Path(folder) / STATE, "resume_from_checkpoint")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        expect_samples(self.distiller.teacher, [d for d in (self.train_dataset, *evaluated) if d is not None])
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            expect_samples(self.distiller.teacher, [])
 
 
 class _BesideStudent(TrainerCallback):
