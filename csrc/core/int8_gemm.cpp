@@ -118,7 +118,8 @@ struct Call {
     call.rows = rows.rows;
     call.row_stride = rows.stride;
     call.row_scale = rows.scales;
-    call.panels = {weight.panel + panel * weight.panel_bytes, weight.panel_bytes, count};
+    call.panels = {weight.panel + panel * weight.panel_bytes, weight.panel_bytes,
+                   weight.panel_channels * kernels->size.ku, count};
     call.units = weight.units;
     call.epilogue = epilogue;
     call.epilogue.column_sum = weight.column_sum + channel;
@@ -175,7 +176,7 @@ Status run(Call& call, int64_t element_bytes, int (*at_once)(int, int), void (*t
       [&](int64_t first, int count, const PreparedRows& to) { prepare(call.rows_at(first, count, to)); },
       [&](const RowTile& rows, int64_t group) {
         int64_t panel = group * panels;
-        if (panel + panels <= weight.whole_panels) return tile(call.tile(rows, panel, panels));
+        if (panel + panels <= weight.panels) return tile(call.tile(rows, panel, panels));
         for (; panel < weight.panels; ++panel) tile(call.tile(rows, panel, 1));
       });
 }

@@ -36,16 +36,18 @@ struct Int8Epilogue {
 struct Int8Tile {
   int mr;     // rows of a full tile
   int nr;     // output channels of a panel
-  int lanes;  // of a vector of sums: the last panel has whole vectors, but no more than its channels need
+  int lanes;  // of a vector of sums; a weight narrower than nr has whole vectors, no more than it needs
   int ku;     // consecutive k that one dot-product instruction sums: side by side in a panel and in a prepared row
   int element_bytes;      // of a prepared activation
   int32_t signed_offset;  // added to int8 activations to make them u8: 128, or 0
 };
 
-// Panels side by side: `count` of them, each `stride` bytes after the one before, and whole if more than one.
+// Panels side by side: `count` of them, each `stride` bytes after the one before, with `step` bytes for each step along
+// k.
 struct PanelGroup {
   const int8_t* first;
   int64_t stride;
+  int64_t step;
   int count;
 };
 

@@ -83,7 +83,7 @@ Status pack_int8_weight(const int8_t* w, int64_t n, int64_t k, void* packed, siz
   const int64_t grain = weight.panel_bytes < kBytesWorthAThread ? kBytesWorthAThread / (weight.panel_bytes + 1) + 1 : 1;
   parallel_range(parallel_for, weight.panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      pack_panel(w, header, p * header.nr, weight.channels_of(p, header.nr), panels + p * weight.panel_bytes,
+      pack_panel(w, header, p * header.nr, weight.panel_channels, panels + p * weight.panel_bytes,
                  column_sum + p * header.nr);
     }
   });
@@ -110,7 +110,7 @@ Status unpack_int8_weight(const void* packed, size_t packed_bytes, int8_t* w, co
   parallel_range(parallel_for, weight.n, 16, [&](int64_t begin, int64_t end) {
     for (int64_t channel = begin; channel < end; ++channel) {
       const int64_t panel = channel / tile.nr;
-      const int64_t step = weight.channels_of(panel, tile.nr) * ku;
+      const int64_t step = weight.panel_channels * ku;
       const int8_t* unit = weight.panel + panel * weight.panel_bytes + channel % tile.nr * ku;
       int8_t* row = w + channel * weight.k;
       for (int64_t i = 0; i < weight.k; i += ku, unit += step) {

@@ -46,8 +46,9 @@ Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHead
     return Status::invalid("n, k: expected sizes from 0 to 2^40, got " + std::to_string(n) + " and " +
                            std::to_string(k));
   }
+  const int64_t padded_n = round_up(n, n < tile.nr ? tile.lanes : tile.nr);
   int64_t bytes = 0;
-  if (__builtin_mul_overflow(round_up(n, tile.lanes), round_up(k, tile.ku), &bytes)) {
+  if (__builtin_mul_overflow(padded_n, round_up(k, tile.ku), &bytes)) {
     return Status::invalid("n, k: " + std::to_string(n) + " x " + std::to_string(k) + " weights do not fit 64 bits");
   }
   *header = {};
@@ -59,7 +60,7 @@ Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHead
   header->lanes = static_cast<uint32_t>(tile.lanes);
   header->n = n;
   header->k = k;
-  header->bytes = sizeof(PackedHeader) + static_cast<uint64_t>(column_sum_bytes(round_up(n, tile.nr)) + bytes);
+  header->bytes = sizeof(PackedHeader) + static_cast<uint64_t>(column_sum_bytes(padded_n) + bytes);
   header->shape_check = hash_shape(n, k);
   return {};
 }
@@ -70,13 +71,11 @@ PackedWeight locate_packed(const PackedHeader& header, const void* data) {
   weight.n = header.n;
   weight.k = header.k;
   weight.panels = (header.n + header.nr - 1) / header.nr;
-  const int64_t padded_n = round_up(header.n, header.lanes);
-  weight.whole_panels = padded_n / header.nr;
-  weight.last_channels = padded_n - (weight.panels - 1) * header.nr;
+  weight.panel_channels = header.n < header.nr ? round_up(header.n, header.lanes) : header.nr;
   weight.units = (header.k + header.ku - 1) / header.ku;
-  weight.panel_bytes = weight.units * header.ku * header.nr;
+  weight.panel_bytes = weight.units * header.ku * weight.panel_channels;
   weight.column_sum = reinterpret_cast<const int32_t*>(base);
-  weight.panel = reinterpret_cast<const int8_t*>(base + column_sum_bytes(weight.panels * header.nr));
+  weight.panel = reinterpret_cast<const int8_t*>(base + column_sum_bytes(weight.panels * weight.panel_channels));
   return weight;
 }
 

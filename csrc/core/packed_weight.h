@@ -5,8 +5,8 @@
 //
 // nr and ku are the register tile of the ISA that packed it: a kernel reads nr output channels side by side, and of
 // each of them ku consecutive values of k, what one dot-product instruction sums. Only the same tile can read a blob.
-// The last panel has only as many channels, in whole vectors of `lanes`, as are left: the weight of a narrow layer
-// would otherwise be mostly zeros, far apart.
+// A weight of fewer channels than nr has one panel of as many, in whole vectors of `lanes`, as it needs in place of nr:
+// it would otherwise be mostly zeros, far apart.
 #pragma once
 
 #include <cstdint>
@@ -36,14 +36,11 @@ struct PackedWeight {
   int64_t n = 0;
   int64_t k = 0;
   int64_t panels = 0;
-  int64_t whole_panels = 0;   // but for the last one, all are
-  int64_t last_channels = 0;  // of the last panel
-  int64_t units = 0;          // steps along k
-  int64_t panel_bytes = 0;    // of a whole one
+  int64_t panel_channels = 0;
+  int64_t units = 0;  // steps along k
+  int64_t panel_bytes = 0;
   const int32_t* column_sum = nullptr;
   const int8_t* panel = nullptr;
-
-  int64_t channels_of(int64_t p, int64_t nr) const { return p + 1 < panels ? nr : last_channels; }
 };
 
 // The header of an [n, k] weight for a tile; fails when n or k is negative or the size does not fit.

@@ -112,10 +112,6 @@ struct Loops {
 
   // ---- tile ----
 
-  // Bytes from one step along k to the next: only a last, narrower panel has fewer than kCols vectors.
-  template <int kVectors>
-  static constexpr int kStep = (kVectors < kCols ? kVectors : kCols) * kLanes * Dot::kUnit;
-
   // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.
   template <int kRows, int kVectors>
   static void tile_of(const Int8TileCall& call) {
@@ -131,9 +127,12 @@ struct Loops {
     int64_t u = 0;
     const bool asks = call.out.place != Place::kNear && call.units > kOutputSteps;
     for (int64_t end = asks ? call.units - kOutputSteps : call.units;; end = call.units) {
-      for (; u < end; ++u, ahead += call.ahead_step) {
+      for (; u < end; ++u, panel += step_bytes<kVectors>(call.panels)) {
+        if constexpr (kRows + 1 >= Dot::kRows) {  // lower tiles are not told of anything
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kAheadStep; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T1);
+          for (int64_t i = 0; i < kAheadStep; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T1);
+          ahead += call.ahead_step;
+        }
         I weights[kVectors];
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
@@ -148,12 +147,18 @@ struct Loops {
             pin(sum[r][v]);
           }
         }
-        panel += kStep<kVectors>;
       }
       if (u == call.units) break;
       prefetch_output(call.out);
     }
     finish(sum, call);
+  }
+
+  // As a constant where it can be one: general registers are as scarce in these loops as vector registers, and GCC
+  // would keep what does not fit in vector registers, which takes time from the products.
+  template <int kVectors>
+  static int64_t step_bytes(const PanelGroup& panels) {
+    return kVectors < kCols ? panels.step : kPanel * Dot::kUnit;
   }
 
   // Vector v of the weights of one step along k; panel: where the first panel's lie.
@@ -202,7 +207,7 @@ struct Loops {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
       float_step<kRows, kVectors, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
-      panel += kStep<kVectors>;
+      panel += step_bytes<kVectors>(call.panels);
     }
     alignas(64) float spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 16
