@@ -22,12 +22,13 @@ def lower_precision_(student: nn.Module, config: ConfigMap) -> ConversionReport:
 
     Args:
         student: after `prepare_qat_`.
-        config: one config for all twins, or a mapping of name patterns to configs; twins without a match stay.
+        config: one config for all twins, or a mapping of layer names or patterns to configs, as for `quantize_`; twins
+            without a match stay.
 
     Raises:
         TypeError: config is not one of kdq's.
-        ValueError: the student has no training twin that config is for, one of them is switchable or has hooks, or a
-            weight is not finite.
+        ValueError: the student has no training twin that config is for, one of them is switchable or has hooks, a name
+            or pattern matches no layer, or a weight is not finite.
     """
     return plan_lower_precision(student, config).carry_out(student, _rebuilt)
 

@@ -60,8 +60,9 @@ def quantize_(
     Args:
         model: any module that contains nn.Linear or nn.Embedding layers. Linear ones that `prune_` has pruned keep
             their zeros where 0 is a value of the scheme (not in 1 bit and DoReFa's odd levels).
-        config: one config for all linear layers, or a mapping of name patterns (fnmatch) to configs for linear layers
-            and embeddings; the first match counts.
+        config: one config for all linear layers, or a mapping of layer names or patterns (fnmatch) to configs for
+            linear layers and embeddings. A layer's exact name counts before patterns, and of these the first that
+            matches.
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
         calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed where linear
             layers get `Int8Static` or `LowBit`, whose activation scales are fixed.
@@ -74,8 +75,9 @@ def quantize_(
 
     Raises:
         TypeError: config or observer is not one of kdq's.
-        ValueError: calibration is missing or empty, a config's method is one of training, a weight is not finite, or
-            the model itself is the only linear layer.
+        ValueError: calibration is missing or empty, a name or pattern matches no layer (one that is left, as a norm,
+            counts), a config's method is one of training, a weight is not finite, a layer that has several names would
+            get several configs, or the model itself is the only linear layer.
     """
     plan = plan_layers(model, config, filter_fn, why_not_for(config))
     static = {name: p.module for name, p in plan.chosen.items() if fixes_input_scale(p)}
@@ -135,7 +137,7 @@ def prepare_switchable_(
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
     if any(isinstance(config, Codebook) for config in configs):
         raise ValueError("precisions: a Codebook trains its values, and has no float weight to share with others")
-    plan = plan_layers(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
+    plan = plan_layers(model, configs[0], filter_fn, _why_not_switchable)
     linear_chosen = any(isinstance(target.module, nn.Linear) for target in plan.chosen.values())
     linear_there = any(isinstance(module, SwitchableLinear) for module in model.modules())
     if plan.chosen and not (linear_chosen or linear_there):
@@ -157,7 +159,7 @@ def convert_(
 
     Args:
         model: after `prepare_qat_` or `prepare_switchable_` and training.
-        plan: also quantizes plain nn.Linear and nn.Embedding layers whose names match, as `quantize_` does without
+        plan: also quantizes plain nn.Linear and nn.Embedding layers, by name or pattern, as `quantize_` does without
             calibration.
         fuse_activations: as for `quantize_`.
 
