@@ -72,7 +72,8 @@ class Binary:
     """±1 weights with one scale an output channel, ±1 activations: XNOR-Net (Rastegari et al. 2016).
 
     A layer sees only the signs of its inputs. Where these are never negative, as behind a ReLU, it puts out the same
-    for all: a batch or layer norm belongs right before it.
+    for all: a batch or layer norm belongs right before it. `quantize_` (by the model's structure) and the training twin
+    (by its first batch) warn.
     """
 
 

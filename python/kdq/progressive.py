@@ -48,8 +48,8 @@ def _why_not_twin(module: nn.Module) -> str | None:
     return None if isinstance(module, TrainingTwin) else "not prepared by prepare_qat_"
 
 
-def _rebuilt(_name: str, target: Target) -> nn.Module:
+def _rebuilt(name: str, target: Target) -> nn.Module:
     layer = target.module.to_float()
     if not torch.isfinite(layer.weight).all():
         raise ValueError("its weight contains NaN or inf; nothing was changed")
-    return training_twin(layer, target.config)
+    return training_twin(layer, target.config, name)
