@@ -26,7 +26,7 @@ def compress(
         Path | None, typer.Option(help="Folder of the run, to go on with after an interruption; compressed.")
     ] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass on the first batch.")] = None,
-    size_bytes: Annotated[float | None, typer.Option(help="Bytes of the saved tensors.")] = None,
+    size_bytes: Annotated[float | None, typer.Option(help="Bytes of the saved tensors, no header.")] = None,
     average_bits: Annotated[float | None, typer.Option(help="Bits of a weight, on average.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the loader at every precision.")] = None,
     finetune_epochs: Annotated[int | None, typer.Option(help="Passes over the loader at the plan.")] = None,
@@ -171,7 +171,7 @@ def search(
     teacher: Annotated[Path, typer.Argument(help="The teacher's checkpoint.")],
     data: Annotated[str, typer.Option(help="module:function that returns the batches to measure on.")],
     latency_ms: Annotated[float | None, typer.Option(help="Milliseconds of a forward pass on the first batch.")] = None,
-    size_bytes: Annotated[int | None, typer.Option(help="Bytes of the converted model's tensors.")] = None,
+    size_bytes: Annotated[int | None, typer.Option(help="Bytes of the saved tensors, no header.")] = None,
     average_bits: Annotated[float | None, typer.Option(help="Bits a weight, averaged.")] = None,
     sensitivity: Annotated[str, typer.Option(help="teacher_kl, label_loss or weight_sqnr.")] = "teacher_kl",
     refine: Annotated[int, typer.Option(help="Times to measure again around the plan.")] = 0,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -71,7 +72,8 @@ class Binary:
     """±1 weights with one scale an output channel, ±1 activations: XNOR-Net (Rastegari et al. 2016).
 
     A layer sees only the signs of its inputs. Where these are never negative, as behind a ReLU, it puts out the same
-    for all: a batch or layer norm belongs right before it.
+    for all: a batch or layer norm belongs right before it. `quantize_` (by the model's structure) and the training twin
+    (by its first batch) warn.
     """
 
 
@@ -108,7 +110,7 @@ class LayerConfigs(Mapping[str, Config]):
     """Base of mappings whose keys are layer names, taken as they are: `[`, `*` and `?` mean themselves."""
 
 
-# One config for every layer, or the first whose pattern (as in fnmatch: "encoder.*.fc1") matches the module's name.
+# One config for every layer, or configs by layer name or pattern (as in fnmatch: "encoder.*.fc1"); see `assign`.
 ConfigMap: TypeAlias = Config | Mapping[str, Config]
 
 
@@ -123,16 +125,38 @@ def normalize(config: Config) -> Config:
     return Binary() if config == LowBit(weight_bits=1, act_bits=1) else config
 
 
-def config_for(configs: ConfigMap, name: str) -> Config | None:
-    """The config that applies to the module of that name; None if no pattern matches."""
+def check_configs(configs: ConfigMap) -> None:
+    """Raises TypeError if a config, or one of a mapping's, is not one of this module's."""
+    for config in configs.values() if isinstance(configs, Mapping) else [configs]:
+        normalize(config)
+
+
+def assign(configs: ConfigMap, names: Collection[str], role: str = "config") -> dict[str, Config | None]:
+    """The config of each of the names; None where nothing matches. The one rule of all functions that take a mapping:
+    a layer's exact name counts before patterns, and of these the first that matches.
+
+    Args:
+        names: of all layers that configs may speak of.
+        role: the argument that messages name.
+
+    Raises:
+        TypeError: a config is not one of this module's.
+        ValueError: a name or pattern matches none of the names.
+    """
+    check_configs(configs)
     if not isinstance(configs, Mapping):
-        return normalize(configs)
-    if isinstance(configs, LayerConfigs):
-        return normalize(configs[name]) if name in configs else None
-    for pattern, config in configs.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            return normalize(config)
-    return None
+        return dict.fromkeys(names, normalize(configs))
+
+    def covers(key: str, name: str) -> bool:
+        return key == name or (not isinstance(configs, LayerConfigs) and fnmatch.fnmatchcase(name, key))
+
+    for key in configs:
+        if not any(covers(key, name) for name in names):
+            near = difflib.get_close_matches(key, list(names), n=3, cutoff=0.4) or list(names)[:8]
+            there = f"there are, for example, {', '.join(map(repr, near))}" if near else "there are none"
+            raise ValueError(f"{role}: {key!r} is neither the name of a layer nor a pattern that matches one; {there}")
+    keys = {n: n if n in configs else next((key for key in configs if covers(key, n)), None) for n in names}
+    return {name: None if key is None else normalize(configs[key]) for name, key in keys.items()}
 
 
 def bits_of(config: Config) -> tuple[int, int]:

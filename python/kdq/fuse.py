@@ -57,7 +57,7 @@ def find_fusions(model: nn.Module, names: Iterable[str]) -> dict[str, Fusion]:
 def _following(parent: nn.Module, key: str) -> Fusion | None:
     """The activation that the parent applies to the result of its child `key`, and to that alone."""
     after = None
-    if isinstance(parent, nn.Sequential) and _has_code_of(parent, nn.Sequential, "forward", "__iter__"):
+    if plain_sequential(parent):
         names = list(parent._modules)
         behind = names[names.index(key) + 1 :]
         after = next((name for name in behind if not _does_nothing(parent._modules[name])), None)
@@ -66,6 +66,11 @@ def _following(parent: nn.Module, key: str) -> Fusion | None:
         after = "activation" if own else None
     activation = None if after is None else _name_in_kernels(getattr(parent, after))
     return None if after is None or activation is None else Fusion(activation, parent, after)
+
+
+def plain_sequential(module: nn.Module) -> bool:
+    """Whether a module runs its children one after the other, and does nothing else."""
+    return isinstance(module, nn.Sequential) and _has_code_of(module, nn.Sequential, "forward", "__iter__")
 
 
 def _does_nothing(module: nn.Module | None) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdq.configs import ConfigMap, config_for
+from kdq.configs import ConfigMap, check_configs
 from kdq.losses import CrossEntropy, Loss, SoftTargets, Weighted
 from kdq.prune import check_sparsity
 
@@ -41,7 +41,7 @@ class Phase:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
         if self.config is not None:
-            config_for(self.config, "")  # a wrong config is an error here, not after the phases before
+            check_configs(self.config)  # a wrong config is an error here, not after the phases before
 
 
 def qkd_phases(

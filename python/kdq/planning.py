@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kdq.configs import Config, ConfigMap, LayerConfigs, Pruned, config_for
+from kdq.configs import Config, ConfigMap, LayerConfigs, Pruned, assign
 from kdq.distributed import check_plain
 from kdq.fuse import find_fusions, has_own_code
 from kdq.layers.base import InferenceLayer, InferenceLinear
@@ -41,8 +41,8 @@ class ConversionReport:
     fused: dict[str, str] = field(default_factory=dict)
 
     def __rich__(self) -> Table:
-        title = f"{len(self.changed)} changed, {len(self.fused)} with their activation, {len(self.left)} left"
-        table = Table("module", "result", title=title)
+        fused = f"{len(self.fused)} with their activation, " if self.fused else ""
+        table = Table("module", "result", title=f"{len(self.changed)} changed, {fused}{len(self.left)} left")
         for name, config in self.changed.items():
             activation = f" + {self.fused[name]}" if name in self.fused else ""
             table.add_row(name, f"{config}{activation}", style="bold")
@@ -116,19 +116,21 @@ def plan_layers(
     Raises:
         TypeError: configs are not kdq's.
         ValueError: the model itself is the only layer or wrapped by DDP or FSDP2, a weight is not finite or not on the
-            CPU, a training twin has hooks, or configs name layers that the model lacks.
+            CPU, a training twin has hooks, a name or pattern of configs matches no layer, or a layer that has several
+            names would get several configs.
     """
     check_plain(model)
     plan = LayerPlan()
-    if config_of is None:
-        config_for(configs, "")  # a wrong config is an error even where no layer would get it
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not _is_leaf(module) or _inside_layer(model, name):
-            continue
+    modules = model.named_modules(remove_duplicate=False)
+    leaves = {name: module for name, module in modules if _is_leaf(module) and not _inside_layer(model, name)}
+    role = "plan" if isinstance(configs, LayerConfigs) else "config"
+    layers = [name for name, module in leaves.items() if _has_tensors(module)]
+    by_name = assign(configs, layers, role) if config_of is None else {}
+    for name, module in leaves.items():
         reason = why_not(module)
         config: Config | Pruned | None = None
         if reason is None:
-            config = config_of(module) if config_of is not None else config_for(configs, name)
+            config = config_of(module) if config_of is not None else by_name.get(name)
             if config is None:
                 reason = "no pattern of the config matches its name"
             elif filter_fn is not None and not filter_fn(module, name):
@@ -138,7 +140,7 @@ def plan_layers(
                 if isinstance(module, TrainingTwin | SwitchableNorm):  # a twin that stays a twin would go unnoticed
                     raise ValueError(f"{name}: {reason}")
         if reason is not None or config is None:
-            if next(module.parameters(), None) is not None or isinstance(module, InferenceLayer):
+            if name in layers:
                 plan.left[name] = reason or ""
             continue
         if name == "":
@@ -149,11 +151,20 @@ def plan_layers(
         if isinstance(module, nn.Linear | PrunedLinear | nn.Embedding):
             _check_weight(name, module)
         plan.chosen[name] = Target(module, config)
-    if isinstance(configs, LayerConfigs):
-        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        if lacking := [name for name in configs if name not in names]:
-            raise ValueError(f"plan: it names layers that the model lacks: {', '.join(map(repr, lacking[:5]))}")
+    _check_shared(plan)
     return plan
+
+
+def _check_shared(plan: LayerPlan) -> None:
+    """A layer that has several names is built once: raises ValueError if these have different configs."""
+    first: dict[int, str] = {}
+    for name, target in plan.chosen.items():
+        before = first.setdefault(id(target.module), name)
+        if plan.chosen[before].config != target.config:
+            raise ValueError(
+                f"config: {before!r} and {name!r} are one layer, but get {plan.chosen[before].config} and "
+                f"{target.config}"
+            )
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -161,6 +172,10 @@ def _is_leaf(module: nn.Module) -> bool:
         isinstance(module, nn.Linear | TrainingTwin | SwitchableNorm | InferenceLayer)
         or next(module.children(), None) is None
     )
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(next(tensors, None) is not None for tensors in (module.parameters(), module.buffers()))
 
 
 def _inside_layer(model: nn.Module, name: str) -> bool:

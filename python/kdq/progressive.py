@@ -22,12 +22,13 @@ def lower_precision_(student: nn.Module, config: ConfigMap) -> ConversionReport:
 
     Args:
         student: after `prepare_qat_`.
-        config: one config for all twins, or a mapping of name patterns to configs; twins without a match stay.
+        config: one config for all twins, or a mapping of layer names or patterns to configs, as for `quantize_`; twins
+            without a match stay.
 
     Raises:
         TypeError: config is not one of kdq's.
-        ValueError: the student has no training twin that config is for, one of them is switchable or has hooks, or a
-            weight is not finite.
+        ValueError: the student has no training twin that config is for, one of them is switchable or has hooks, a name
+            or pattern matches no layer, or a weight is not finite.
     """
     return plan_lower_precision(student, config).carry_out(student, _rebuilt)
 
@@ -47,8 +48,8 @@ def _why_not_twin(module: nn.Module) -> str | None:
     return None if isinstance(module, TrainingTwin) else "not prepared by prepare_qat_"
 
 
-def _rebuilt(_name: str, target: Target) -> nn.Module:
+def _rebuilt(name: str, target: Target) -> nn.Module:
     layer = target.module.to_float()
     if not torch.isfinite(layer.weight).all():
         raise ValueError("its weight contains NaN or inf; nothing was changed")
-    return training_twin(layer, target.config)
+    return training_twin(layer, target.config, name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from kdq.binary_inputs import warn_behind_relu
 from kdq.calibrate import observe_inputs
 from kdq.configs import Binary, Codebook, Config, ConfigMap, Int8Dynamic, Int8Static, LowBit, normalize
 from kdq.layers.base import InferenceLayer
@@ -60,13 +61,17 @@ def quantize_(
     Args:
         model: any module that contains nn.Linear or nn.Embedding layers. Linear ones that `prune_` has pruned keep
             their zeros where 0 is a value of the scheme (not in 1 bit and DoReFa's odd levels).
-        config: one config for all linear layers, or a mapping of name patterns (fnmatch) to configs for linear layers
-            and embeddings; the first match counts.
+        config: one config for all linear layers, or a mapping of layer names or patterns (fnmatch) to configs for
+            linear layers and embeddings. A layer's exact name counts before patterns, and of these the first that
+            matches.
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
         calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed where linear
             layers get `Int8Static` or `LowBit`, whose activation scales are fixed.
         observer: how these scales follow from what the batches show (`kdq.observers`).
         fuse_activations: False leaves every activation where it is.
+
+    Warns (UserWarning) of a Binary layer that has a ReLU or the like right before it, as far as nn.Sequentials tell:
+    all signs that it sees are equal.
 
     Returns:
         What was changed and fused, and what was left and why. Layers that have hooks are left: the new layer would not
@@ -74,8 +79,9 @@ def quantize_(
 
     Raises:
         TypeError: config or observer is not one of kdq's.
-        ValueError: calibration is missing or empty, a config's method is one of training, a weight is not finite, or
-            the model itself is the only linear layer.
+        ValueError: calibration is missing or empty, a name or pattern matches no layer (one that is left, as a norm,
+            counts), a config's method is one of training, a weight is not finite, a layer that has several names would
+            get several configs, or the model itself is the only linear layer.
     """
     plan = plan_layers(model, config, filter_fn, why_not_for(config))
     static = {name: p.module for name, p in plan.chosen.items() if fixes_input_scale(p)}
@@ -90,6 +96,7 @@ def quantize_(
                 "pass some batches as calibration=, or use Int8Dynamic, which needs none"
             )
         observers = observe_inputs(model, static, calibration, observer)
+    warn_behind_relu(model, [name for name, p in plan.chosen.items() if is_binary_linear(p)])
     return plan.carry_out(
         model, lambda name, p: inference_layer(p.module, p.config, observers.get(name)), fuse_activations
     )
@@ -100,10 +107,11 @@ def prepare_qat_(model: nn.Module, config: ConfigMap, filter_fn: FilterFn | None
 
     Train the model as before (make the optimizer after this call: learned scales are parameters), then call `convert_`.
     Arguments, report and errors as for `quantize_`; nothing needs calibration, activation scales start from the first
-    batch. Of pruned layers, a `Codebook` keeps the zeros in training; other schemes may train them away.
+    batch, and if that has no negative value, a Binary layer warns (UserWarning). Of pruned layers, a `Codebook` keeps
+    the zeros in training; other schemes may train them away.
     """
     plan = plan_layers(model, config, filter_fn, why_not_for(config))
-    return plan.carry_out(model, lambda _, p: training_twin(p.module, p.config))
+    return plan.carry_out(model, lambda name, p: training_twin(p.module, p.config, name))
 
 
 def prepare_switchable_(
@@ -135,15 +143,15 @@ def prepare_switchable_(
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
     if any(isinstance(config, Codebook) for config in configs):
         raise ValueError("precisions: a Codebook trains its values, and has no float weight to share with others")
-    plan = plan_layers(model, {"*": configs[0]}, filter_fn, _why_not_switchable)
+    plan = plan_layers(model, configs[0], filter_fn, _why_not_switchable)
     linear_chosen = any(isinstance(target.module, nn.Linear) for target in plan.chosen.values())
     linear_there = any(isinstance(module, SwitchableLinear) for module in model.modules())
     if plan.chosen and not (linear_chosen or linear_there):
         raise ValueError("model: no linear layer of it becomes switchable, and its norms alone have nothing to follow")
 
-    def build(_: str, p: Target) -> Switchable:
+    def build(name: str, p: Target) -> Switchable:
         if isinstance(p.module, nn.Linear):
-            return SwitchableLinear(p.module, {config: training_twin(p.module, config) for config in configs})
+            return SwitchableLinear(p.module, {config: training_twin(p.module, config, name) for config in configs})
         return SwitchableNorm(p.module, configs)
 
     return plan.carry_out(model, build)
@@ -157,7 +165,7 @@ def convert_(
 
     Args:
         model: after `prepare_qat_` or `prepare_switchable_` and training.
-        plan: also quantizes plain nn.Linear and nn.Embedding layers whose names match, as `quantize_` does without
+        plan: also quantizes plain nn.Linear and nn.Embedding layers, by name or pattern, as `quantize_` does without
             calibration.
         fuse_activations: as for `quantize_`.
 
@@ -179,6 +187,7 @@ def convert_(
                     f"plan: {name!r} gets {target.config}, which fixes the activations' scale: "
                     "train it with prepare_qat_ or calibrate it with quantize_"
                 )
+        warn_behind_relu(model, [name for name, p in planned.chosen.items() if is_binary_linear(p)])
         prepared.chosen.update(planned.chosen)
         prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
 
@@ -199,6 +208,11 @@ def fixes_input_scale(target: Target) -> bool:
     return isinstance(target.module, nn.Linear | PrunedLinear) and isinstance(target.config, Int8Static | LowBit)
 
 
+def is_binary_linear(target: Target) -> bool:
+    """Whether the layer will see nothing but the signs of its inputs; embeddings have none."""
+    return isinstance(target.module, nn.Linear | PrunedLinear) and isinstance(target.config, Binary)
+
+
 def inference_layer(layer: Any, config: Config, observer: ObserverState | None) -> InferenceLayer:
     """What `quantize_` puts in the place of an nn.Linear or nn.Embedding; observer is needed where the config fixes the
     scale."""
@@ -216,15 +230,16 @@ def inference_layer(layer: Any, config: Config, observer: ObserverState | None) 
     return Int8Linear.from_float(layer, config, input_grid=grid)
 
 
-def training_twin(layer: Any, config: Config) -> Any:
-    """What `prepare_qat_` puts in the place of an nn.Linear (a `QATLinear`) or nn.Embedding."""
+def training_twin(layer: Any, config: Config, name: str = "") -> Any:
+    """What `prepare_qat_` puts in the place of an nn.Linear (a `QATLinear`) or nn.Embedding of that name, which
+    its warnings tell."""
     if isinstance(layer, nn.Embedding):
         return QATEmbedding(layer, config)
     layer = plain_linear(layer)
     if isinstance(config, Codebook):
         return CodebookQATLinear(layer, config)
     if isinstance(config, Binary):
-        return BinaryQATLinear(layer, config)
+        return BinaryQATLinear(layer, config, name)
     if isinstance(config, LowBit):
         if config.method == "pact":
             return PACTQATLinear(layer, config)

@@ -9,13 +9,12 @@ small = extract(student, Binary())
 from __future__ import annotations
 
 import copy
-import fnmatch
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
-from kdq.configs import Config, ConfigMap, normalize
+from kdq.configs import Config, ConfigMap, assign, normalize
 from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
 from kdq.quantize import convert_
 
@@ -31,8 +30,8 @@ def set_precision_(model: nn.Module, precision: ConfigMap) -> None:
     Args:
         model: after `prepare_switchable_`.
         precision: one of `precisions(model)` for all layers, or a mapping of layer names or patterns (fnmatch) to
-            them. A layer's exact name counts before patterns, and of these the first that matches; a layer that
-            nothing matches keeps its precision. A layer that is used under several names has one precision.
+            them. A layer's exact name counts before patterns, and of these the first that matches, as in `quantize_`;
+            a layer that nothing matches keeps its precision. One that is used under several names has one precision.
 
     Raises:
         TypeError: precision is not a config of kdq's.
@@ -135,19 +134,8 @@ def _by_first_name(model: nn.Module, precision: Mapping[str, Config]) -> dict[st
 
 def _chosen(layers: Mapping[str, SwitchableLinear], precision: Mapping[str, Config]) -> dict[str, Config]:
     """The precision of every layer: that of the plan, or its present one."""
-    plan = {pattern: normalize(config) for pattern, config in precision.items()}
-    patterns = [pattern for pattern in plan if pattern not in layers]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(
-                f"precision: no switchable linear layer has the name or matches the pattern {pattern!r}; there are "
-                f"{', '.join(map(repr, layers))}"
-            )
-    chosen = {}
-    for name, layer in layers.items():
-        matching = [name] if name in plan else [p for p in patterns if fnmatch.fnmatchcase(name, p)]
-        chosen[name] = plan[matching[0]] if matching else layer.config
-    return chosen
+    found = assign(precision, layers, "precision")
+    return {name: found[name] or layer.config for name, layer in layers.items()}
 
 
 def _layer_beside(norm: str, order: list[str], layers: Mapping[str, SwitchableLinear]) -> str:

@@ -62,6 +62,9 @@ def test_the_road(tmp_path) -> None:
     assert page.count("data:image/png;base64,") == 3
     assert "Int8Dynamic" in page
     assert "compressed" in str(report)
+    for text in (str(report), page):
+        assert "tensor bytes" in text
+        assert f"{report.after.size_bytes:,} bytes of tensors; file with header: {report.file_bytes:,}" in text
 
 
 def test_the_error_of_a_layer_is_told_before_and_after(tmp_path) -> None:

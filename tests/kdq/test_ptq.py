@@ -309,6 +309,20 @@ def test_bias_correction_is_all_or_nothing() -> None:
         kdq.correct_bias_(model, nn.Sequential(nn.Linear(24, 64)), [randn(30, 24)])
 
 
+def test_bias_correction_refuses_the_model_before_its_batch_norms_were_folded() -> None:
+    model = nn.Sequential(nn.Linear(24, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 16))
+    model(randn(300, 24) + 1)  # statistics
+    unfolded = copy.deepcopy(model.eval())
+    kdq.fold_batch_norm_(model)
+    folded = copy.deepcopy(model)
+    kdq.quantize_(model, kdq.Int8Dynamic())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="reference: '1' is a BatchNorm1d, which was folded in quantized"):
+        kdq.correct_bias_(model, unfolded, [randn(30, 24)])
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    kdq.correct_bias_(model, folded, [randn(30, 24)])
+
+
 # ---- reconstruct_ ----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -109,12 +110,49 @@ def test_post_training_error_is_small(config: Config, decibels: float) -> None:
 
 
 def test_patterns_and_filter() -> None:
-    report = kdq.quantize_(model(), {"3.*": kdq.Binary(), "nothing": kdq.Int8Dynamic()})
+    report = kdq.quantize_(model(), {"3.*": kdq.Binary()})
     assert report.changed == {"3.0": kdq.Binary()}
     assert "pattern" in report.left["0"]
     report = kdq.quantize_(model(), kdq.Int8Dynamic(), lambda module, name: name == "0")
     assert list(report.changed) == ["0"]
     assert report.left["3.0"] == "filter_fn is false"
+
+
+@pytest.mark.parametrize("change", ["quantize_", "prepare_qat_", "lower_precision_", "convert_", "set_precision_"])
+def test_one_rule_for_names_and_patterns(change: str) -> None:
+    """Exact names before patterns, these in order; what matches no layer is an error, and changes nothing."""
+
+    def applied(m: nn.Module, configs: dict[str, Config]) -> dict[str, Any]:
+        if change == "set_precision_":
+            kdq.set_precision_(m, configs)
+            return kdq.precision_of(m)
+        return dict(getattr(kdq, change)(m, configs).changed)
+
+    m = model()
+    if change == "lower_precision_":
+        kdq.prepare_qat_(m, kdq.Int8Dynamic())
+    if change == "set_precision_":
+        kdq.prepare_switchable_(m, [kdq.Int8Dynamic(), kdq.Int8WeightOnly()])
+    before = str(m)
+    wide, narrow = kdq.Int8Dynamic(), kdq.Int8WeightOnly()
+    for wrong in ("nothing", "encoder.*", "1"):  # "1" is a ReLU, which has no weights
+        with pytest.raises(ValueError, match=f"{re.escape(repr(wrong))} is neither the name of a layer nor a pattern"):
+            applied(m, {"*": wide, wrong: narrow})
+    assert str(m) == before
+    assert applied(m, {"*": wide, "3.*": wide, "3.0": narrow}) == {"0": wide, "3.0": narrow}
+
+
+def test_names_of_one_layer_get_one_config() -> None:
+    m = nn.ModuleDict({"a": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+    m["b"] = m["a"]
+    with pytest.raises(ValueError, match="'a' and 'b' are one layer, but get Int8Dynamic.* and Int8WeightOnly"):
+        kdq.quantize_(m, {"*": kdq.Int8Dynamic(), "b": kdq.Int8WeightOnly()})
+    assert type(m["a"]) is nn.Linear
+
+
+def test_the_title_speaks_of_fused_activations_where_there_are_some() -> None:
+    assert "2 changed, 1 left" in str(kdq.prepare_qat_(model(), kdq.Int8Dynamic()))
+    assert "2 changed, 1 with their activation, 1 left" in str(kdq.quantize_(model(), kdq.Int8Dynamic()))
 
 
 def test_what_cannot_be_quantized_is_left_with_a_reason() -> None:

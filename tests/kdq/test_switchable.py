@@ -190,7 +190,7 @@ def test_extract_before_any_batch_is_an_error() -> None:
     [
         (kdq.Int8Static(), ValueError, "has Int8Dynamic.*, but not Int8Static"),
         ({"1": ONE, "5": kdq.Int8Static()}, ValueError, "'5' has"),
-        ({"1": ONE, "6": INT8}, ValueError, "'6'; there are '1', '4.1', '5'"),
+        ({"1": ONE, "6": INT8}, ValueError, "'6' is neither .* there are, for example, '1', '4.1', '5'"),
         ({"1": ONE, "0": INT8}, ValueError, "'0'"),
         ({"*": "Binary"}, TypeError, "config"),
         ("Binary", TypeError, "config"),

@@ -140,7 +140,7 @@ class CompressionReport:
         return capture.get()
 
 
-MODEL_COLUMNS = ("model", "accuracy", "KL to the teacher", "bytes", "ms a batch", "Pareto front")
+MODEL_COLUMNS = ("model", "accuracy", "KL to the teacher", "tensor bytes", "ms a batch", "Pareto front")
 SQNR_COLUMNS = ("SQNR only rounded, dB", "SQNR compressed, dB", "SQNR to own float, dB")
 LAYER_COLUMNS = ("layer", "precision", "weights", "weight / input bits", *SQNR_COLUMNS)
 
@@ -157,7 +157,7 @@ def key_figures(report: CompressionReport) -> list[tuple[str, str, str]]:
         (
             "size",
             times(before.size_bytes, after.size_bytes, "larger", "smaller"),
-            f"{before.size_bytes:,} → {after.size_bytes:,} bytes",
+            f"{before.size_bytes:,} → {after.size_bytes:,} bytes of tensors; file with header: {report.file_bytes:,}",
         ),
         (
             "time",
@@ -173,7 +173,11 @@ def key_figures(report: CompressionReport) -> list[tuple[str, str, str]]:
 
 def amounts(values: Mapping[str, float]) -> str:
     """Budgets and predictions as people read them."""
-    forms = {"size_bytes": "{:,.0f} bytes", "latency_ms": "{:.3g} ms a batch", "average_bits": "{:.3g} bits a weight"}
+    forms = {
+        "size_bytes": "{:,.0f} tensor bytes",
+        "latency_ms": "{:.3g} ms a batch",
+        "average_bits": "{:.3g} bits a weight",
+    }
     return ", ".join(forms[name].format(value) for name, value in values.items())
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdq_kernels as kk
+from kdq.binary_inputs import warn_of_first_batch
 from kdq.configs import Binary, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.grids import (
     SMALLEST_SCALE,
@@ -170,13 +171,21 @@ class BinaryQATLinear(QATLinear):
     """`sign(x) @ sign(w).T * mean|w| + bias` with straight-through gradients (XNOR-Net, Rastegari et al. 2016).
 
     The mean is part of the graph, so that the latent weights get both terms of the paper's gradient.
+
+    Args:
+        name: of the layer, for a warning if its first batch has no negative value: all signs are then equal.
     """
 
-    def __init__(self, linear: nn.Linear, config: Binary) -> None:
+    def __init__(self, linear: nn.Linear, config: Binary, name: str = "") -> None:
         super().__init__(linear)
         self.config = config
+        self.name = name
+        self._saw_batch = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and not self._saw_batch:
+            self._saw_batch = True
+            warn_of_first_batch(self.name, x)
         return quantized_product(x, self.weight, self.bias, input_bits=1, weight_bits=1)
 
     def to_inference(self) -> BinaryLinear:

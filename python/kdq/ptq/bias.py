@@ -25,7 +25,8 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
     Args:
         quantized: after `quantize_` or `convert_`; all its InferenceLinear layers are corrected.
         reference: the float model with layers of the same names and shapes, as it was right before it was quantized:
-            after `fold_batch_norm_`, `equalize_` and `smooth_`, which change what its layers put out.
+            after `fold_batch_norm_`, `equalize_` and `smooth_`, which change what its layers put out. That a batch norm
+            was folded shows and is checked; of the other two nothing can be seen.
         loader: batches; some hundred rows do.
 
     Helps where rounding errors do not cancel over an input's features, as after a ReLU, whose outputs are all positive:
@@ -33,11 +34,12 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
     a batch norm after the layer may instead be measured anew with `reestimate_batch_norm_`.
 
     Raises:
-        ValueError: the loader is empty, the reference lacks a layer or its output has another shape, or a layer's mean
-            is not finite. All biases are then as they were.
+        ValueError: the loader is empty, the reference lacks a layer, its output has another shape, it has a batch norm
+            that was folded in quantized, or a layer's mean is not finite. All biases are then as they were.
     """
     layers: dict[str, Any] = {n: m for n, m in quantized.named_modules() if isinstance(m, InferenceLinear)}
     twins = {name: find_layer(reference, name, "reference") for name in layers}
+    _check_folded(quantized, reference)
     batches = list(loader)
     expected = _mean_outputs(reference, twins, batches)
     saved = {name: layer.bias for name, layer in layers.items()}
@@ -59,6 +61,18 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
         raise
     left = {name: "no batch came through it" for name in twins if name not in changed}
     return ToolReport(changed, left)
+
+
+def _check_folded(quantized: nn.Module, reference: nn.Module) -> None:
+    """Raises ValueError where the reference still has a batch norm that `fold_batch_norm_` took out of quantized."""
+    modules = dict(reference.named_modules(remove_duplicate=False))
+    for name, module in quantized.named_modules(remove_duplicate=False):
+        norm = modules.get(name)
+        if isinstance(module, nn.Identity) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"reference: {name!r} is a {type(norm).__name__}, which was folded in quantized; expected the float "
+                "model as it was after fold_batch_norm_, right before it was quantized"
+            )
 
 
 def _mean_outputs(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]) -> dict[str, Tensor]:

@@ -226,7 +226,7 @@ class Plan(LayerConfigs):
 
     def __rich__(self) -> Table:
         measured = "" if self.measured_distance is None else f", measured {self.measured_distance:.4g}"
-        table = Table("layer", "in", "out", "rows", "calls", "precision", "bytes", "ms", "sensitivity")
+        table = Table("layer", "in", "out", "rows", "calls", "precision", "tensor bytes", "ms", "sensitivity")
         table.title = (
             f"{self.sensitivity}: {self.distance:.4g} predicted{measured}; {self.average_bits:.2f} bits a weight"
         )
@@ -235,6 +235,7 @@ class Plan(LayerConfigs):
             shape = (layer.in_features, layer.out_features, layer.rows, layer.calls)
             costs = (f"{option.size_bytes:,}", f"{option.latency_ms:.4f}", f"{option.sensitivity:.3g}")
             table.add_row(", ".join(layer.names), *map(str, shape), short_name(option.config), *costs)
+        table.caption = "tensor bytes: without the header of the file that kdq.save writes"
         table.add_section()
         table.add_row("the rest", "", "", "", "", "", f"{self.fixed_bytes:,}", f"{self.fixed_ms:.4f}", "")
         table.add_row("total", "", "", "", "", "", f"{self.size_bytes:,}", f"{self.latency_ms:.4f}", "", style="bold")
