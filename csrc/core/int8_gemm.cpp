@@ -136,18 +136,21 @@ struct Call {
     return call;
   }
 
-  // The rows that are prepared next, or, if they are already, half of the panel that follows in each of the block's
-  // first two tiles. Panels that are read but once (a single tile of rows) are left to the CPU's own prefetching.
+  // The rows that are prepared next, or, if they are already, the panel that follows, in pieces while the block's first
+  // tiles are made. Panels that few tiles read are left to the CPU's own prefetching, which is quicker where the memory
+  // is the limit.
   void set_ahead(const RowTile& rows, Int8TileCall* call) const {
     call->ahead = static_cast<const char*>(rows.rows);
     call->ahead_step = 0;
+    if (kernels->ahead_step == 0) return;
     if (rows.next_row >= 0) {
       if (m * x_row_bytes < kFarBytes) return;
       call->ahead = x + rows.next_row * x_row_bytes;
       call->ahead_step = std::min(kernels->ahead_step, kernels->size.mr * x_row_bytes / weight.units);
-    } else if (rows.index < 2 && m >= 4 * kernels->size.mr && weight.panels * weight.panel_bytes >= kFarBytes) {
-      call->ahead = reinterpret_cast<const char*>(weight.panel) + rows.next_group * weight.panel_bytes +
-                    rows.index * weight.panel_bytes / 2;
+    } else if (m >= 4 * kernels->size.mr && weight.panels * weight.panel_bytes >= kFarBytes) {
+      const int64_t asked = rows.index * kernels->ahead_step * weight.units;  // while the tiles before were made
+      if (asked >= weight.panel_bytes) return;
+      call->ahead = reinterpret_cast<const char*>(weight.panel) + rows.next_group * weight.panel_bytes + asked;
       call->ahead_step = kernels->ahead_step;
     }
   }

@@ -23,9 +23,11 @@ struct Loops {
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kCols = Dot::kCols;
   static constexpr int kPanel = kCols * kLanes;  // channels of a panel
-  // Two tiles ask for a whole panel, and one for most of the float32 rows that the next one needs.
-  static constexpr int64_t kOutputSteps = 32;  // before a tile's last step its output is asked for
-  static constexpr int64_t kAheadStep = kPanel * Dot::kUnit / (2 * kLine) * kLine;
+  static constexpr int64_t kOutputSteps = 32;    // before a tile's last step its output is asked for
+  // Lines asked for at a step: one tile, or two, ask for a whole panel, and one for most of the float32 rows that the
+  // next one needs. None where a step has less than a line of weights.
+  static constexpr int64_t kPanelLines = kPanel * Dot::kUnit / kLine;
+  static constexpr int64_t kAheadStep = (kPanelLines > 1 ? kPanelLines / 2 : kPanelLines) * kLine;
   using Prepared = Dot::Prepared;
 
   // ---- prepare ----
