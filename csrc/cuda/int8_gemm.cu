@@ -2,6 +2,7 @@
 #include "cuda/int8_gemm.h"
 
 #include "cuda/launch.h"
+#include "cuda/weight_only.h"
 
 namespace kdq::cuda {
 
@@ -15,5 +16,9 @@ Status int8_matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64
 size_t int8_linear_workspace(int64_t m, int64_t n, int64_t k) { return linear_workspace_bytes(m, n, k); }
 
 Status int8_linear(const Int8Linear& args, Stream stream) { return launch_int8_linear(StreamLauncher(stream), args); }
+
+Status int8_weight_only_linear(const Int8Linear& args, Stream stream) {
+  return launch_weight_only_linear(StreamLauncher(stream), args);
+}
 
 }  // namespace kdq::cuda

@@ -1,13 +1,10 @@
 // int8_matmul and int8_linear on a GPU: what the tiled product makes of int8, and what becomes of its sums.
 #pragma once
 
-#include <cfloat>
-#include <cmath>
-
 #include "core/checks.h"
+#include "cuda/linear_output.h"
 #include "cuda/quantize_rows.h"
 #include "cuda/small_product.h"
-#include "kdq/cuda.h"
 
 namespace kdq::cuda {
 
@@ -32,33 +29,15 @@ struct StaticInt8Product {
   }
 };
 
-KDQ_DEVICE float activate(float y, Activation activation) {
-  if (activation == Activation::kRelu) return y < 0.0F ? 0.0F : y;
-  if (activation == Activation::kGelu) return 0.5F * y * erfcf(y * -0.70710678F);
-  return y / (1.0F + expf(-y));  // SiLU
-}
-
-// activation(sum * (row_scale * weight_scale) + bias), cast.
+// Exact sums to floats.
 struct ScaledOutput {
   static constexpr bool kBits = false;
-  void* y;
-  DType dtype;
-  int64_t cols;
+  LinearOutput to;
   const float* row_scale;
-  const float* weight_scale;
-  const float* bias;  // or nullptr
-  Activation activation;
 
-  // Not inlined: a thread stores 64 results, and each would bring all of this.
   template <class Thread>
-  KDQ_DEVICE_CALL void store(Thread& thread, int64_t row, int64_t col, int32_t sum) const {
-    const float of_row = thread.load(row_scale + row);
-    float scale = of_row * thread.load(weight_scale + col);
-    if (scale > FLT_MAX) scale = FLT_MAX;             // inf * 0 would be NaN where the true result is 0
-    if (!is_finite(of_row)) scale = of_row - of_row;  // NaN, as everything in such a row
-    float value = static_cast<float>(sum) * scale + (bias == nullptr ? 0.0F : thread.load(bias + col));
-    if (activation != Activation::kNone) value = activate(value, activation);
-    store_as(thread, dtype, y, row * cols + col, value);
+  KDQ_DEVICE void store(Thread& thread, int64_t row, int64_t col, int32_t sum) const {
+    to.store(thread, row, col, static_cast<float>(sum), thread.load(row_scale + row));
   }
 };
 
@@ -93,25 +72,19 @@ inline size_t linear_workspace_bytes(int64_t m, int64_t n, int64_t k) {
   return linear_partial_offset(m, k) + partial_bytes(m, n, k);
 }
 
-inline Status check_static_grid(const Int8Linear& args) {
-  if (!args.is_static || (args.input_quant_max >= 1 && args.input_quant_max <= 255)) return {};
-  return Status::invalid("input_quant_max: expected 1 to 255, got " + std::to_string(args.input_quant_max));
-}
-
-inline Status check_linear(const Int8Linear& args) {
+inline Status check_int8_linear(const Int8Linear& args) {
   Status status = check_product(args.m, args.n, args.k, args.is_static ? kInt8StaticMaxK : kInt8MaxK);
-  if (status.ok()) status = check_static_grid(args);
-  if (status.ok()) status = check_pointer("x", args.x, args.m * args.k);
-  if (status.ok()) status = check_pointer("weight", args.weight, args.n * args.k);
-  if (status.ok()) status = check_pointer("weight_scale", args.weight_scale, args.n);
-  if (status.ok()) status = check_pointer("y", args.y, args.m * args.n);
+  if (status.ok() && args.is_static && (args.input_quant_max < 1 || args.input_quant_max > 255)) {
+    return Status::invalid("input_quant_max: expected 1 to 255, got " + std::to_string(args.input_quant_max));
+  }
+  if (status.ok()) status = check_linear_pointers(args);
   if (status.ok()) status = check_pointer("workspace", args.workspace, args.m);
   return status;
 }
 
 template <class Launcher>
 Status launch_int8_linear(const Launcher& launcher, const Int8Linear& args) {
-  Status status = check_linear(args);
+  Status status = check_int8_linear(args);
   if (!status.ok() || args.m * args.n == 0) return status;
   char* workspace = static_cast<char*>(args.workspace);
   float* scale = reinterpret_cast<float*>(workspace);
@@ -119,7 +92,7 @@ Status launch_int8_linear(const Launcher& launcher, const Int8Linear& args) {
   int32_t* partial = reinterpret_cast<int32_t*>(workspace + linear_partial_offset(args.m, args.k));
   const Operand rows = operand_of(q, args.m, args.k);
   const Operand weight = operand_of(args.weight, args.n, args.k);
-  const ScaledOutput output = {args.y, args.dtype, args.n, scale, args.weight_scale, args.bias, args.activation};
+  const ScaledOutput output = {linear_output(args), scale};
   if (!args.is_static) {
     status = launch_quantize_rows(launcher, args.dtype, args.x, args.m, args.k, q, scale);
     return status.ok() ? launch_product(launcher, Int8Product(), rows, weight, output, partial) : status;

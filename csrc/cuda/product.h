@@ -30,13 +30,20 @@ struct Operand {
   int64_t row_bytes;
   int unit;
 
+  // As piece(), where unit is 16. Without its branches, loads of several pieces can be on their way at once.
+  template <class Thread>
+  KDQ_DEVICE Words<16> whole_piece(Thread& thread, int64_t row, int64_t byte, int64_t end) const {
+    if (row >= rows || byte >= end) return {};
+    return thread.load(reinterpret_cast<const Words<16>*>(data + row * row_bytes + byte));
+  }
+
   // 16 bytes of a row from `byte` on; what lies outside is 0, and all of it where byte is not below end.
   template <class Thread>
   KDQ_DEVICE Words<16> piece(Thread& thread, int64_t row, int64_t byte, int64_t end) const {
     Words<16> words = {};
+    if (unit == 16) return whole_piece(thread, row, byte, end);
     if (row >= rows || byte >= end) return words;
     const uint8_t* from = data + row * row_bytes + byte;
-    if (unit == 16) return thread.load(reinterpret_cast<const Words<16>*>(from));
     const int64_t left = row_bytes - byte;
     if (unit == 4) {
       for (int w = 0; w < 4; ++w) {

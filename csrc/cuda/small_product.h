@@ -47,7 +47,11 @@ struct SmallProduct {
   KDQ_DEVICE void operator()(Thread& thread, Shared& shared) const {
     const int64_t col = thread.block() * kSmallCols;
     Own own = {};
-    multiply(thread, col, &own);
+    if (a.unit == 16 && b.unit == 16) {
+      multiply<true>(thread, col, &own);
+    } else {
+      multiply<false>(thread, col, &own);
+    }
     share(thread, own, shared);
     thread.sync();
     if (thread.index() >= kSmallRows * kSmallCols) return;
@@ -65,16 +69,25 @@ struct SmallProduct {
   }
 
  private:
-  template <class Thread>
+  template <bool kWhole, class Thread>
+  static KDQ_DEVICE Words<16> piece(Thread& thread, const Operand& from, int64_t row, int64_t byte) {
+    if constexpr (kWhole) {
+      return from.whole_piece(thread, row, byte, from.row_bytes);
+    } else {
+      return from.piece(thread, row, byte, from.row_bytes);
+    }
+  }
+
+  template <bool kWhole, class Thread>
   KDQ_DEVICE void multiply(Thread& thread, int64_t col, Own* own) const {
     const int group = thread.index() % kWarp / 4;
     const int64_t first = int64_t{thread.index() / kWarp} * kStepBytes;
-#pragma unroll 4
+#pragma unroll(kWhole ? 4 : 1)
     for (int64_t byte = first; byte < a.row_bytes; byte += kWarps * kStepBytes) {
       const int64_t at = byte + 16 * (thread.index() % 4);
-      const Words<16> of_b = b.piece(thread, col + group, at, a.row_bytes);
-      const Words<16> top = a.piece(thread, group, at, a.row_bytes);
-      const Words<16> bottom = a.piece(thread, group + 8, at, a.row_bytes);
+      const Words<16> of_b = piece<kWhole>(thread, b, col + group, at);
+      const Words<16> top = piece<kWhole>(thread, a, group, at);
+      const Words<16> bottom = piece<kWhole>(thread, a, group + 8, at);
 #pragma unroll
       for (int w = 0; w < 4; w += 2) {
         const uint32_t a_words[4] = {top.word[w], bottom.word[w], top.word[w + 1], bottom.word[w + 1]};

@@ -113,12 +113,19 @@ KDQ_API size_t int8_linear_workspace(int64_t m, int64_t n, int64_t k);
 
 KDQ_API Status int8_linear(const Int8Linear& args, Stream stream);
 
+// As in int8_gemm.h: x stays in floating point. It needs no workspace. The order of the float32 sums depends on the
+// shape alone, and is not the CPU's.
+KDQ_API Status int8_weight_only_linear(const Int8Linear& args, Stream stream);
+
 // ---- distillation.h -------------------------------------------------------------------------------------------------
 
 // statistics, row_losses: [rows], written; row_losses is scratch. loss: the scalar. kept: how many rows are not
 // ignored, for the backward pass. A target that is no class makes its row, and so the loss, NaN.
 KDQ_API Status distillation_loss(const DistillationLoss& args, DistillationRow* statistics, double* row_losses,
                                  float* loss, float* kept, Stream stream);
+
+// What distillation_loss wrote to kept, for who did not keep it.
+KDQ_API Status distillation_kept(const int64_t* target, int64_t rows, float* kept, Stream stream);
 
 // grad_loss: the gradient of the scalar loss. grad_student: [rows, classes] of dtype; may be args.student.
 KDQ_API Status distillation_loss_backward(const DistillationLoss& args, const DistillationRow* statistics,
