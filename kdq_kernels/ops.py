@@ -26,8 +26,8 @@ _codebook_linear = _ops.codebook_linear.default
 
 def _tensor(value: Tensor | float | None, dtype: torch.dtype, like: Tensor | None = None) -> Tensor | None:
     """A number as a 0-d tensor, on the device of `like` or the CPU; tensors and None as they are."""
-    if value is None:  # first: the common case of a call that takes a microsecond or two
-        return None
+    if value is None or type(value) is Tensor:  # first: the common cases of a call that takes a microsecond or two
+        return value
     if not isinstance(value, int | float):
         return value
     if like is None or like.is_cpu:

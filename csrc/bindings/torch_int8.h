@@ -21,13 +21,10 @@ struct Packed {
   size_t bytes() const { return static_cast<size_t>(blob.numel()); }
 };
 
-// A call of one of the two linear layers, and what keeps its pointers alive.
+// A call of one of the two linear layers.
 struct LinearCall {
   Int8Linear args;
   Packed packed;
-  Tensor x;
-  Tensor weight_scale;
-  OptionalTensor bias;
   OptionalTensor input_scale;       // on the device, where they count instead of the numbers in args
   OptionalTensor input_zero_point;  // likewise
 };
@@ -50,31 +47,32 @@ int64_t integer_scalar(const On& on, const char* name, const Tensor& t) {
 
 // Runs one of the two linear layers: `fill` sets what only one of them has.
 template <class On, class Layer, class Fill>
-Tensor linear_layer(const On& on, const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
-                    const OptionalTensor& bias, const std::optional<std::string>& activation, Layer layer, Fill fill) {
-  LinearCall call;
-  Int8Linear& args = call.args;
-  args.dtype = float_dtype("x", x);
-  args.m = rows_of("x", x);
-  call.x = expect_here(on, "x", x);
-  call.packed = on.open("packed", packed);
+Tensor linear_layer(const On& on, const Tensor& x_in, const Tensor& packed, const Tensor& weight_scale_in,
+                    const OptionalTensor& bias_in, const std::optional<std::string>& activation, Layer layer,
+                    Fill fill) {
+  Int8Linear args;
+  args.dtype = float_dtype("x", x_in);
+  args.m = rows_of("x", x_in);
+  const Tensor x = expect_here(on, "x", x_in);
+  LinearCall call{args, on.open("packed", packed), {}, {}};
   const int64_t n = call.packed.shape.n;
-  call.weight_scale = expect_vector(on, "weight_scale", weight_scale, n);
-  if (bias) call.bias = expect_vector(on, "bias", *bias, n);
-  Sizes sizes = sizes_of(call.x);
-  args.k = sizes.back();
-  check(check_same_k("x", args.k, call.packed.shape));
-  check(activation_from_name(activation, &args.activation));
+  const Tensor weight_scale = expect_vector(on, "weight_scale", weight_scale_in, n);
+  OptionalTensor bias;
+  if (bias_in) bias = expect_vector(on, "bias", *bias_in, n);
+  Sizes sizes = sizes_of(x);
+  call.args.k = sizes.back();
+  check(check_same_k("x", call.args.k, call.packed.shape));
+  check(activation_from_name(activation, &call.args.activation));
   fill(&call);
   sizes.back() = n;
-  const Tensor y = empty(on, sizes, call.x.scalar_type());
+  const Tensor y = empty(on, sizes, x.scalar_type());
   if (n == 0) return y;
-  args.x = call.x.const_data_ptr();
-  args.y = y.mutable_data_ptr();
-  args.packed = call.packed.data();
-  args.packed_bytes = call.packed.bytes();
-  args.weight_scale = data<float>(call.weight_scale);
-  args.bias = call.bias ? data<float>(*call.bias) : nullptr;
+  call.args.x = x.const_data_ptr();
+  call.args.y = y.mutable_data_ptr();
+  call.args.packed = call.packed.data();
+  call.args.packed_bytes = call.packed.bytes();
+  call.args.weight_scale = data<float>(weight_scale);
+  call.args.bias = bias ? data<float>(*bias) : nullptr;
   check(layer(call));
   return y;
 }
