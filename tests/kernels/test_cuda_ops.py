@@ -15,6 +15,7 @@ import kdq
 import kdq_kernels as kk
 from kdq.layers import Int8Linear, LowBitLinear
 from kdq_kernels import _torch_library
+from kdq_kernels import ops as faces
 from op_cases import cuda_ops, int8, map_tensors, moved, op_cases, packed_for_cuda, randn
 
 ops = torch.ops.kdq
@@ -70,6 +71,17 @@ def test_cpu_tensors_are_refused(name: str, op: Any, args: Any, kwargs: Any) -> 
     """What the dispatcher brings here when a tensor on a GPU comes with a first one on the CPU."""
     with pytest.raises(ValueError, match="expected all tensors on one GPU"):
         op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+
+
+@with_cuda
+def test_numbers_become_tensors_beside_x() -> None:
+    with FakeTensorMode():
+        x = torch.empty(5, 70, device="cuda")
+        for number in (faces._scale(0.1, x), faces._zero_point(3, x), faces._zero_point(3.5, x)):
+            assert number is not None
+            assert (number.device.type, number.dim()) == ("cuda", 0)
+        y = kk.fake_quantize(x, 0.1, 3, quant_min=0, quant_max=15)
+        assert kk.dequantize(kk.quantize(y, 0.1, quant_min=-8, quant_max=7), 0.1).device.type == "cuda"
 
 
 @with_operators
