@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kdq/binary_gemm.h"
+#include "kdq/codebook.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 #include "kdq/parallel.h"
@@ -96,6 +97,16 @@ class Cpu {
   }
   static Status binary_linear(const BinaryLinear& args) { return kdq::binary_linear(args, torch_executor()); }
   static Status binary_threshold(const BinaryThreshold& args) { return kdq::binary_threshold(args, torch_executor()); }
+
+  template <class... Args>
+  static Status pack_indices(const Args&... args) {
+    return kdq::pack_indices(args..., torch_executor());
+  }
+  template <class... Args>
+  static Status unpack_indices(const Args&... args) {
+    return kdq::unpack_indices(args..., torch_executor());
+  }
+  static Status codebook_linear(const CodebookLinear& args) { return kdq::codebook_linear(args, torch_executor()); }
 
   static Status distillation_loss(const DistillationLoss& args, DistillationRow* statistics, float* loss) {
     return kdq::distillation_loss(args, statistics, loss, torch_executor());

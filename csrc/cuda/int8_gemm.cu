@@ -1,8 +1,8 @@
 // The int8 family on a GPU: the public functions.
 #include "cuda/int8_gemm.h"
 
+#include "cuda/float_linear.h"
 #include "cuda/launch.h"
-#include "cuda/weight_only.h"
 
 namespace kdq::cuda {
 

@@ -1,4 +1,4 @@
-// What the linear layers on int8 weights share: the float result that a sum becomes, and checks.
+// What the linear layers share: the float result that a sum becomes, and checks.
 #pragma once
 
 #include <cfloat>
@@ -21,14 +21,14 @@ struct LinearOutput {
   void* y;
   DType dtype;
   int64_t cols;
-  const float* weight_scale;
-  const float* bias;  // or nullptr
+  const float* weight_scale;  // or nullptr: 1
+  const float* bias;          // or nullptr
   Activation activation;
 
   // Not inlined: a thread stores 64 results, and each would bring all of this.
   template <class Thread>
   KDQ_DEVICE_CALL void store(Thread& thread, int64_t row, int64_t col, float sum, float row_scale) const {
-    float scale = row_scale * thread.load(weight_scale + col);
+    float scale = row_scale * (weight_scale == nullptr ? 1.0F : thread.load(weight_scale + col));
     if (scale > FLT_MAX) scale = FLT_MAX;                      // inf * 0 would be NaN where the true result is 0
     if (!is_finite(row_scale)) scale = row_scale - row_scale;  // NaN, as everything in such a row
     float value = sum * scale + (bias == nullptr ? 0.0F : thread.load(bias + col));

@@ -1,7 +1,7 @@
 // Signs, binary products and int8 products for GPUs against the reference.
 #include "cuda/binary_gemm.h"
+#include "cuda/float_linear.h"
 #include "cuda/int8_gemm.h"
-#include "cuda/weight_only.h"
 #include "support.h"
 
 namespace kdq::test {

@@ -102,9 +102,3 @@ def packed_for_cuda(values: Any) -> Any:
 def moved(values: Any, device: str) -> Any:
     """Tensors on another device, packed int8 weights packed anew."""
     return map_tensors(lambda t: t.to(device), packed_for_cuda(values) if device == "cuda" else values)
-
-
-def cuda_ops() -> set[Any]:
-    """The operators that have CUDA kernels."""
-    without = {"pack_indices", "unpack_indices", "codebook_linear"}
-    return {op for _, op, _, _ in op_cases() if op._schema.name.split("::")[1] not in without}

@@ -97,6 +97,16 @@ class Cuda {
     return cuda::binary_threshold(args, scratch.mutable_data_ptr(), stream_);
   }
 
+  template <class... Args>
+  Status pack_indices(const Args&... args) const {
+    return cuda::pack_indices(args..., stream_);
+  }
+  template <class... Args>
+  Status unpack_indices(const Args&... args) const {
+    return cuda::unpack_indices(args..., stream_);
+  }
+  Status codebook_linear(const CodebookLinear& args) const { return cuda::codebook_linear(args, stream_); }
+
   Status distillation_loss(const DistillationLoss& args, DistillationRow* statistics, float* loss) const {
     const Tensor row_losses = workspace(static_cast<size_t>(args.rows) * sizeof(double));
     const Tensor kept = workspace(sizeof(float));

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "kdq/binary_gemm.h"
+#include "kdq/codebook.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 #include "kdq/int8_gemm.h"
@@ -116,6 +117,16 @@ KDQ_API Status int8_linear(const Int8Linear& args, Stream stream);
 // As in int8_gemm.h: x stays in floating point. It needs no workspace. The order of the float32 sums depends on the
 // shape alone, and is not the CPU's.
 KDQ_API Status int8_weight_only_linear(const Int8Linear& args, Stream stream);
+
+// ---- codebook.h -----------------------------------------------------------------------------------------------------
+
+// Of an index that is not below 2^bits, the lower bits count.
+KDQ_API Status pack_indices(const uint8_t* indices, int64_t n, int64_t k, int bits, uint32_t* packed, Stream stream);
+
+KDQ_API Status unpack_indices(const uint32_t* packed, int64_t n, int64_t k, int bits, uint8_t* indices, Stream stream);
+
+// The order of the float32 sums depends on the shape alone, and is not the CPU's.
+KDQ_API Status codebook_linear(const CodebookLinear& args, Stream stream);
 
 // ---- distillation.h -------------------------------------------------------------------------------------------------
 

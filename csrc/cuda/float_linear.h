@@ -1,6 +1,6 @@
-// int8_weight_only_linear on a GPU: products and sums in float32, weights widened as they are read. With few rows
-// reading the weights decides, and a warp computes a column; with many, a block a tile, on the float32 units and not on
-// tensor cores. The order of a sum depends on the shape alone.
+// Linear layers with x in floating point on a GPU: products and sums in float32, weights made into floats as they are
+// read. With few rows reading the weights decides, and a warp computes a column; with many, a block a tile, on the
+// float32 units and not on tensor cores. The order of a sum depends on the shape alone.
 #pragma once
 
 #include "cuda/linear_output.h"
@@ -10,43 +10,53 @@
 namespace kdq::cuda {
 
 constexpr int64_t kFewRows = 16;
+constexpr int kWeightsAtOnce = 16;
 
-// 16 weights as floats.
-KDQ_DEVICE void widen_weights(const Words<16>& words, float (&values)[16]) {
+// Where weights come from. Members: cols, k, and load(thread, col, at, values): kWeightsAtOnce weights of a column from
+// `at` on; what lies outside is 0.
+struct Int8Weights {
+  int64_t cols;
+  int64_t k;
+  Operand weight;
+
+  template <class Thread>
+  KDQ_DEVICE void load(Thread& thread, int64_t col, int64_t at, float (&values)[kWeightsAtOnce]) const {
+    const Words<16> words = weight.piece(thread, col, at, k);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    values[i] = static_cast<float>(static_cast<int8_t>(words.word[i / 4] >> (8 * (i % 4)) & 255U));
+    for (int i = 0; i < kWeightsAtOnce; ++i) {
+      values[i] = static_cast<float>(static_cast<int8_t>(words.word[i / 4] >> (8 * (i % 4)) & 255U));
+    }
   }
-}
+};
 
-template <class T>
-struct WeightOnlyRows {
+template <class T, class Weights>
+struct FloatRows {
   static constexpr int kThreads = 256;
   static constexpr int kCols = kThreads / kWarp;  // of a block
   static constexpr int kRows = 4;
-  static constexpr int kPiece = 16;  // of k, that a lane reads at once
+  static constexpr int kPiece = kWeightsAtOnce;
   struct Shared {};
 
   const T* x;
   int64_t rows;
   bool wide;  // rows of x are multiples of 16
-  Operand weight;
+  Weights weights;
   LinearOutput to;
 
-  int64_t blocks() const { return ceil_div(weight.rows, kCols) * ceil_div(rows, kRows); }
+  int64_t blocks() const { return ceil_div(weights.cols, kCols) * ceil_div(rows, kRows); }
 
   template <class Thread>
   KDQ_DEVICE void operator()(Thread& thread, Shared&) const {
-    const int64_t k = weight.row_bytes;
-    const int64_t across = (weight.rows + kCols - 1) / kCols;
+    const int64_t k = weights.k;
+    const int64_t across = (weights.cols + kCols - 1) / kCols;
     const int64_t row = thread.block() / across * kRows;
     const int64_t col = thread.block() % across * kCols + thread.index() / kWarp;
     const int lane = thread.index() % kWarp;
-    if (col >= weight.rows) return;
+    if (col >= weights.cols) return;
     float sums[kRows] = {};
     for (int64_t at = int64_t{lane} * kPiece; at < k; at += kWarp * kPiece) {
       float w[kPiece];
-      widen_weights(weight.piece(thread, col, at, k), w);
+      weights.load(thread, col, at, w);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (row + r < rows) sums[r] = add_products(thread, x + (row + r) * k + at, k - at, w, sums[r]);
@@ -74,8 +84,8 @@ struct WeightOnlyRows {
   }
 };
 
-template <class T>
-struct WeightOnlyTile {
+template <class T, class Weights>
+struct FloatTile {
   static constexpr int kThreads = 256;
   static constexpr int kSide = 64;  // of the tile
   static constexpr int kOwn = 4;    // x kOwn results of a thread
@@ -89,20 +99,20 @@ struct WeightOnlyTile {
   const T* x;
   int64_t rows;
   bool wide;  // rows of x are multiples of 16
-  Operand weight;
+  Weights weights;
   LinearOutput to;
 
-  int64_t blocks() const { return ceil_div(weight.rows, kSide) * ceil_div(rows, kSide); }
+  int64_t blocks() const { return ceil_div(weights.cols, kSide) * ceil_div(rows, kSide); }
 
   template <class Thread>
   KDQ_DEVICE void operator()(Thread& thread, Shared& shared) const {
-    const int64_t across = (weight.rows + kSide - 1) / kSide;
+    const int64_t across = (weights.cols + kSide - 1) / kSide;
     const int64_t row = thread.block() / across * kSide;
     const int64_t col = thread.block() % across * kSide;
     const int own_row = thread.index() / (kSide / kOwn) * kOwn;
     const int own_col = thread.index() % (kSide / kOwn) * kOwn;
     float sums[kOwn][kOwn] = {};
-    for (int64_t at = 0; at < weight.row_bytes; at += kStep) {
+    for (int64_t at = 0; at < weights.k; at += kStep) {
       load_x(thread, row, at, shared);
       load_weight(thread, col, at, shared);
       thread.sync();
@@ -113,7 +123,7 @@ struct WeightOnlyTile {
     for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
-        if (row + own_row + i >= rows || col + own_col + j >= weight.rows) continue;
+        if (row + own_row + i >= rows || col + own_col + j >= weights.cols) continue;
         to.store(thread, row + own_row + i, col + own_col + j, sums[i][j], 1.0F);
       }
     }
@@ -127,8 +137,8 @@ struct WeightOnlyTile {
       const int local = i / kChunks;
       const int first = i % kChunks * kChunk<T>;
       float values[kChunk<T>] = {};
-      const int64_t left = weight.row_bytes - at - first;
-      if (row + local < rows) load_chunk(thread, x + (row + local) * weight.row_bytes + at + first, wide, left, values);
+      const int64_t left = weights.k - at - first;
+      if (row + local < rows) load_chunk(thread, x + (row + local) * weights.k + at + first, wide, left, values);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) shared.x[first + e][local] = values[e];
     }
@@ -136,14 +146,14 @@ struct WeightOnlyTile {
 
   template <class Thread>
   KDQ_DEVICE void load_weight(Thread& thread, int64_t col, int64_t at, Shared& shared) const {
-    constexpr int kOfRow = kStep / 16;  // of a row
+    constexpr int kOfRow = kStep / kWeightsAtOnce;
     if (thread.index() >= kSide * kOfRow) return;
     const int local = thread.index() / kOfRow;
-    const int first = thread.index() % kOfRow * 16;
-    float values[16];
-    widen_weights(weight.piece(thread, col + local, at + first, weight.row_bytes), values);
+    const int first = thread.index() % kOfRow * kWeightsAtOnce;
+    float values[kWeightsAtOnce];
+    weights.load(thread, col + local, at + first, values);
 #pragma unroll
-    for (int e = 0; e < 16; ++e) shared.weight[first + e][local] = values[e];
+    for (int e = 0; e < kWeightsAtOnce; ++e) shared.weight[first + e][local] = values[e];
   }
 
   static KDQ_DEVICE void multiply(const Shared& shared, int own_row, int own_col, float (&sums)[kOwn][kOwn]) {
@@ -162,23 +172,30 @@ struct WeightOnlyTile {
   }
 };
 
+template <class Launcher, class Weights>
+Status launch_float_linear(const Launcher& launcher, const void* x_in, int64_t m, const Weights& weights,
+                           const LinearOutput& to) {
+  if (m * weights.cols == 0) return {};
+  return for_dtype(to.dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* x = static_cast<const T*>(x_in);
+    const bool wide = is_aligned(x, 16) && weights.k % kChunk<T> == 0;
+    if (m <= kFewRows) {
+      const FloatRows<T, Weights> kernel = {x, m, wide, weights, to};
+      return launcher.run(kernel, kernel.blocks());
+    }
+    const FloatTile<T, Weights> kernel = {x, m, wide, weights, to};
+    return launcher.run(kernel, kernel.blocks());
+  });
+}
+
 template <class Launcher>
 Status launch_weight_only_linear(const Launcher& launcher, const Int8Linear& args) {
   if (args.m < 0 || args.n < 0 || args.k < 0) return Status::invalid("m, n, k: expected sizes of at least 0");
   const Status status = check_linear_pointers(args);
-  if (!status.ok() || args.m * args.n == 0) return status;
-  return for_dtype(args.dtype, [&](auto element) {
-    using T = decltype(element);
-    const T* x = static_cast<const T*>(args.x);
-    const bool wide = is_aligned(x, 16) && args.k % kChunk<T> == 0;
-    const Operand weight = operand_of(args.weight, args.n, args.k);
-    if (args.m <= kFewRows) {
-      const WeightOnlyRows<T> kernel = {x, args.m, wide, weight, linear_output(args)};
-      return launcher.run(kernel, kernel.blocks());
-    }
-    const WeightOnlyTile<T> kernel = {x, args.m, wide, weight, linear_output(args)};
-    return launcher.run(kernel, kernel.blocks());
-  });
+  if (!status.ok()) return status;
+  const Int8Weights weights = {args.n, args.k, operand_of(args.weight, args.n, args.k)};
+  return launch_float_linear(launcher, args.x, args.m, weights, linear_output(args));
 }
 
 }  // namespace kdq::cuda
