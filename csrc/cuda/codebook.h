@@ -77,10 +77,22 @@ struct CodebookWeights {
 
   template <class Thread>
   KDQ_DEVICE void load(Thread& thread, int64_t col, int64_t at, float (&values)[kWeightsAtOnce]) const {
+    const int per_word = layout.per_word();
+    int place = static_cast<int>(at % per_word);  // of the next index in its word
+    const uint32_t* next =
+        packed + (col / kCodebookLanes * layout.words() + at / per_word) * kCodebookLanes + col % kCodebookLanes;
+    uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < kWeightsAtOnce; ++i) {
-      const bool inside = col < cols && at + i < k;
-      values[i] = inside ? thread.load(codebook + layout.index(thread, packed, col, at + i)) : 0.0F;
+      values[i] = 0.0F;
+      if (col >= cols || at + i >= k) continue;
+      if (i == 0 || place == 0) {
+        word = thread.load(next) >> (place * layout.bits);
+        next += kCodebookLanes;
+      }
+      values[i] = thread.load(codebook + (word & layout.mask()));
+      word >>= layout.bits;
+      place = place + 1 == per_word ? 0 : place + 1;
     }
   }
 };
