@@ -194,18 +194,13 @@ def int8_linear(
     Returns:
         `[..., N]`. A row of x with NaN (or, dynamically, inf) gives NaN in that row alone.
     """
-    if input_scale is None and input_zero_point is None and activation is None:
-        return _int8_linear(x, packed, weight_scale, bias)  # each argument that is passed costs 100 ns
-    return _int8_linear(
-        x,
-        packed,
-        weight_scale,
-        bias,
-        _tensor(input_scale, torch.float32),
-        _tensor(input_zero_point, torch.int32),
-        input_quant_max,
-        activation,
-    )
+    is_plain = activation is None and input_quant_max == 255  # each argument that is passed costs 100 ns
+    if is_plain and input_scale is None and input_zero_point is None:
+        return _int8_linear(x, packed, weight_scale, bias)
+    grid = _tensor(input_scale, torch.float32), _tensor(input_zero_point, torch.int32)
+    if is_plain:
+        return _int8_linear(x, packed, weight_scale, bias, *grid)
+    return _int8_linear(x, packed, weight_scale, bias, *grid, input_quant_max, activation)
 
 
 def int8_weight_only_linear(

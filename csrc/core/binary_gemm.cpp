@@ -127,9 +127,22 @@ class Panels {
   State* states_;
 };
 
+// The values whose signs are packed on the way: 32 times the bytes of what is computed from them. Those of a block of
+// rows are asked for while the block before is multiplied, a line at each step.
+struct Input {
+  const char* x = nullptr;
+  int64_t row_bytes = 0;
+
+  const char* ahead(const RowTile& rows, int64_t steps, int64_t m) const {
+    const int64_t from = rows.next_block * row_bytes + rows.ordinal * steps * kLine;
+    const bool is_far = m * row_bytes > kFarBytes;
+    return is_far && from < m * row_bytes ? x + from : nullptr;
+  }
+};
+
 // prepare(row, buffer): the row's steps.
 template <class Prepare>
-Status run_tiled(const Call& call, const ParallelFor& parallel_for, Prepare&& prepare) {
+Status run_tiled(const Call& call, const Input& input, const ParallelFor& parallel_for, Prepare&& prepare) {
   const BinaryTile& size = call.kernels->size;
   const int64_t steps = call.words * 64 / size.step_bits;
   const int64_t row_bytes = steps * size.step_bytes;
@@ -143,14 +156,17 @@ Status run_tiled(const Call& call, const ParallelFor& parallel_for, Prepare&& pr
     const int64_t count = std::min(chunk, panels - first);
     Panels shared(scratch.data(), count, panel_bytes);
     const ProductShape shape = {call.m, row_bytes, size.mr, count, size.nr * (call.words + 1), kWordsWorthAThread};
-    Status status = run_product(shape, parallel_for, prepare, [&](const RowTile& rows, int64_t group) {
+    const auto prepare_rows = [&](int64_t row, int rows, const PreparedRows& to) {
+      for (int r = 0; r < rows; ++r) prepare(row + r, to.rows + r * to.stride);
+    };
+    Status status = run_product(shape, parallel_for, prepare_rows, [&](const RowTile& rows, int64_t group) {
       const int64_t channel = (first + group) * size.nr;
       const char* panel = shared.get(group, [&](char* made) {
         const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
         call.kernels->interleave(call.weight_bits + channel * call.words, call.words, channels, made);
       });
       call.kernels->tile({rows.rows, rows.stride, panel, steps, call.epilogue_at(channel),
-                          call.output_at(rows.first, rows.count, channel, size.nr)});
+                          call.output_at(rows.first, rows.count, channel, size.nr), input.ahead(rows, steps, call.m)});
     });
     if (!status.ok()) return status;
   }
@@ -205,18 +221,17 @@ Status run(const Call& call, const Rows& rows, const ParallelFor& parallel_for) 
     return {};
   }
   if (rows.bits != nullptr) {
-    return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
+    return run_tiled(call, {}, parallel_for, [&](int64_t row, char* buffer) {
       kernels.spread(rows.bits + row * call.words, call.words, buffer);
-      return 1.0F;
     });
   }
   const auto pack_row = kernels.pack_row[static_cast<int>(rows.dtype)];
+  const Input input = {rows.row(0), rows.k * static_cast<int64_t>(dtype_size(rows.dtype))};
   const int64_t steps_bytes = call.words * 64 / kernels.size.step_bits * kernels.size.step_bytes;
-  return run_tiled(call, parallel_for, [&](int64_t row, char* buffer) {
+  return run_tiled(call, input, parallel_for, [&](int64_t row, char* buffer) {
     uint64_t* bits = reinterpret_cast<uint64_t*>(buffer + steps_bytes) - call.words;  // the end of the buffer
     pack_row(rows.row(row), rows.k, bits);
     kernels.spread(bits, call.words, buffer);
-    return 1.0F;
   });
 }
 

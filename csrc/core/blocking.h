@@ -13,11 +13,15 @@ inline int64_t even_block(int64_t rows, int64_t most) {
   return std::max<int64_t>(1, (rows + blocks - 1) / blocks);
 }
 
-// Rows of the next tile when `left` are to be cut into as few tiles as possible, none much smaller than the others: a
-// tile of one row keeps too few sums in flight to hide the latency of a multiplication.
-inline int64_t next_tile(int64_t left, int64_t most) {
-  const int64_t tiles = (left + most - 1) / most;
-  return (left + tiles - 1) / tiles;
-}
+// Rows cut into as few tiles as possible, of at most `most` rows, none much smaller than the others: a tile of one row
+// keeps too few sums in flight to hide the latency of a multiplication. rows > 0.
+struct EvenTiles {
+  int64_t count;
+  int64_t low;     // rows of most tiles
+  int64_t higher;  // how many of the first have one more
+
+  EvenTiles(int64_t rows, int64_t most) : count((rows + most - 1) / most), low(rows / count), higher(rows % count) {}
+  int height(int64_t index) const { return static_cast<int>(low + (index < higher ? 1 : 0)); }
+};
 
 }  // namespace kdq

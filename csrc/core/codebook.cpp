@@ -164,10 +164,11 @@ Status codebook_linear(const CodebookLinear& args, const ParallelFor& parallel_f
   const size_t x_row_bytes = static_cast<size_t>(args.k) * dtype_size(args.dtype);
   return run_product(
       shape, parallel_for,
-      [&](int64_t row, char* buffer) {
-        widen(static_cast<const char*>(args.x) + static_cast<size_t>(row) * x_row_bytes, args.k, padded,
-              reinterpret_cast<float*>(buffer));
-        return 1.0F;
+      [&](int64_t first, int count, const PreparedRows& to) {
+        for (int r = 0; r < count; ++r) {
+          widen(static_cast<const char*>(args.x) + static_cast<size_t>(first + r) * x_row_bytes, args.k, padded,
+                reinterpret_cast<float*>(to.rows + r * to.stride));
+        }
       },
       [&](const RowTile& rows, int64_t group) {
         const int64_t panel = group * at_once;

@@ -81,18 +81,34 @@ struct Call {
   Result result = Result::kInt32;
   void* y = nullptr;
   Place place = Place::kNear;
+  const char* x = nullptr;
+  int64_t m = 0;
+  int64_t k = 0;
+  int64_t x_row_bytes = 0;
 
   Status open(const void* packed, size_t packed_bytes) {
     Status status = int8_kernels(&kernels);
     return status.ok() ? open_packed(kernels->size, packed, packed_bytes, &weight) : status;
   }
 
+  void set_input(const void* rows, int64_t count, int64_t length, size_t element_bytes) {
+    x = static_cast<const char*>(rows);
+    m = count;
+    k = length;
+    x_row_bytes = length * static_cast<int64_t>(element_bytes);
+  }
+
   void set_linear(const Int8Linear& args) {
+    set_input(args.x, args.m, args.k, dtype_size(args.dtype));
     epilogue.weight_scale = args.weight_scale;
     epilogue.bias = args.bias;
     epilogue.activation = args.activation;
     result = static_cast<Result>(args.dtype);
     y = args.y;
+  }
+
+  Int8RowsCall rows_at(int64_t first, int count, const PreparedRows& to) const {
+    return {x + first * x_row_bytes, k, count, to.rows, to.stride, to.scales};
   }
 
   // Rows x `count` panels from the given one on.
@@ -115,16 +131,35 @@ struct Call {
     call.out.y = static_cast<char*>(y) + (rows.first * weight.n + channel) * result_bytes(result);
     call.out.y_stride = weight.n;
     call.out.place = place;
+    set_ahead(rows, &call);
     return call;
+  }
+
+  // The rows that are prepared next, or, if they are already, half of the panel that follows in each of the block's
+  // first two tiles. Panels that are read but once (a single tile of rows) are left to the CPU's own prefetching.
+  void set_ahead(const RowTile& rows, Int8TileCall* call) const {
+    call->ahead = static_cast<const char*>(rows.rows);
+    call->ahead_step = 0;
+    if (rows.next_row >= 0) {
+      if (m * x_row_bytes < kFarBytes) return;
+      call->ahead = x + rows.next_row * x_row_bytes;
+      call->ahead_step = std::min(kernels->ahead_step, kernels->size.mr * x_row_bytes / weight.units);
+    } else if (rows.index < 2 && m >= 4 * kernels->size.mr && weight.panels * weight.panel_bytes >= kFarBytes) {
+      call->ahead = reinterpret_cast<const char*>(weight.panel) + rows.next_group * weight.panel_bytes +
+                    rows.index * weight.panel_bytes / 2;
+      call->ahead_step = kernels->ahead_step;
+    }
   }
 };
 
 // element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
+// prepare(Int8RowsCall)
 template <class Prepare>
-Status run(Call& call, int64_t m, int64_t element_bytes, int (*at_once)(int, int), void (*tile)(const Int8TileCall&),
+Status run(Call& call, int64_t element_bytes, int (*at_once)(int, int), void (*tile)(const Int8TileCall&),
            const ParallelFor& parallel_for, Prepare&& prepare) {
   const Int8Tile& size = call.kernels->size;
   const PackedWeight& weight = call.weight;
+  const int64_t m = call.m;
   const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
   call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
   ProductShape shape;
@@ -135,15 +170,14 @@ Status run(Call& call, int64_t m, int64_t element_bytes, int (*at_once)(int, int
   shape.row_work = panels * size.nr * weight.k;
   const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
   shape.grain = is_shared ? kProductsWorthAThread : std::numeric_limits<int64_t>::max() - 1;
-  return run_product(shape, parallel_for, prepare, [&](const RowTile& rows, int64_t group) {
-    int64_t panel = group * panels;
-    if (panel + panels <= weight.panels) return tile(call.tile(rows, panel, panels));
-    for (; panel < weight.panels; ++panel) tile(call.tile(rows, panel, 1));
-  });
-}
-
-const char* input_row(const Int8Linear& args, int64_t row) {
-  return static_cast<const char*>(args.x) + static_cast<size_t>(row * args.k) * dtype_size(args.dtype);
+  return run_product(
+      shape, parallel_for,
+      [&](int64_t first, int count, const PreparedRows& to) { prepare(call.rows_at(first, count, to)); },
+      [&](const RowTile& rows, int64_t group) {
+        int64_t panel = group * panels;
+        if (panel + panels <= weight.whole_panels) return tile(call.tile(rows, panel, panels));
+        for (; panel < weight.panels; ++panel) tile(call.tile(rows, panel, 1));
+      });
 }
 
 }  // namespace
@@ -160,11 +194,8 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
   const Int8Kernels& kernels = *call.kernels;
   call.epilogue.offset = kernels.size.signed_offset;
   call.y = out;
-  return run(call, m, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
-             [&](int64_t row, char* buffer) {
-               kernels.prepare_int8(a + row * k, k, buffer);
-               return 1.0F;
-             });
+  call.set_input(a, m, k, sizeof(int8_t));
+  return run(call, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for, kernels.prepare_int8);
 }
 
 Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
@@ -179,11 +210,10 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
                            static_cast<float>(args.input_quant_max)};
   call.set_linear(args);
   call.epilogue.offset = args.is_static ? args.input_zero_point : kernels.size.signed_offset;
-  return run(call, args.m, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
-             [&](int64_t row, char* buffer) {
-               const char* x = input_row(args, row);
-               return args.is_static ? kernels.prepare_static[dtype](x, args.k, grid, args.input_scale, buffer)
-                                     : kernels.prepare_dynamic[dtype](x, args.k, buffer);
+  return run(call, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
+             [&](const Int8RowsCall& rows) {
+               args.is_static ? kernels.prepare_static[dtype](rows, grid, args.input_scale)
+                              : kernels.prepare_dynamic[dtype](rows);
              });
 }
 
@@ -193,12 +223,11 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
   if (status.ok()) status = check_linear(args, call.weight, kInt8MaxK);
   if (!status.ok()) return status;
   const Int8Kernels& kernels = *call.kernels;
-  const auto widen = kernels.widen[static_cast<int>(args.dtype)];
   call.set_linear(args);
-  return run(call, args.m, sizeof(float), float_panels_at_once, kernels.weight_only_tile, parallel_for,
-             [&](int64_t row, char* buffer) {
-               widen(input_row(args, row), args.k, reinterpret_cast<float*>(buffer));
-               return 1.0F;
+  return run(call, sizeof(float), float_panels_at_once, kernels.weight_only_tile, parallel_for,
+             [&](const Int8RowsCall& rows) {
+               std::fill_n(rows.scales, rows.count, 1.0F);
+               kernels.widen[static_cast<int>(args.dtype)](rows);
              });
 }
 

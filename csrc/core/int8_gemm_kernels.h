@@ -34,14 +34,15 @@ struct Int8Epilogue {
 };
 
 struct Int8Tile {
-  int mr;  // rows of a full tile
-  int nr;  // output channels of a panel
-  int ku;  // consecutive k that one dot-product instruction sums: side by side in a panel and in a prepared row
+  int mr;     // rows of a full tile
+  int nr;     // output channels of a panel
+  int lanes;  // of a vector of sums: the last panel has whole vectors, but no more than its channels need
+  int ku;     // consecutive k that one dot-product instruction sums: side by side in a panel and in a prepared row
   int element_bytes;      // of a prepared activation
   int32_t signed_offset;  // added to int8 activations to make them u8: 128, or 0
 };
 
-// Panels side by side: `count` of them, each `stride` bytes after the one before.
+// Panels side by side: `count` of them, each `stride` bytes after the one before, and whole if more than one.
 struct PanelGroup {
   const int8_t* first;
   int64_t stride;
@@ -68,18 +69,32 @@ struct Int8TileCall {
   int64_t units;  // steps along k
   Int8Epilogue epilogue;
   TileOutput out;
+  const char* ahead;   // what is read after this tile, to be asked for meanwhile: from here on,
+  int64_t ahead_step;  // as many bytes on at each step along k, or 0 for nothing
+};
+
+// Rows of k activations, one behind the other, -> prepared rows of k_padded elements (k rounded up to ku; the tail is
+// zero), `stride` bytes apart, and the scale of each: NaN where the whole row of outputs must be NaN (a NaN in it or,
+// quantized dynamically, an inf); its integers do not matter then.
+struct Int8RowsCall {
+  const void* x;
+  int64_t k;
+  int count;
+  void* rows;
+  int64_t stride;
+  float* scales;
 };
 
 struct Int8Kernels {
   Int8Tile size;
+  int64_t ahead_step;  // bytes that `tile` asks for at a step along k, 0 if it does not
 
-  // One row of k activations -> prepared row of k_padded elements (k rounded up to ku; the tail is zero). Indexed by
-  // DType where the input is floating point. The float ones return the row's scale: NaN where the whole row of outputs
-  // must be NaN (a NaN in it or, quantized dynamically, an inf); its integers do not matter then.
-  void (*prepare_int8)(const int8_t* a, int64_t k, void* row);
-  float (*prepare_dynamic[3])(const void* x, int64_t k, void* row);
-  float (*prepare_static[3])(const void* x, int64_t k, const StaticGrid& grid, float scale, void* row);
-  void (*widen[3])(const void* x, int64_t k, float* row);  // float rows for the weight-only product
+  // Indexed by DType where the input is floating point. Those of integers and for the weight-only product set no
+  // scales.
+  void (*prepare_int8)(const Int8RowsCall& call);
+  void (*prepare_dynamic[3])(const Int8RowsCall& call);
+  void (*prepare_static[3])(const Int8RowsCall& call, const StaticGrid& grid, float scale);
+  void (*widen[3])(const Int8RowsCall& call);  // float rows for the weight-only product
 
   void (*tile)(const Int8TileCall& call);
   void (*weight_only_tile)(const Int8TileCall& call);  // rows of float32; no int32 result
@@ -91,6 +106,7 @@ template <class L>
 constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
   return {
       size,
+      L::kAheadStep,
       L::prepare_int8,
       {L::template prepare_dynamic<float>, L::template prepare_dynamic<BFloat16>, L::template prepare_dynamic<Float16>},
       {L::template prepare_static<float>, L::template prepare_static<BFloat16>, L::template prepare_static<Float16>},

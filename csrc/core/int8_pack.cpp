@@ -21,10 +21,11 @@ inline void copy_unit(int8_t* to, const int8_t* from, int64_t count) {
   }
 }
 
-// One panel: channels [first, first + nr) of w, with zeros where channels or k end, and the sums of the channels.
-void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int8_t* panel, int32_t* column_sum) {
+// One panel: channels [first, first + channels) of w, with zeros where channels or k end, and the sums of the channels.
+void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int64_t channels, int8_t* panel,
+                int32_t* column_sum) {
   const int64_t ku = header.ku;
-  for (int64_t c = 0; c < header.nr; ++c) {
+  for (int64_t c = 0; c < channels; ++c) {
     column_sum[c] = 0;
     if (first + c >= header.n) continue;
     const int8_t* channel = w + (first + c) * header.k;
@@ -32,7 +33,7 @@ void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int8
     for (int64_t i = 0; i < header.k; ++i) sum += channel[i];
     column_sum[c] = sum;
     int8_t* unit = panel + c * ku;
-    for (int64_t i = 0; i < header.k; i += ku, unit += header.nr * ku) {
+    for (int64_t i = 0; i < header.k; i += ku, unit += channels * ku) {
       copy_unit(unit, channel + i, std::min(ku, header.k - i));
     }
   }
@@ -82,7 +83,8 @@ Status pack_int8_weight(const int8_t* w, int64_t n, int64_t k, void* packed, siz
   const int64_t grain = weight.panel_bytes < kBytesWorthAThread ? kBytesWorthAThread / (weight.panel_bytes + 1) + 1 : 1;
   parallel_range(parallel_for, weight.panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      pack_panel(w, header, p * header.nr, panels + p * weight.panel_bytes, column_sum + p * header.nr);
+      pack_panel(w, header, p * header.nr, weight.channels_of(p, header.nr), panels + p * weight.panel_bytes,
+                 column_sum + p * header.nr);
     }
   });
   return status;
@@ -107,9 +109,11 @@ Status unpack_int8_weight(const void* packed, size_t packed_bytes, int8_t* w, co
   const int64_t ku = tile.ku;
   parallel_range(parallel_for, weight.n, 16, [&](int64_t begin, int64_t end) {
     for (int64_t channel = begin; channel < end; ++channel) {
-      const int8_t* unit = weight.panel + channel / tile.nr * weight.panel_bytes + channel % tile.nr * ku;
+      const int64_t panel = channel / tile.nr;
+      const int64_t step = weight.channels_of(panel, tile.nr) * ku;
+      const int8_t* unit = weight.panel + panel * weight.panel_bytes + channel % tile.nr * ku;
       int8_t* row = w + channel * weight.k;
-      for (int64_t i = 0; i < weight.k; i += ku, unit += tile.nr * ku) {
+      for (int64_t i = 0; i < weight.k; i += ku, unit += step) {
         copy_unit(row + i, unit, std::min(ku, weight.k - i));
       }
     }

@@ -10,7 +10,7 @@ namespace kdq {
 namespace {
 
 constexpr char kMagic[8] = {'K', 'D', 'Q', 'P', 'A', 'C', 'K', '\0'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 constexpr KernelChoice<Int8Kernels> kChoices[] = {
     {Isa::kReference, CpuExtra::kNone, &kInt8Reference},
@@ -46,9 +46,8 @@ Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHead
     return Status::invalid("n, k: expected sizes from 0 to 2^40, got " + std::to_string(n) + " and " +
                            std::to_string(k));
   }
-  const int64_t padded_n = round_up(n, tile.nr);
   int64_t bytes = 0;
-  if (__builtin_mul_overflow(padded_n, round_up(k, tile.ku), &bytes)) {
+  if (__builtin_mul_overflow(round_up(n, tile.lanes), round_up(k, tile.ku), &bytes)) {
     return Status::invalid("n, k: " + std::to_string(n) + " x " + std::to_string(k) + " weights do not fit 64 bits");
   }
   *header = {};
@@ -57,9 +56,10 @@ Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHead
   header->bits = 8;
   header->nr = static_cast<uint32_t>(tile.nr);
   header->ku = static_cast<uint32_t>(tile.ku);
+  header->lanes = static_cast<uint32_t>(tile.lanes);
   header->n = n;
   header->k = k;
-  header->bytes = sizeof(PackedHeader) + static_cast<uint64_t>(column_sum_bytes(padded_n) + bytes);
+  header->bytes = sizeof(PackedHeader) + static_cast<uint64_t>(column_sum_bytes(round_up(n, tile.nr)) + bytes);
   header->shape_check = hash_shape(n, k);
   return {};
 }
@@ -70,6 +70,9 @@ PackedWeight locate_packed(const PackedHeader& header, const void* data) {
   weight.n = header.n;
   weight.k = header.k;
   weight.panels = (header.n + header.nr - 1) / header.nr;
+  const int64_t padded_n = round_up(header.n, header.lanes);
+  weight.whole_panels = padded_n / header.nr;
+  weight.last_channels = padded_n - (weight.panels - 1) * header.nr;
   weight.units = (header.k + header.ku - 1) / header.ku;
   weight.panel_bytes = weight.units * header.ku * header.nr;
   weight.column_sum = reinterpret_cast<const int32_t*>(base);

@@ -5,6 +5,8 @@
 //
 // nr and ku are the register tile of the ISA that packed it: a kernel reads nr output channels side by side, and of
 // each of them ku consecutive values of k, what one dot-product instruction sums. Only the same tile can read a blob.
+// The last panel has only as many channels, in whole vectors of `lanes`, as are left: the weight of a narrow layer
+// would otherwise be mostly zeros, far apart.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +26,8 @@ struct PackedHeader {
   int64_t k;
   uint64_t bytes;        // of the whole blob
   uint64_t shape_check;  // hash of n and k: the only fields that could change and leave a header that fits its blob
-  uint64_t reserved;     // zero
+  uint32_t lanes;
+  uint32_t reserved;  // zero
 };
 static_assert(sizeof(PackedHeader) == 64, "the header is one cache line");
 
@@ -33,10 +36,14 @@ struct PackedWeight {
   int64_t n = 0;
   int64_t k = 0;
   int64_t panels = 0;
-  int64_t units = 0;  // steps along k
-  int64_t panel_bytes = 0;
+  int64_t whole_panels = 0;   // but for the last one, all are
+  int64_t last_channels = 0;  // of the last panel
+  int64_t units = 0;          // steps along k
+  int64_t panel_bytes = 0;    // of a whole one
   const int32_t* column_sum = nullptr;
   const int8_t* panel = nullptr;
+
+  int64_t channels_of(int64_t p, int64_t nr) const { return p + 1 < panels ? nr : last_channels; }
 };
 
 // The header of an [n, k] weight for a tile; fails when n or k is negative or the size does not fit.

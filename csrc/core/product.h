@@ -2,10 +2,12 @@
 // prepared and what a tile does.
 //
 //   for each block of rows x group of panels:       parallel over ranges of these, in this order
-//     if the range has not prepared the block:      prepare its rows, into the thread's own scratch (L2)
 //     for each tile of the block:                   the group's panels stay in L1 or L2
+//       if the range has not prepared the block:    prepare the tile's rows, into the thread's own scratch (L2)
+//       multiply
 //
-// Each block begins with another group, so that threads work on different ones at a time.
+// Each block begins with another group, so that threads work on different ones at a time. A tile is told what comes
+// after it, so that a kernel bound by its arithmetic can have it brought into L2 meanwhile.
 //
 // There is one parallel region and no barrier. A block on the border between two threads is prepared by both: cheaper
 // than waiting for each other, and as preparation is deterministic, it makes the same bits.
@@ -65,9 +67,21 @@ struct RowTile {
   const float* scales;
   int64_t first;  // the first one's place in the whole product
   int count;
+  int64_t index;       // of the tile among those of its block and group
+  int64_t ordinal;     // among all of its block
+  int64_t next_row;    // where the rows begin that are prepared next, before the tile that follows; or -1
+  int64_t next_group;  // whose panels follow the group's tiles
+  int64_t next_block;  // where the rows of the next block begin
 };
 
-// prepare(row, buffer) -> scale of the row;  tile(RowTile, group)
+// Where prepared rows go: `stride` bytes apart, with a scale each.
+struct PreparedRows {
+  char* rows;
+  int64_t stride;
+  float* scales;
+};
+
+// prepare(first, count, PreparedRows);  tile(RowTile, group)
 template <class Prepare, class Tile>
 Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, Prepare&& prepare, Tile&& tile) {
   const int64_t stride = padded_stride(shape.row_bytes);
@@ -87,21 +101,31 @@ Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, P
     }
     float* scales = reinterpret_cast<float*>(scratch.data());
     char* rows = scratch.data() + scales_bytes;
-    int64_t prepared = -1;
+    const auto group_of = [&](int64_t i) { return (i + i / shape.groups * shape.groups / blocks) % shape.groups; };
+    bool fresh = true;  // the block's rows are not prepared yet
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / shape.groups;
-      const int64_t group = (i + block * shape.groups / blocks) % shape.groups;
-      const int64_t first = block * block_rows;
-      const int64_t count = std::min(block_rows, shape.m - first);
-      if (prepared != first) {
-        for (int64_t r = 0; r < count; ++r) scales[r] = prepare(first + r, rows + r * stride);
-        prepared = first;
+      const int64_t next = std::min(i + 1, end - 1);
+      const bool fresh_next = next / shape.groups != block;
+      const int64_t group = group_of(i);
+      const int64_t count = std::min(block_rows, shape.m - block * block_rows);
+      const EvenTiles tiles(count, shape.mr);
+      RowTile at;
+      at.stride = stride;
+      at.next_group = group_of(next);
+      at.next_block = (block + 1) * block_rows;
+      for (int64_t r = 0, index = 0; r < count; r += at.count, ++index) {
+        at.rows = rows + r * stride;
+        at.scales = scales + r;
+        at.first = block * block_rows + r;
+        at.count = tiles.height(index);
+        at.index = index;
+        at.ordinal = i % shape.groups * tiles.count + index;
+        at.next_row = (r + at.count < count ? fresh : fresh_next) ? at.first + at.count : -1;
+        if (fresh) prepare(at.first, at.count, PreparedRows{rows + r * stride, stride, scales + r});
+        tile(at, group);
       }
-      for (int64_t r = 0; r < count;) {
-        const int height = static_cast<int>(next_tile(count - r, shape.mr));
-        tile(RowTile{rows + r * stride, stride, scales + r, first + r, height}, group);
-        r += height;
-      }
+      fresh = fresh_next;
     }
   });
   if (out_of_memory.load(std::memory_order_relaxed)) return Status::internal("out of memory for a block of rows");

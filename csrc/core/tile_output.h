@@ -5,6 +5,8 @@
 
 namespace kdq {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 // In which type results are stored. kBits: a bit a channel, in whole 64-bit words; a tile begins at a word's first bit.
 enum class Result : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt32 = 3, kBits = 4 };
 

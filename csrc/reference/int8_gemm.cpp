@@ -15,12 +15,28 @@ using reference::activate;
 using reference::load;
 
 struct Loops {
-  static void prepare_int8(const int8_t* a, int64_t k, void* row) { std::copy(a, a + k, static_cast<int16_t*>(row)); }
+  static constexpr int64_t kAheadStep = 0;
+
+  // body(x, row, r) for each row.
+  template <class T, class Prepared, class Body>
+  static void for_each_row(const Int8RowsCall& call, Body body) {
+    for (int r = 0; r < call.count; ++r) {
+      body(static_cast<const T*>(call.x) + r * call.k,
+           reinterpret_cast<Prepared*>(static_cast<char*>(call.rows) + r * call.stride), r);
+    }
+  }
+
+  static void prepare_int8(const Int8RowsCall& call) {
+    for_each_row<int8_t, int16_t>(call, [&](const int8_t* a, int16_t* row, int) { std::copy(a, a + call.k, row); });
+  }
 
   template <class T>
-  static float prepare_dynamic(const void* x, int64_t k, void* row) {
-    const T* in = static_cast<const T*>(x);
-    int16_t* out = static_cast<int16_t*>(row);
+  static void prepare_dynamic(const Int8RowsCall& call) {
+    for_each_row<T, int16_t>(
+        call, [&](const T* x, int16_t* row, int r) { call.scales[r] = prepare_dynamic_row(x, call.k, row); });
+  }
+  template <class T>
+  static float prepare_dynamic_row(const T* in, int64_t k, int16_t* out) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < k; ++i) largest = std::max(largest, reference::bits_of(std::fabs(load(in + i))));
     float scale = reference::float_of(largest) / 127.0F;
@@ -34,21 +50,24 @@ struct Loops {
   }
 
   template <class T>
-  static float prepare_static(const void* x, int64_t k, const StaticGrid& grid, float scale, void* row) {
-    bool has_nan = false;
-    for (int64_t i = 0; i < k; ++i) {
-      const float value = load(static_cast<const T*>(x) + i);
-      has_nan = has_nan || std::isnan(value);
-      const float q = std::nearbyint(value * grid.inverse) + grid.zero_point;
-      static_cast<int16_t*>(row)[i] =
-          std::isnan(q) ? int16_t{0} : static_cast<int16_t>(std::min(std::max(q, 0.0F), grid.quant_max));
-    }
-    return has_nan ? NAN : scale;
+  static void prepare_static(const Int8RowsCall& call, const StaticGrid& grid, float scale) {
+    for_each_row<T, int16_t>(call, [&](const T* x, int16_t* row, int r) {
+      bool has_nan = false;
+      for (int64_t i = 0; i < call.k; ++i) {
+        const float value = load(x + i);
+        has_nan = has_nan || std::isnan(value);
+        const float q = std::nearbyint(value * grid.inverse) + grid.zero_point;
+        row[i] = std::isnan(q) ? int16_t{0} : static_cast<int16_t>(std::min(std::max(q, 0.0F), grid.quant_max));
+      }
+      call.scales[r] = has_nan ? NAN : scale;
+    });
   }
 
   template <class T>
-  static void widen(const void* x, int64_t k, float* row) {
-    for (int64_t i = 0; i < k; ++i) row[i] = load(static_cast<const T*>(x) + i);
+  static void widen(const Int8RowsCall& call) {
+    for_each_row<T, float>(call, [&](const T* x, float* row, int) {
+      for (int64_t i = 0; i < call.k; ++i) row[i] = load(x + i);
+    });
   }
 
   static void tile(const Int8TileCall& call) {
@@ -83,6 +102,6 @@ struct Loops {
 
 }  // namespace
 
-const Int8Kernels kInt8Reference = make_int8_kernels<Loops>({1, 1, 1, 2, 0});
+const Int8Kernels kInt8Reference = make_int8_kernels<Loops>({1, 1, 1, 1, 2, 0});
 
 }  // namespace kdq

@@ -53,7 +53,11 @@ struct Loops {
     if constexpr (Bits::kFlush == 0) {
       W sum[kRows][kCols];
       clear(sum);
-      count(call, 0, call.steps, sum);
+      if (kRows == Bits::kRows && call.ahead != nullptr) {
+        count<true>(call, 0, call.steps, sum);
+      } else {
+        count<false>(call, 0, call.steps, sum);
+      }
       finish<kRows, kCols>(sum, call);
     } else {
       alignas(64) int32_t counts[kRows][kCols * Bits::kLanes];
@@ -79,7 +83,7 @@ struct Loops {
     for (; first < last; first += B::kFlush) {
       W sum[kRows][kCols];
       clear(sum);
-      count(call, first, last - first < B::kFlush ? last : first + B::kFlush, sum);
+      count<false>(call, first, last - first < B::kFlush ? last : first + B::kFlush, sum);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
@@ -105,12 +109,13 @@ struct Loops {
   }
 
   // Adds the bits in which steps [first, last) differ to the sums.
-  template <int kRows, int kVectors>
+  template <bool kAhead, int kRows, int kVectors>
   static inline __attribute__((always_inline)) void count(const BinaryTileCall& call, int64_t first, int64_t last,
                                                           W (&sum)[kRows][kVectors]) {
     const Word* panel = reinterpret_cast<const Word*>(call.panel) + first * kPanel;
     const char* a = call.rows + first * static_cast<int64_t>(sizeof(Word));
     for (int64_t w = first; w < last; ++w, panel += kPanel, a += sizeof(Word)) {
+      if (kAhead) _mm_prefetch(call.ahead + w * kLine, _MM_HINT_T1);
       W weights[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) weights[v] = Bits::load(panel + v * Bits::kLanes);

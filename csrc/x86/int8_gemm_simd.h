@@ -23,6 +23,9 @@ struct Loops {
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kCols = Dot::kCols;
   static constexpr int kPanel = kCols * kLanes;  // channels of a panel
+  // Two tiles ask for a whole panel, and one for most of the float32 rows that the next one needs.
+  static constexpr int64_t kOutputSteps = 32;  // before a tile's last step its output is asked for
+  static constexpr int64_t kAheadStep = kPanel * Dot::kUnit / (2 * kLine) * kLine;
   using Prepared = Dot::Prepared;
 
   // ---- prepare ----
@@ -31,10 +34,21 @@ struct Loops {
     for (int64_t i = k; i % Dot::kUnit != 0; ++i) row[i] = 0;
   }
 
-  static void prepare_int8(const int8_t* a, int64_t k, void* row_raw) {
-    Prepared* row = static_cast<Prepared*>(row_raw);
-    for (int64_t i = 0; i < k; ++i) row[i] = static_cast<Prepared>(a[i] + Dot::kOffset);
-    pad(row, k);
+  // body(x, row, r) for each row.
+  template <class T, class Row, class Body>
+  static inline __attribute__((always_inline)) void for_each_row(const Int8RowsCall& call, Body body) {
+    for (int r = 0; r < call.count; ++r) {
+      body(static_cast<const T*>(call.x) + r * call.k,
+           reinterpret_cast<Row*>(static_cast<char*>(call.rows) + r * call.stride), r);
+    }
+  }
+
+  static void prepare_int8(const Int8RowsCall& call) {
+    const int64_t k = call.k;
+    for_each_row<int8_t, Prepared>(call, [k](const int8_t* a, Prepared* row, int) {
+      for (int64_t i = 0; i < k; ++i) row[i] = static_cast<Prepared>(a[i] + Dot::kOffset);
+      pad(row, k);
+    });
   }
 
   // row[i] = round(value(i, n)) + kOffset, which fits: a full vector of Prepared at a time, then the rest.
@@ -57,46 +71,54 @@ struct Loops {
 
   // No clamping: |x| / scale <= 127 but for rounding errors far below a half.
   template <class T>
-  static float prepare_dynamic(const void* x_raw, int64_t k, void* row) {
-    const T* x = static_cast<const T*>(x_raw);
-    const float scale = symmetric_scale(x, k);
-    const bool finite = scale <= kFloatMax;
-    const F inverse = Vec::set(finite ? 1.0F / scale : 0.0F);
-    quantize_row<Dot::kOffset>(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
-      return Vec::mul(load(x + i, n), inverse);
+  static void prepare_dynamic(const Int8RowsCall& call) {
+    symmetric_scales(static_cast<const T*>(call.x), call.count, call.k, call.scales);
+    for_each_row<T, Prepared>(call, [&](const T* x, Prepared* row, int r) __attribute__((always_inline)) {
+      float& scale = call.scales[r];
+      const bool finite = scale <= kFloatMax;
+      const F inverse = Vec::set(finite ? 1.0F / scale : 0.0F);
+      if (!finite) scale = __builtin_nanf("");
+      quantize_row<Dot::kOffset>(row, call.k, [&](int64_t i, int n) __attribute__((always_inline)) {
+        return Vec::mul(load(x + i, n), inverse);
+      });
     });
-    return finite ? scale : __builtin_nanf("");
   }
 
   template <class T>
-  static float prepare_static(const void* x_raw, int64_t k, const StaticGrid& grid, float scale, void* row) {
-    const T* x = static_cast<const T*>(x_raw);
+  static void prepare_static(const Int8RowsCall& call, const StaticGrid& grid, float scale) {
     const F inverse = Vec::set(grid.inverse);
     const F zero_point = Vec::set(grid.zero_point);
     const F quant_max = Vec::set(grid.quant_max);
-    uint32_t nan_lanes = 0;
-    quantize_row<0>(static_cast<Prepared*>(row), k, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const F value = load(x + i, n);
-      nan_lanes |= Vec::bits(Vec::is_nan(value));
-      const F q = Vec::add(Vec::round(Vec::mul(value, inverse)), zero_point);
-      return Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q));
+    for_each_row<T, Prepared>(call, [&](const T* x, Prepared* row, int r) __attribute__((always_inline)) {
+      uint32_t nan_lanes = 0;
+      quantize_row<0>(row, call.k, [&](int64_t i, int n) __attribute__((always_inline)) {
+        const F value = load(x + i, n);
+        nan_lanes |= Vec::bits(Vec::is_nan(value));
+        const F q = Vec::add(Vec::round(Vec::mul(value, inverse)), zero_point);
+        return Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q));
+      });
+      call.scales[r] = nan_lanes != 0 ? __builtin_nanf("") : scale;
     });
-    return nan_lanes != 0 ? __builtin_nanf("") : scale;
   }
 
   template <class T>
-  static void widen(const void* x_raw, int64_t k, float* row) {
-    const T* x = static_cast<const T*>(x_raw);
-    for_each_vector(k, [&](int64_t i, int n) __attribute__((always_inline)) { store(row + i, load(x + i, n), n); });
-    for (int64_t i = k; i % Dot::kUnit != 0; ++i) row[i] = 0.0F;
+  static void widen(const Int8RowsCall& call) {
+    for_each_row<T, float>(call, [&](const T* x, float* row, int) __attribute__((always_inline)) {
+      for_each_vector(call.k,
+                      [&](int64_t i, int n) __attribute__((always_inline)) { store(row + i, load(x + i, n), n); });
+      for (int64_t i = call.k; i % Dot::kUnit != 0; ++i) row[i] = 0.0F;
+    });
   }
 
   // ---- tile ----
 
+  // Bytes from one step along k to the next: only a last, narrower panel has fewer than kCols vectors.
+  template <int kVectors>
+  static constexpr int kStep = (kVectors < kCols ? kVectors : kCols) * kLanes * Dot::kUnit;
+
   // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.
   template <int kRows, int kVectors>
   static void tile_of(const Int8TileCall& call) {
-    prefetch_output(call.out);
     I sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -105,22 +127,31 @@ struct Loops {
     }
     const char* a = static_cast<const char*>(call.rows);
     const int8_t* panel = call.panels.first;
-    for (int64_t u = 0; u < call.units; ++u) {
-      I weights[kVectors];
+    const char* ahead = call.ahead;
+    int64_t u = 0;
+    const bool asks = call.out.place != Place::kNear && call.units > kOutputSteps;
+    for (int64_t end = asks ? call.units - kOutputSteps : call.units;; end = call.units) {
+      for (; u < end; ++u, ahead += call.ahead_step) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
+        for (int64_t i = 0; i < kAheadStep; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T1);
+        I weights[kVectors];
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        int32_t unit = 0;
-        memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
-        const I activations = Vec::int_set(unit);
+        for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) {
-          sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
-          pin(sum[r][v]);
+        for (int r = 0; r < kRows; ++r) {
+          int32_t unit = 0;
+          memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
+          const I activations = Vec::int_set(unit);
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) {
+            sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
+            pin(sum[r][v]);
+          }
         }
+        panel += kStep<kVectors>;
       }
-      panel += kPanel * Dot::kUnit;
+      if (u == call.units) break;
+      prefetch_output(call.out);
     }
     finish(sum, call);
   }
@@ -171,7 +202,7 @@ struct Loops {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
       float_step<kRows, kVectors, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
-      panel += kPanel * Dot::kUnit;
+      panel += kStep<kVectors>;
     }
     alignas(64) float spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 16
@@ -344,7 +375,7 @@ struct Loops {
   }
 };
 
-constexpr Int8Tile kTile = {Dot::kRows, Loops::kPanel, Dot::kUnit, sizeof(Dot::Prepared), Dot::kOffset};
+constexpr Int8Tile kTile = {Dot::kRows, Loops::kPanel, Loops::kLanes, Dot::kUnit, sizeof(Dot::Prepared), Dot::kOffset};
 
 }  // namespace
 }  // namespace kdq

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdq.distill import Distiller, History, check_unfused
 from kdq.losses import Hint
 from kdq.losses.features import make_adapters
-from kdq.observe import Batch, evaluating, find_layer, parse_batch
+from kdq.observe import Batch, check_repeatable, evaluating, find_layer, parse_batch
 from kdq.training import check_count
 
 
@@ -146,8 +146,7 @@ def _training_only(student: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 
 def _first_batch(loader: Iterable[Any]) -> Any:
-    if iter(loader) is loader:
-        raise ValueError("loader: every block needs all batches, but an iterator can be used only once")
+    check_repeatable(loader, "every block needs all batches")
     for batch in loader:
         return batch
     raise ValueError("loader: expected at least one batch, got none")

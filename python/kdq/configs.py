@@ -68,7 +68,11 @@ class LowBit:
 
 @dataclass(frozen=True, kw_only=True)
 class Binary:
-    """±1 weights with one scale an output channel, ±1 activations: XNOR-Net (Rastegari et al. 2016)."""
+    """±1 weights with one scale an output channel, ±1 activations: XNOR-Net (Rastegari et al. 2016).
+
+    A layer sees only the signs of its inputs. Where these are never negative, as behind a ReLU, it puts out the same
+    for all: a batch or layer norm belongs right before it.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,8 @@ The losses are in `kdq.losses`.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,47 +21,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdq import distributed, ranks
-from kdq.averaging import WeightAverage
+from kdq.fitting import History, fit
 from kdq.layers.base import fused_activation
 from kdq.losses import FeatureLoss, Hint, Loss, SoftTargets, Weighted, mean_kl
 from kdq.losses.features import make_adapters
 from kdq.observe import (
     Batch,
     captured_outputs,
+    check_repeatable,
     check_same_shape,
     count_of_rows,
     evaluating,
     find_layer,
     parse_batch,
-    training,
 )
 from kdq.phases import Phase
 from kdq.progressive import lower_precision_, plan_lower_precision
 from kdq.prune import prune_
 from kdq.teacher_cache import CachedTeacher
-from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, taken_up
-from kdq.validation import BestWeights, Validation, validate
+from kdq.training import Log
 
 __all__ = ["Distiller", "Hint", "History", "SoftTargets", "mean_kl"]
-
-
-@dataclass(frozen=True)
-class History:
-    """What `Distiller.fit` did.
-
-    Attributes:
-        losses: the mean loss of each epoch.
-        steps: of the optimizer.
-        seconds: that the call took.
-        validation: what each epoch's validation found, if there was one.
-        best_epoch: index of the epoch whose weights were put back; None without `patience`.
-    """
-
-    losses: list[float]
-    steps: int
-    seconds: float
-    validation: list[Validation] = field(default_factory=list)
-    best_epoch: int | None = None
 
 
 class Distiller:
@@ -93,6 +71,8 @@ class Distiller:
 
     Attributes:
         progress: 0 to 1, where schedules are read; `fit` sets it, a loop of your own may.
+        within: None, or what another library's loop has put around a student that was not wrapped: DDP, or the module
+            in DDP whose forward pass calls `loss`, as a LightningModule. `kdq.integrations` sets it.
 
     Raises:
         ValueError: a feature loss names a layer that does not exist, or asks for features of a `CachedTeacher`, a
@@ -116,6 +96,7 @@ class Distiller:
         self.losses = [loss if isinstance(loss, Weighted) else Weighted(loss) for loss in losses]
         self.train_teacher = train_teacher
         self.progress = 0.0
+        self.within: nn.Module | None = None
         self.adapters: dict[tuple[int, str], nn.Module] = {}
         self._features = {i: term.loss for i, term in enumerate(self.losses) if isinstance(term.loss, FeatureLoss)}
         self._pairs = [pair for loss in self._features.values() for pair in loss.layers.items()]
@@ -135,7 +116,7 @@ class Distiller:
         self._replicated = [p for model in trained for p in distributed.replicated_parameters(model)]
         with distributed.scope_of(student):
             ranks.broadcast_([*self._replicated, *student.buffers()])
-            self._start_equal()
+            self.start_equal()
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
@@ -149,20 +130,20 @@ class Distiller:
             raise RuntimeError(
                 "the feature losses' adapters take their shapes from a batch: call distiller.prepare(batch) first"
             )
-        self._reshard()
+        self.reshard()
         yield from (p for p in self.student.parameters() if p.requires_grad)
         yield from self.own_parameters()
         if self.train_teacher:
             yield from (p for p in self.teacher.parameters() if p.requires_grad)
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
         """After a forward pass alone FSDP2 leaves gathered parameters in the model, which no optimizer must take."""
         distributed.reshard(self.student)
         distributed.reshard(self.teacher)
 
     def names(self) -> dict[int, str]:
         """Names of all parameters, by id: the same with any wrapper."""
-        self._reshard()
+        self.reshard()
         parts = {"student": self._inner, "teacher": distributed.unwrapped(self.teacher), **self._own_parts()}
         return {id(p): f"{part}.{name}" for part, m in parts.items() for name, p in m.named_parameters()}
 
@@ -180,8 +161,8 @@ class Distiller:
         parts |= {f"losses.{i}": t.loss for i, t in enumerate(self.losses) if isinstance(t.loss, nn.Module)}
         return parts
 
-    def _start_equal(self) -> None:
-        """Adapters and losses start on all ranks as on rank 0."""
+    def start_equal(self) -> None:
+        """Within `kdq.distributed.together`: adapters and losses become on all ranks what they are on rank 0."""
         ranks.broadcast_(t for module in self.own_modules() for t in (*module.parameters(), *module.buffers()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,7 +194,7 @@ class Distiller:
         parsed = parse_batch(batch, self._inner)
         with distributed.scope_of(self.student), torch.no_grad(), evaluating(self.student, self.teacher):
             self._compare(parsed, *self._run_teacher(parsed))
-        self._reshard()
+        self.reshard()
 
     def prepare_for(self, loader: Iterable[Any]) -> None:
         """`prepare` on the loader's first batch, if there are adapters to make."""
@@ -232,14 +213,23 @@ class Distiller:
             TypeError: the batch or an output is of an unknown kind.
         """
         parsed = parse_batch(batch, self._inner)
-        with distributed.scope_of(self.student):
-            teacher, taught = self._run_teacher(parsed)
-            return self._as_step(lambda: self._compare(parsed, teacher, taught)[0])
+        if self.within is None:
+            distributed.check_said(self.student)
+        with distributed.scope_of(self.student) if self.within is None else distributed.together():
+            return self._as_step(self._computation(parsed))
+
+    def _computation(self, batch: Batch) -> Callable[[], Tensor]:
+        """Runs the teacher; the rest of the loss is left to be called within DDP's forward pass."""
+        teacher, taught = self._run_teacher(batch)
+        return lambda: self._compare(batch, teacher, taught)[0]
 
     def _as_step(self, compute: Callable[[], Tensor]) -> Tensor:
         """The loss that compute gives, whose backward pass averages all gradients over the ranks."""
-        loss = distributed.run_as_forward(self.student, compute)
-        ranks.average_after_backward(loss, [*self._replicated, *self.own_parameters()])
+        around = self.student if self.within is None else self.within
+        loss = distributed.run_as_forward(around, compute)
+        averaged = set() if self.within is None else {id(p) for p in self.within.parameters()}
+        rest = [p for p in (*self._replicated, *self.own_parameters()) if id(p) not in averaged]
+        ranks.average_after_backward(loss, rest)
         return loss
 
     def _compare(self, batch: Batch, teacher: Tensor | None, taught: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -287,7 +277,7 @@ class Distiller:
                     check_unfused(model, name, role)
         if not self._adapters_known:
             self.adapters, self._adapters_known = make_adapters(self._features, learned, taught), True
-            self._start_equal()
+            self.start_equal()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -347,53 +337,24 @@ class Distiller:
                 the checkpoint is damaged or of another training.
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
-        if scheduler is not None and optimizer is None:
-            raise ValueError("scheduler: it needs the optimizer that it belongs to")
-        if patience is not None:
-            check_count("patience", patience)
-            if validation is None:
-                raise ValueError("patience: it needs validation, on which the best epoch shows")
-        if checkpoint_every is not None:
-            check_count("checkpoint_every", checkpoint_every)
-            if checkpoint is None:
-                raise ValueError("checkpoint_every: it needs checkpoint, the file to write")
-        start = time.perf_counter()
-
-        def optimizer_for(loss: Tensor | None) -> Optimizer:
-            return self._checked(optimizer, loss, lr)
-
-        average = None if ema is None else WeightAverage(self._inner, ema)
-        loop = Loop(
-            self, loader, epochs, optimizer_for, scheduler, clip_grad_norm, accumulate, span, average=average, log=log
+        return fit(
+            self,
+            loader,
+            epochs,
+            optimizer,
+            lr,
+            scheduler=scheduler,
+            validation=validation,
+            patience=patience,
+            clip_grad_norm=clip_grad_norm,
+            accumulate=accumulate,
+            span=span,
+            ema=ema,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            log=log,
+            progress=progress,
         )
-        best = BestWeights(self._inner, patience)
-        saved = None
-        if checkpoint is not None:
-            how = f"Adam, lr={lr}" if optimizer is None else type(optimizer).__name__
-            with distributed.scope_of(self.student):
-                saved = taken_up(checkpoint, checkpoint_every, loop, best, validation, how)
-        warned = False
-        trained = (self.student, self.teacher) if self.train_teacher else (self.student,)
-        scope = distributed.scope_of(self.student)
-        with scope, training(*trained), progress_bar(progress, *loop.total_and_done()) as advance:
-            while len(loop.losses) < epochs and not best.is_enough():
-                loop.epoch(advance)
-                if validation is not None:
-                    with nullcontext() if average is None else average.in_place():
-                        ranks.broadcast_(self._inner.buffers())
-                        best.see(validate(self.student, self.teacher, validation))
-                    warned = warned or best.found[-1].warn_of_worse_teacher()
-                    if log is not None:
-                        log(loop.steps, best.found[-1].values())
-                if saved is not None:
-                    saved.save()
-            if patience is not None:
-                best.put_back()
-            elif average is not None:
-                average.put_in()
-            ranks.broadcast_(self._inner.buffers())
-        self.progress = span[1]
-        return History(loop.losses, loop.steps, time.perf_counter() - start, best.found, best.epoch)
 
     def run(self, loader: Iterable[Any], phases: Sequence[Phase], **options: Any) -> list[History]:
         """Trains in phases, one `fit` each, with a new optimizer each; the options are those of `fit`.
@@ -406,6 +367,8 @@ class Distiller:
         """
         if "optimizer" in options or "scheduler" in options:
             raise ValueError("options: each phase makes its own optimizer; call fit for one of yours")
+        if len(phases) > 1:
+            check_repeatable(loader, f"{len(phases)} phases need all batches each")
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
         for phase in phases:
             if phase.sparsity is not None:
@@ -429,20 +392,6 @@ class Distiller:
             return self
         losses = self.losses if phase.losses is None else phase.losses
         return Distiller(self.teacher, self.student, losses, train_teacher=phase.train_teacher)
-
-    def _checked(self, optimizer: Optimizer | None, loss: Tensor | None, lr: float) -> Optimizer:
-        """The optimizer to use, once the first loss (or a checkpoint: None) has shown what there is to train."""
-        if loss is not None and not loss.requires_grad:
-            raise ValueError(
-                "student: nothing to train: the loss does not depend on any parameter that requires a gradient"
-            )
-        if self.train_teacher and not any(p.requires_grad for p in self.teacher.parameters()):
-            raise ValueError("train_teacher: no parameter of the teacher requires a gradient")
-        if optimizer is None:
-            return torch.optim.Adam(distributed.parameter_groups(self.parameters()), lr=lr)
-        self._reshard()
-        check_optimizer(self, optimizer)
-        return optimizer
 
 
 @contextmanager

@@ -55,12 +55,7 @@ def scope_of(model: nn.Module) -> Iterator[None]:
 def check_spread(model: nn.Module) -> None:
     """Raises ValueError if there are several processes, and DDP or FSDP2 do not keep the model the same on all of them,
     but for one that is this process's own by `alone`."""
-    if not is_spread(model) and not is_alone():
-        raise ValueError(
-            f"student: there are {world_size()} processes, but neither DDP nor FSDP2 is around it, so that each would "
-            "train its own; wrap it before the Distiller gets it, or, if that is meant, work within "
-            "kdq.distributed.alone()"
-        )
+    check_said(model)
     ranks = world_size()
     if isinstance(model, DistributedDataParallel):
         ranks = dist.get_world_size(cast(Any, model).process_group)
@@ -70,6 +65,16 @@ def check_spread(model: nn.Module) -> None:
     if ranks != world_size():
         raise ValueError(
             f"student: expected DDP or FSDP2 over all {world_size()} ranks of the default process group, got {ranks}"
+        )
+
+
+def check_said(model: nn.Module) -> None:
+    """The first half of `check_spread`."""
+    if not is_spread(model) and not is_alone():
+        raise ValueError(
+            f"student: there are {world_size()} processes, but neither DDP nor FSDP2 is around it, so that each would "
+            "train its own; wrap it before the Distiller gets it, or, if that is meant, work within "
+            "kdq.distributed.alone()"
         )
 
 

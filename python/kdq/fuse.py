@@ -2,12 +2,12 @@
 
 An activation is fused only where the model's own structure says that it follows the layer and nothing else: in an
 nn.Sequential, and in an nn.TransformerEncoderLayer between `linear1` and `linear2`. An nn.Identity takes its place, so
-that indices, names and state dicts stay as they were.
+that indices, names and state dicts stay as they were. One that stands between the two already, as where a batch norm
+was folded, is looked through.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -58,12 +58,18 @@ def _following(parent: nn.Module, key: str) -> Fusion | None:
     """The activation that the parent applies to the result of its child `key`, and to that alone."""
     after = None
     if isinstance(parent, nn.Sequential) and _has_code_of(parent, nn.Sequential, "forward", "__iter__"):
-        after = dict(itertools.pairwise(parent._modules)).get(key)
+        names = list(parent._modules)
+        behind = names[names.index(key) + 1 :]
+        after = next((name for name in behind if not _does_nothing(parent._modules[name])), None)
     elif isinstance(parent, nn.TransformerEncoderLayer) and key == "linear1":
         own = _has_code_of(parent, nn.TransformerEncoderLayer, "forward", "_ff_block")
         after = "activation" if own else None
     activation = None if after is None else _name_in_kernels(getattr(parent, after))
     return None if after is None or activation is None else Fusion(activation, parent, after)
+
+
+def _does_nothing(module: nn.Module | None) -> bool:
+    return type(module) is nn.Identity and not has_own_code(module)
 
 
 def _name_in_kernels(activation: Any) -> str | None:

@@ -6,7 +6,7 @@ Distillation and reports share it, so that both accept the same batches and the 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,16 @@ class Batch:
         if self.target is None and isinstance(mask, Tensor) and mask.dim() > 1 and mask.shape == logits.shape[:-1]:
             return logits[mask.bool()]
         return logits
+
+
+def check_repeatable(loader: Iterable[Any], need: str) -> None:
+    """Raises ValueError if the loader is an iterator, which is used up when it has been gone through; a sized one may
+    rewind itself."""
+    if isinstance(loader, Iterator) and not isinstance(loader, Sized):
+        raise ValueError(
+            f"loader: {need}, but an iterator ({type(loader).__name__}) can be used only once; give a DataLoader, a "
+            "list, or an object whose __iter__ begins anew"
+        )
 
 
 def parse_batch(batch: Any, model: nn.Module) -> Batch:

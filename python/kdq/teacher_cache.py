@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +31,27 @@ class CachedTeacher(nn.Module):
     Several processes and runs may share a folder: each writes what it asked, and reads what all have written. A teacher
     that is sharded by `fully_shard` is asked by all ranks at once, as soon as one of them needs it.
 
-    It is of no use where the inputs change every epoch (augmentation): if a `fit` finds fewer than 10 % of the samples
-    known in an epoch after its first, a UserWarning says so and nothing more is stored. It has no features: feature
-    losses need the teacher itself.
+    It is of no use where the inputs change every epoch (augmentation, padding to the longest of a batch): then a
+    UserWarning says so, once, and nothing more is stored. `Distiller.fit` knows when an epoch repeats another: fewer
+    than 10 % known are too few. In any other loop it takes the number of samples to tell: more than twice as many
+    unknown ones cannot be. `DistillationTrainer` and `DistillationModule` look it up, a loop of your own gives it as
+    `samples`. It has no features: feature losses need the teacher itself.
 
     Args:
         teacher: its outputs are logits `[N, ..., C]` or have `.logits`.
         folder: made if it is not there; some bytes a logit, append-only. Delete it to begin anew.
         top_k: keep only the k largest logits of each row and the logsumexp of the others, spread evenly.
         dtype: of the stored logits: float16, bfloat16 or float32.
+        samples: `len(dataset)`, of training and validation together; only loops of your own need it.
 
     Attributes:
         hits, misses: samples that were known, or not, since this object was made.
         storing: whether misses are stored.
 
     Raises:
-        ValueError: the folder was made with another teacher, top_k or dtype, or an argument is out of range.
+        ValueError: the folder was made with another teacher, top_k or dtype, an argument is out of range, or a module
+            of the teacher makes the output of a sample depend on its batch: a batch norm that keeps no running
+            statistics, or one that `eval()` leaves in training mode.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class CachedTeacher(nn.Module):
         folder: str | os.PathLike[str],
         top_k: int | None = None,
         dtype: torch.dtype = torch.float16,
+        samples: int | None = None,
     ) -> None:
         super().__init__()
         names = {value: name for name, value in DTYPES.items()}
@@ -60,13 +68,19 @@ class CachedTeacher(nn.Module):
             raise ValueError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k: expected an integer, at least 1, or None, got {top_k!r}")
+        if samples is not None and (not isinstance(samples, int) or samples < 1):
+            raise ValueError(f"samples: expected an integer, at least 1, or None, got {samples!r}")
+        check_rows_are_independent(teacher)
         self.teacher = teacher
         self.codec = LogitCodec(names[dtype], top_k)
         self.fingerprint = fingerprint(teacher)
         facts = {"version": 1, "teacher": self.fingerprint, "top_k": top_k, "dtype": names[dtype]}
         self.store = LogitStore(Path(folder), facts)
+        self.samples = samples
+        self._expected = None if samples is None else (0, samples)  # since how many misses, and how many samples
         self.hits = self.misses = 0
         self.storing = True
+        self._whole_epochs = 0  # of a fit, that went through this object
         self._stamp = _stamp(teacher)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,6 +97,7 @@ class CachedTeacher(nn.Module):
         missing = [i for i, key in enumerate(keys) if key not in known]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
+        self._check_expected()
         if distributed.needed(bool(missing), self.teacher):
             payloads = self.codec.encode(self._ask(missing or [0], len(keys), args, kwargs))[: len(missing)]
             fresh = dict(zip((keys[i] for i in missing), payloads, strict=True))
@@ -105,17 +120,45 @@ class CachedTeacher(nn.Module):
             raise ValueError(f"teacher: expected logits [{len(rows)}, ..., C], got {list(logits.shape)}")
         return logits
 
-    def judge(self, hits: int, misses: int) -> None:
-        """Stops storing, with a warning, if an epoch that repeats another found hardly anything known."""
-        if not self.storing or hits >= LEAST_HIT_RATE * (hits + misses):
-            return
-        self.storing = False
-        warnings.warn(
-            f"CachedTeacher: {hits} of {hits + misses} samples of a repeated epoch were known: the inputs seem to "
-            "change every epoch (augmentation), so nothing more is stored",
-            UserWarning,
-            stacklevel=2,
-        )
+    @contextmanager
+    def epoch(self, whole: bool, repeats: bool) -> Iterator[None]:
+        """Around an epoch of training: one that repeats another should find its samples known.
+
+        Whoever takes a training up may have another folder than before, or none: there has to be a whole epoch that
+        went through this object.
+
+        Args:
+            whole: False: only what is left of the epoch.
+            repeats: there was an epoch on the same data before.
+        """
+        hits, misses = self.hits, self.misses
+        yield
+        hits, misses = self.hits - hits, self.misses - misses
+        if repeats and self._whole_epochs and hits < LEAST_HIT_RATE * (hits + misses):
+            self._stop_storing(f"{hits} of {hits + misses} samples of a repeated epoch were known")
+        self._whole_epochs += whole
+
+    def expect(self, samples: int | None) -> None:
+        """From now on there will be so many different samples; None: nobody knows. What the user said counts more."""
+        if self.samples is None:
+            self._expected = None if samples is None else (self.misses, samples)
+
+    def _check_expected(self) -> None:
+        if self._expected is not None:
+            since, samples = self._expected
+            if self.misses - since > 2 * samples:
+                self._stop_storing(f"{self.misses - since} samples were unknown, where there are {samples}")
+
+    def _stop_storing(self, found: str) -> None:
+        """With a warning, the first time."""
+        if self.storing:
+            self.storing = False
+            warnings.warn(
+                f"CachedTeacher: {found}: the inputs seem to change every epoch (augmentation, padding to the longest "
+                "of a batch), so nothing more is stored",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _check_unchanged(self) -> None:
         stamp = _stamp(self.teacher)
@@ -126,6 +169,35 @@ class CachedTeacher(nn.Module):
                 "teacher: its weights have changed since the CachedTeacher was made; what is stored is no longer its"
             )
         self._stamp = stamp  # it was copied or moved
+
+
+def expect_samples(teacher: nn.Module, datasets: Iterable[Any]) -> None:
+    """Tells all CachedTeachers within how many samples they will see, if every data set knows its length; no data sets:
+    that this is not known any more."""
+    datasets = list(datasets)
+    known = datasets and all(isinstance(data, Sized) for data in datasets)
+    samples = sum(map(len, datasets)) if known else None
+    for module in teacher.modules():
+        if isinstance(module, CachedTeacher):
+            module.expect(samples)
+
+
+def check_rows_are_independent(teacher: nn.Module) -> None:
+    """Raises ValueError if a module makes the output of a sample depend on the others of its batch, as far as modules
+    show that."""
+    with evaluating(teacher):
+        for name, module in teacher.named_modules():
+            where = f"teacher: {type(module).__name__} {name!r}" if name else f"teacher: {type(module).__name__}"
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise ValueError(
+                    f"{where} keeps no running statistics, so that the output of a sample depends on its batch: a "
+                    "CachedTeacher needs track_running_stats=True; or take the teacher itself"
+                )
+            if module.training:
+                raise ValueError(
+                    f"{where} stays in training mode after eval(), so that the output of a sample may depend on its "
+                    "batch or on chance; take the teacher itself"
+                )
 
 
 def sample_keys(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[bytes], torch.device]:

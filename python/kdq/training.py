@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,7 +32,7 @@ from kdq.checkpoint import (
 )
 from kdq.layers.codebook_qat import CodebookQATLinear
 from kdq.layers.qat import TrainingTwin
-from kdq.observe import device_of
+from kdq.observe import check_repeatable, device_of
 from kdq.teacher_cache import CachedTeacher
 from kdq.validation import BestWeights
 
@@ -74,6 +74,8 @@ class Loop:
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)
         check_count("accumulate", self.accumulate)
+        if self.epochs > 1:
+            check_repeatable(self.loader, f"{self.epochs} epochs need all batches each")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm: expected a positive number, got {self.clip_grad_norm!r}")
         if not 0 <= self.span[0] < self.span[1] <= 1:
@@ -103,12 +105,15 @@ class Loop:
             RuntimeError: a loss is not finite.
         """
         epoch = len(self.losses)
-        with _watched(self.distiller.teacher, repeats=epoch > 0 or self.span[0] > 0):
+        with ExitStack() as watched:
+            for cache in (m for m in self.distiller.teacher.modules() if isinstance(m, CachedTeacher)):
+                watched.enter_context(cache.epoch(whole=not self.within, repeats=epoch > 0 or self.span[0] > 0))
             for batch in self._batches(epoch):
                 self._learn(batch, epoch)
                 advance(self.within[-1])
         if not self.within or self.optimizer is None:
-            raise ValueError(f"loader: it gave no batch in epoch {epoch + 1} (an iterator can be used only once)")
+            where = "" if self.epochs == 1 else f" in epoch {epoch + 1}"
+            raise ValueError(f"loader: it gave no batch{where} (an iterator can be used only once)")
         if self.pending:
             self._step(self.optimizer)
         if self.first_epoch is None:
@@ -263,15 +268,13 @@ def _digest(model: nn.Module) -> str:
     return hashlib.sha256(description(layers).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def _watched(teacher: nn.Module, repeats: bool) -> Iterator[None]:
-    """Lets every `CachedTeacher` in the teacher judge an epoch that repeats another."""
-    caches = [module for module in teacher.modules() if isinstance(module, CachedTeacher)]
-    before = [(cache.hits, cache.misses) for cache in caches]
-    yield
-    for cache, (hits, misses) in zip(caches, before, strict=True):
-        if repeats:
-            cache.judge(cache.hits - hits, cache.misses - misses)
+def settings_of(optimizer: Optimizer) -> str:
+    """Its class, and what its groups were made with: learning rates, before a scheduler changed them, and decays."""
+    each = []
+    for group in optimizer.param_groups:
+        rate, decay = float(group.get("initial_lr", group["lr"])), group.get("weight_decay", 0)
+        each.append(f"lr={rate}" + (f" weight_decay={float(decay)}" if decay else ""))
+    return ", ".join([type(optimizer).__name__, *(each if len(set(each)) > 1 else each[:1])])
 
 
 def check_count(name: str, count: int) -> None:

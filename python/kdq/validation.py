@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdq.distributed import distribute_as, reshard, to_save, unwrapped
 from kdq.observe import device_of, evaluating, parse_batch
-from kdq.ranks import batches_in_step, gather_numbers
+from kdq.ranks import batches_in_step, sum_over_ranks
 from kdq.reporting import compared_outputs, teacher_kl
 
 
@@ -51,7 +51,7 @@ class Validation:
             f"the teacher is worse than the student on the validation labels: accuracy {self.teacher_accuracy:.2%}, "
             f"the student's {self.accuracy:.2%}; it may hold the student back",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return True
 
@@ -67,29 +67,47 @@ def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> V
     """
     student, teacher = unwrapped(student), unwrapped(teacher)
     device = device_of(student)
-    divergence, rows, unlabelled = 0.0, 0, 0
-    right = torch.zeros(2, 2, dtype=torch.long)  # rows by whether the student is right, and the teacher
+    tally = Tally()
     with evaluating(student, teacher), torch.no_grad():
         for batch in batches_in_step(loader, device):
-            ours, theirs, target = compared_outputs(student, teacher, parse_batch(batch, student))
-            if len(ours) == 0:
-                continue
-            divergence += teacher_kl(ours, theirs) * len(ours)
-            rows += len(ours)
-            if target is None:
-                unlabelled += len(ours)
-            else:
-                cases = 2 * (ours.argmax(-1) == target) + (theirs.argmax(-1) == target)
-                right += torch.bincount(cases.cpu(), minlength=4).view(2, 2)
+            tally.add(*compared_outputs(student, teacher, parse_batch(batch, student)))
     reshard(student)
-    numbers = gather_numbers([divergence, rows, unlabelled, *right.flatten().tolist()], device).sum(0).tolist()
-    divergence, rows, unlabelled, _, only_teacher, only_student, both = numbers
-    if rows == 0:
-        raise ValueError("validation: expected at least one batch with a row that counts, got none")
-    if unlabelled:
-        return Validation(None, None, divergence / rows, None)
-    lead = _lead(only_student, only_teacher, rows)
-    return Validation((only_student + both) / rows, (only_teacher + both) / rows, divergence / rows, lead)
+    return tally.result(device)
+
+
+class Tally:
+    """What is counted over held-out batches."""
+
+    def __init__(self) -> None:
+        self.divergence, self.rows, self.unlabelled = 0.0, 0, 0
+        self.right = torch.zeros(2, 2, dtype=torch.long)  # rows by whether the student is right, and the teacher
+
+    def add(self, ours: Tensor, theirs: Tensor, target: Tensor | None) -> None:
+        """Those of a batch, as from `compared_outputs`."""
+        if len(ours) == 0:
+            return
+        self.divergence += teacher_kl(ours, theirs) * len(ours)
+        self.rows += len(ours)
+        if target is None:
+            self.unlabelled += len(ours)
+        else:
+            cases = 2 * (ours.argmax(-1) == target) + (theirs.argmax(-1) == target)
+            self.right += torch.bincount(cases.cpu(), minlength=4).view(2, 2)
+
+    def result(self, device: torch.device | None) -> Validation:
+        """Of all ranks, where they train together.
+
+        Raises:
+            ValueError: there was no row.
+        """
+        own = [self.divergence, self.rows, self.unlabelled, *self.right.flatten().tolist()]
+        divergence, rows, unlabelled, _, only_teacher, only_student, both = sum_over_ranks(own, device)
+        if rows == 0:
+            raise ValueError("validation: expected at least one batch with a row that counts, got none")
+        if unlabelled:
+            return Validation(None, None, divergence / rows, None)
+        lead = _lead(only_student, only_teacher, rows)
+        return Validation((only_student + both) / rows, (only_teacher + both) / rows, divergence / rows, lead)
 
 
 def _lead(ahead: float, behind: float, rows: float) -> float:

@@ -314,15 +314,20 @@ def checkpoints(wrap: Wrap, folder: Path) -> None:
     torch.testing.assert_close(last.state_dict(), through.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def resumption(wrap: Wrap, folder: Path) -> None:
+def resumption(wrap: Wrap, folder: Path, switchable: bool = False) -> None:
     """A fit that breaks off on two ranks is taken up by one process, and the other way round, with Adam's state, the
     average of the weights and the best ones; as if there had been one process throughout."""
     data, held_out = batches(3), batches(1, seed=50)
 
     def fit(around: Wrap | None, path: Path, until: int) -> kdq.Distiller:
         torch.manual_seed(0)
-        student = prepared()
-        distiller = kdq.Distiller(net(seed=0), student if around is None else around(student), losses)
+        student = net()
+        if switchable:
+            kdq.prepare_switchable_(student, PRECISIONS)
+        else:
+            kdq.prepare_qat_(student, CONFIGS)
+        kind = kdq.SwitchableDistiller if switchable else kdq.Distiller
+        distiller = kind(net(seed=0), student if around is None else around(student), losses)
         part = (lambda loader: loader) if around is None else own
 
         def log(step: int, values: dict[str, float]) -> None:
@@ -335,6 +340,7 @@ def resumption(wrap: Wrap, folder: Path) -> None:
         return distiller
 
     losses = [kdq.SoftTargets(), kdq.Hint({"0": "3"}), kdq.ContrastiveKD({"3": "3"}, width=8, queue=20)]
+    folder = folder / ("switchable" if switchable else "plain")
     mine = folder / str(dist.get_rank())
     through = fit(None, mine / "through", until=99)
 
@@ -377,15 +383,15 @@ def conversion(wrap: Wrap, folder: Path) -> None:
 # ---- teachers --------------------------------------------------------------------------------------------------------
 
 
-def sharded_teacher(folder: Path) -> None:
+def sharded_teacher(wrap: Wrap, folder: Path) -> None:
     """A teacher in shards teaches as the whole one does, also through a cache that only one rank finds empty."""
-    data = batches(3)
-    teachers = [net(seed=0), fsdp(net(seed=0)), kdq.CachedTeacher(fsdp(net(seed=0)), folder / "a", dtype=torch.float32)]
-    students = [kdq.Distiller(teacher, ddp(prepared()), [kdq.SoftTargets()]) for teacher in teachers]
+    data, folder = batches(3), folder / f"cache-{wrap.__name__}"
+    teachers = [net(seed=0), fsdp(net(seed=0)), kdq.CachedTeacher(fsdp(net(seed=0)), folder, dtype=torch.float32)]
+    students = [kdq.Distiller(teacher, wrap(prepared()), [kdq.SoftTargets()]) for teacher in teachers]
     cached = students[-1].teacher
     if dist.get_rank() == 0:
         with alone():
-            kdq.CachedTeacher(net(seed=0), folder / "a", dtype=torch.float32)(own(data)[1][0])
+            kdq.CachedTeacher(net(seed=0), folder, dtype=torch.float32)(own(data)[1][0])
     dist.barrier()
     for distiller in students:
         distiller.fit(own(data), 2, lr=1e-3, progress=False)
@@ -436,8 +442,9 @@ def part_of_the_ranks() -> None:
     raises(ValueError, "all 2 ranks", lambda: kdq.Distiller(net(seed=0), model, [kdq.SoftTargets()]))
 
 
-def a_rank_that_dies() -> None:
-    """The last check: rank 1 is killed within an epoch, and rank 0 gets an error instead of waiting for it."""
+def a_rank_that_dies(wrap: Wrap) -> None:
+    """The last check of a pair of processes: rank 1 is killed within an epoch, and rank 0 gets an error instead of
+    waiting for it."""
 
     def loader() -> Iterator[Any]:
         for i, batch in enumerate(own(batches(5))):
@@ -445,7 +452,7 @@ def a_rank_that_dies() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
 
-    distiller = kdq.Distiller(net(seed=0), ddp(prepared()), [kdq.SoftTargets()])
+    distiller = kdq.Distiller(net(seed=0), wrap(prepared()), [kdq.SoftTargets()])
     with pytest.raises(RuntimeError):  # gloo's words
         distiller.fit(loader(), 1, progress=False)
 
@@ -454,23 +461,25 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
     made: dict[str, Callable[[], None]] = {}
     each: list[Callable[[Wrap], None]] = [
         training, default_optimizer, own_loop, switchable, teacher_that_trains, decisions, batch_statistics,
-        uneven_loaders, not_finite_on_one_rank,
+        uneven_loaders, not_finite_on_one_rank, a_rank_that_dies,
     ]  # fmt: skip
     for check in each:
         made |= {f"{check.__name__}-{name}": lambda c=check, w=wrap: c(w) for name, wrap in WRAPS.items()}
-    for saved in (checkpoints, resumption, conversion):
+    for saved in (checkpoints, resumption, conversion, sharded_teacher):
         made |= {f"{saved.__name__}-{name}": lambda c=saved, w=wrap: c(w, folder) for name, wrap in WRAPS.items()}
-    for shared in (sharded_teacher, shared_cache):
-        made[shared.__name__] = lambda c=shared: c(folder)
-    for alone_ in (mixed_precision, observers, first_batches, part_of_the_ranks, a_rank_that_dies):
+    for name, wrap in {"ddp": ddp_unused, "fsdp": fsdp}.items():
+        made[f"resumption_switchable-{name}"] = lambda w=wrap: resumption(w, folder, switchable=True)
+    made[shared_cache.__name__] = lambda: shared_cache(folder)
+    for alone_ in (mixed_precision, observers, first_batches, part_of_the_ranks):
         made[alone_.__name__] = alone_
     return made
 
 
-NAMES = tuple(checks(Path()))
+NAMES = tuple(name for name in checks(Path()) if "dies" not in name)
+DEATHS = tuple(name for name in checks(Path()) if "dies" in name)
 
 
-def main(rank: int, folder: Path, names: tuple[str, ...] = NAMES) -> None:
+def main(rank: int, folder: Path, names: tuple[str, ...]) -> None:
     """Runs the checks as one rank; each leaves a file `<check>.<rank>`: empty, or why it failed."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
@@ -489,4 +498,4 @@ def main(rank: int, folder: Path, names: tuple[str, ...] = NAMES) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:]) or NAMES)
+    main(int(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:]))

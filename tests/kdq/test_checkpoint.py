@@ -217,6 +217,87 @@ def test_a_loader_that_has_shrunk_is_named(tmp_path: Path) -> None:
         fit(unsized(1, killed=False))
 
 
+class Spoilt:
+    """Three batches an epoch; from the second epoch on another number of them, or one of NaN."""
+
+    def __init__(self, later: int = 3, nan: bool = False) -> None:
+        self.epoch, self.later, self.nan = 0, later, nan
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        late = self.epoch > 1
+        for i in range(self.later if late else 3):
+            x = randn(8, 6, seed=i)
+            yield x * float("nan") if late and self.nan and i == 1 else x
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (Spoilt(nan=True), RuntimeError, "the loss is nan at epoch 2, step 2: lower the learning rate"),
+        (Spoilt(later=2), ValueError, "loader: expected 3 batches as in the first epoch, got 2 in epoch 2"),
+        (Spoilt(later=4), ValueError, "loader: expected 3 batches as in the first epoch, got 4 in epoch 2"),
+        (Spoilt(later=0), ValueError, "loader: it gave no batch in epoch 2"),
+    ],
+)
+def test_bad_input_keeps_the_checkpoint(loader: Spoilt, error: Any, message: str, tmp_path: Path) -> None:
+    """The one of the epoch before; with good batches the training goes on from it, to where it would have come."""
+
+    def fit(batches: Any, path: Path) -> nn.Module:
+        student = mlp(5, seed=1)
+        distiller = kdq.Distiller(mlp(16), student, [kdq.SoftTargets()])
+        distiller.fit(batches, 2, lr=1e-2, checkpoint=path, progress=False)
+        return student
+
+    with pytest.raises(error, match=message):
+        fit(loader, tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert len(saved["parts"]["loop"]["losses"]) == 1
+    same(fit(Spoilt(), tmp_path / "a.pt"), fit(Spoilt(), tmp_path / "b.pt"))
+
+
+def test_another_learning_rate_of_ones_own_optimizer_is_refused(tmp_path: Path) -> None:
+    """The checkpoint would put the old one back."""
+
+    def made(rate: float, **last_group: float) -> Any:
+        student = mlp(5, seed=1)
+        groups = [{"params": student[0].parameters()}, {"params": student[2].parameters(), **last_group}]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)
+        return kdq.Distiller(mlp(16), student, [kdq.SoftTargets()]), optimizer, scheduler
+
+    def fit(distiller: kdq.Distiller, optimizer: Any, scheduler: Any, nan: bool = False) -> None:
+        path = tmp_path / "a.pt"
+        distiller.fit(Spoilt(nan=nan), 2, optimizer, scheduler=scheduler, checkpoint=path, progress=False)
+
+    first = made(0.25)
+    with pytest.raises(RuntimeError, match="lower the learning rate"):
+        fit(*first, nan=True)
+    for other, found in (
+        (made(0.125), "AdamW, lr=0.125"),
+        (made(0.25, lr=0.5), "AdamW, lr=0.25, lr=0.5"),
+        (made(0.25, weight_decay=0.5), "AdamW, lr=0.25, lr=0.25 weight_decay=0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"optimizer = 'AdamW, lr=0.25', this one has '{found}'; choose another"):
+            fit(*other)
+    fit(*first)  # in the same process, where the scheduler has changed the rate
+    anew = made(0.25)
+    fit(*anew)  # done already
+    same(anew[0].student, first[0].student)
+
+
+def test_a_layer_that_does_not_exist_keeps_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with pytest.raises(Killed):
+        plain(path, 7)
+    before = path.read_bytes()
+    for hint, message in (({"9": "0"}, "student.*'9'"), ({"0": "block"}, "teacher.*'block'")):
+        with pytest.raises(ValueError, match=message):
+            kdq.Distiller(mlp(16), student_of(), [kdq.Hint(hint)]).fit([DATA], 3, checkpoint=path, progress=False)
+    assert path.read_bytes() == before
+    assert plain(path)[1].steps == 18
+
+
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
 

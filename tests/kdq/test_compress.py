@@ -1,4 +1,4 @@
-"""compress: the whole road in one call, interrupted and taken up again, and what it says about bad input."""
+"""compress: the whole road in one call, interrupted and taken up again."""
 
 import json
 from collections.abc import Iterator
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdq
+from compress_runs import BUDGET, SETTINGS, Interrupted, compressed, data, loader, model, same
 from kdq.checkpoint import write_atomically
 from kdq.compression import road
 from kdq.compression.folder import RunFolder
 from kdq.compression.report import CompressionReport, Model, pareto_front, times
-from kdq.search.cost import tensor_bytes
-
-CANDIDATES = [kdq.Int8Dynamic(), kdq.LowBit(weight_bits=2, act_bits=8)]
-BUDGET = kdq.Budget(average_bits=4.0)
-SETTINGS = {"candidates": CANDIDATES, "epochs": 2, "finetune_epochs": 2, "progress": False}
+from kdq.reporting import layer_errors
+from kdq.search.cost import Timing, tensor_bytes
+from kdq.validation import validate
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,44 +33,6 @@ def _no_pages(request, monkeypatch) -> None:
     """Drawing takes most of a small run's time; one test does it."""
     if request.node.name != "test_the_road":
         monkeypatch.setattr(road.CompressionReport, "save_html", lambda self, path: path.write_text(""))
-
-
-def model(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.2), nn.BatchNorm1d(16), nn.Linear(16, 4)).eval()
-
-
-def data() -> tuple[Tensor, Tensor]:
-    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1))
-    return x, x[:, :4].argmax(1)
-
-
-def loader(**options: object) -> DataLoader:
-    generator = torch.Generator().manual_seed(5)
-    return DataLoader(TensorDataset(*data()), batch_size=16, shuffle=True, generator=generator, **options)
-
-
-class Interrupted:
-    """A loader that is killed at its n-th batch."""
-
-    def __init__(self, batches: int) -> None:
-        self.loader, self.left = loader(), batches
-        self.generator = self.loader.generator
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        for batch in self.loader:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-            yield batch
-
-
-def compressed(folder: Path, batches=None, **changed) -> kdq.Compressed:
-    arguments = {"budget": BUDGET, "validation": [data()], **SETTINGS, **changed}
-    return kdq.compress(model(), loader() if batches is None else batches, folder=folder, **arguments)
 
 
 def test_the_road(tmp_path) -> None:
@@ -101,6 +62,27 @@ def test_the_road(tmp_path) -> None:
     assert page.count("data:image/png;base64,") == 3
     assert "Int8Dynamic" in page
     assert "compressed" in str(report)
+
+
+def test_the_error_of_a_layer_is_told_before_and_after(tmp_path) -> None:
+    """Before: as quantize_ leaves the model that was given. After: as compressed. Both beside the float model."""
+    result = compressed(
+        tmp_path, candidates=[kdq.LowBit(weight_bits=3, act_bits=8), kdq.LowBit(weight_bits=2, act_bits=8)]
+    )
+    rounded = model()
+    kdq.quantize_(rounded, result.plan, calibration=[data()])
+    errors = {error.name: error.sqnr_db for error in layer_errors(rounded, model(), data())}
+    assert {layer.name: layer.rounded_sqnr_db for layer in result.report.layers} == pytest.approx(errors, rel=1e-6)
+    after = {error.name: error.sqnr_db for error in layer_errors(result.model, model(), data())}
+    assert {layer.name: layer.sqnr_db for layer in result.report.layers} == pytest.approx(after, rel=1e-6)
+    assert all(layer.own_sqnr_db is not None and layer.own_sqnr_db > 0 for layer in result.report.layers)
+    found = validate(rounded, model(), [data()])
+    assert (result.report.rounded.accuracy, result.report.rounded.teacher_kl) == (found.accuracy, found.teacher_kl)
+    text = str(result.report)
+    assert str(result) == text
+    for value in errors.values():
+        assert f"{value:.1f}" in text
+    assert "only rounded" in text
 
 
 @pytest.mark.parametrize("batches", [0, 5, 9, 12, 15])  # epochs have 4: two of distillation, two of the finetune
@@ -134,10 +116,32 @@ def test_killed_between_the_trainings(step: str, tmp_path, monkeypatch) -> None:
     same(compressed(tmp_path / "killed", Interrupted(0 if step != "search_precision" else 8)).model, whole.model)
 
 
-def same(one: nn.Module, other: nn.Module) -> None:
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def test_a_search_that_is_taken_up_stands_on_the_times_of_before(tmp_path, monkeypatch) -> None:
+    """Times that grow from one measurement to the next: a plan that is made of later ones would be another."""
+    measured = []
+
+    def measure(model, precision, names, candidates, batch, rounds) -> Timing:
+        measured.append(len(measured))
+        first = {name: 1.0 + len(measured) for name in names}
+        return Timing({c: {name: ms / (i + 1) for name, ms in first.items()} for i, c in enumerate(candidates)}, 0.25)
+
+    def killed(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdq.search.run.measure", measure)
+    budget = kdq.Budget(latency_ms=5.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("kdq.search.run._Search.by_distance", killed)  # the times are there, the plan is not
+        with pytest.raises(KeyboardInterrupt):
+            compressed(tmp_path, budget=budget)
+    resumed = compressed(tmp_path, Interrupted(8), budget=budget)
+    assert measured == [0, 1], "once before the training, for the budget, and once in the search"
+    assert resumed.plan.fixed_ms == 0.25
+    assert [[o.latency_ms for o in layer.options] for layer in resumed.plan.layers] == [[3.0, 1.5]] * 2
+    again = compressed(tmp_path, Interrupted(8), budget=kdq.Budget(latency_ms=7.0))
+    assert measured == [0, 1, 2], "another search measures for itself"
+    assert again.plan.layers[0].options[0].latency_ms == 4.0
+    assert len(list(tmp_path.glob("search-*.json"))) == 1
 
 
 def test_finished_phases_are_not_repeated(tmp_path) -> None:
@@ -147,11 +151,6 @@ def test_finished_phases_are_not_repeated(tmp_path) -> None:
     assert smaller.plan.average_bits <= 2.5
     with pytest.raises(KeyboardInterrupt):
         compressed(tmp_path, Interrupted(0), seed=1)
-
-
-def test_a_budget_that_cannot_be_met_costs_no_training(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"average_bits=1\.5 cannot be met, the smallest is 2\.0"):
-        compressed(tmp_path, Interrupted(0), budget=kdq.Budget(average_bits=1.5))
 
 
 def test_a_teacher_that_is_worse_is_named(tmp_path) -> None:
@@ -166,66 +165,6 @@ def test_a_teacher_that_is_worse_is_named(tmp_path) -> None:
         kdq.compress(student, loader(), budget=BUDGET, teacher=model(3), folder=tmp_path, **SETTINGS)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["teacher"]["accuracy"] < report["before"]["accuracy"]
-
-
-class Shrinking:
-    def __init__(self) -> None:
-        self.count = 4
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self.count -= 1
-        return iter([data()[0][:16]] * self.count)
-
-
-class Diverging(nn.Module):
-    """Finite until it has been called so often."""
-
-    def __init__(self, calls: int) -> None:
-        super().__init__()
-        self.linear, self.calls = nn.Linear(12, 4), calls
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls -= 1
-        return self.linear(x) * (float("nan") if self.calls < 0 else 1.0)
-
-
-def test_bad_loaders(tmp_path) -> None:
-    with pytest.raises(ValueError, match="loader: expected at least one batch, got none"):
-        kdq.compress(model(), [], budget=BUDGET, folder=tmp_path, **SETTINGS)
-    with pytest.raises(ValueError, match="validation: expected at least one batch, got none"):
-        compressed(tmp_path, validation=[])
-    with pytest.raises(ValueError, match="expected 3 batches as in the first epoch, got 2 in epoch 2 of distil"):
-        compressed(tmp_path, Shrinking())
-
-
-def test_a_loss_that_is_not_finite_keeps_the_checkpoint(tmp_path) -> None:
-    teacher = Diverging(calls=1 + 1 + 4 + 2)  # validation, the adapters' batch, an epoch, half an epoch
-    with pytest.raises(RuntimeError, match="epoch 2 of distil: the loss is nan at step 3"):
-        compressed(tmp_path, teacher=teacher, validation=[data()[0]])
-    state = torch.load(tmp_path / "distil.pt", weights_only=True)
-    assert len(state["losses"]) == 1
-
-
-def test_teacher_of_other_classes(tmp_path) -> None:
-    with pytest.raises(ValueError, match="logits of one shape"):
-        compressed(tmp_path, teacher=nn.Linear(12, 5))
-
-
-def test_folders(tmp_path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="has files, but none of an earlier run"):
-        compressed(tmp_path)
-    whole = compressed(tmp_path / "run")
-    (tmp_path / "run" / "distil.pt").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"distil\.pt is damaged"):
-        compressed(tmp_path / "run")
-    (tmp_path / "run" / "distil.pt").unlink()
-    with pytest.raises(ValueError, match=r"distil\.pt of a finished phase is gone"):
-        compressed(tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text("[")
-    with pytest.raises(ValueError, match="is not a record of a run"):
-        compressed(tmp_path / "run")
-    assert isinstance(whole, kdq.Compressed)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path) -> None:
@@ -355,22 +294,3 @@ def test_without_validation_a_shuffled_loader_is_seen_alike(tmp_path) -> None:
         shuffled = DataLoader(TensorDataset(*data()), batch_size=16, shuffle=True)
         results.append(compressed(tmp_path / name, shuffled, validation=None))
     same(results[0].model, results[1].model)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"candidates": [kdq.Binary()]}, "candidates: expected at least two different ones"),
-        ({"candidates": [kdq.Binary(), kdq.LowBit(weight_bits=1, act_bits=1)]}, "candidates: expected at least two"),
-        ({"epochs": 0}, "epochs: expected at least 1"),
-        ({"budget": kdq.Budget(size_bytes=10)}, "size_bytes=10 cannot be met, the smallest is"),
-    ],
-)
-def test_bad_arguments(changed: dict, message: str, tmp_path) -> None:
-    with pytest.raises(ValueError, match=message):
-        compressed(tmp_path, Interrupted(0), **changed)
-
-
-def test_a_model_without_linear_layers(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"model: expected an nn\.Linear that can be quantized"):
-        kdq.compress(nn.Sequential(nn.ReLU()), loader(), budget=BUDGET, folder=tmp_path)

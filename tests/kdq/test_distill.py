@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -323,7 +324,9 @@ class Shrinking:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loader": iter([randn(2, 6)]), "epochs": 2}, "loader: it gave no batch in epoch 2"),
+        ({"loader": iter([randn(2, 6)]), "epochs": 2}, r"loader: 2 epochs need all.*an iterator \(list_iterator\)"),
+        ({"loader": iter([])}, r"loader: it gave no batch \("),
+        ({"loader": Shrinking(1), "epochs": 2}, "loader: it gave no batch in epoch 2"),
         ({"loader": Shrinking(3), "epochs": 2}, "loader: expected 3 batches as in the first epoch, got 2 in epoch 2"),
         ({"patience": 2}, "patience.*validation"),
         ({"patience": 0, "validation": [randn(2, 6)]}, "patience: expected at least 1"),
@@ -336,6 +339,37 @@ def test_mistakes_in_fit_are_named(options: dict[str, Any], message: str) -> Non
     arguments = {"loader": [randn(2, 6)], "epochs": 1, "progress": False, **options}
     with pytest.raises(ValueError, match=message):
         kdq.Distiller(mlp(3), mlp(3, seed=1), [kdq.SoftTargets()]).fit(**arguments)
+
+
+def test_an_iterator_costs_no_training() -> None:
+    """Neither in one fit nor in phases; a sized one may rewind itself."""
+
+    class Rewinding:
+        def __iter__(self) -> Any:
+            self.left = 2
+            return self
+
+        def __len__(self) -> int:
+            return 2
+
+        def __next__(self) -> Any:
+            if self.left == 0:
+                raise StopIteration
+            self.left -= 1
+            return randn(2, 6, seed=self.left)
+
+    student = mlp(3, seed=1)
+    before = copy.deepcopy(student.state_dict())
+    distiller = kdq.Distiller(mlp(3), student, [kdq.SoftTargets()])
+    phases = [kdq.Phase(name, 1) for name in ("one", "two")]
+    for train in (
+        lambda: distiller.fit((randn(2, 6) for _ in range(3)), 2, progress=False),
+        lambda: distiller.run((randn(2, 6) for _ in range(3)), phases, progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"loader: 2 .* need all batches each, but an iterator \(generator\)"):
+            train()
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+    assert distiller.fit(Rewinding(), 3, progress=False).steps == 6
 
 
 def test_outputs_of_different_shape_are_named() -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from small_models import mlp, randn
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 LIMIT = 180  # seconds; far above what it takes
+DEATH = "a_rank_that_dies-ddp"  # comes after all others, in the same two processes
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
@@ -27,25 +27,40 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder with what two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = [sys.executable, distributed_ranks.__file__]
+def torchrun(folder: Path, *script: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+
+
+def run_ranks(folder: Path, *names: str) -> None:
+    """Two processes run the checks of these names, and leave in the folder what they found."""
     processes = [
-        subprocess.Popen([*script, str(rank), str(folder)], env=environment(), stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, distributed_ranks.__file__, str(rank), str(folder), *names],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(distributed_ranks.RANKS)
     ]
     try:
         for rank, process in enumerate(processes):
             (folder / f"stderr.{rank}").write_text(process.communicate(timeout=LIMIT)[1])
-        yield folder
     finally:
         for process in processes:
             process.kill()
 
 
-@pytest.mark.parametrize("check", [name for name in distributed_ranks.NAMES if name != "a_rank_that_dies"])
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two processes found. One of them dies in the last check."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(folder, *distributed_ranks.NAMES, DEATH)
+    return folder
+
+
+@pytest.mark.parametrize("check", distributed_ranks.NAMES)
 def test_ranks_do_what_one_process_does(ranks: Path, check: str) -> None:
     for rank in range(distributed_ranks.RANKS):
         found = ranks / f"{check}.{rank}"
@@ -53,20 +68,32 @@ def test_ranks_do_what_one_process_does(ranks: Path, check: str) -> None:
         assert found.read_text() == ""
 
 
-def test_a_rank_that_dies_is_an_error_on_the_others(ranks: Path) -> None:
-    assert (ranks / "a_rank_that_dies.0").read_text() == ""
-    assert not (ranks / "a_rank_that_dies.1").exists()
+@pytest.mark.parametrize("check", distributed_ranks.DEATHS)
+def test_a_rank_that_dies_is_an_error_on_the_others(check: str, ranks: Path, tmp_path: Path) -> None:
+    folder = ranks
+    if check != DEATH:
+        folder = tmp_path
+        run_ranks(folder, check)
+    found = folder / f"{check}.0"
+    assert found.exists(), (folder / "stderr.0").read_text()
+    assert found.read_text() == ""
+    assert not (folder / f"{check}.1").exists()
 
 
 def test_the_example_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
     """And its file, written by rank 0, holds a student on the kernels."""
     (code,) = re.findall(r"```python\n(# train\.py\n.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "train.py").write_text(code)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    done = subprocess.run(torchrun, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
+    torchrun(tmp_path, "train.py")
     student = kdq.load(tmp_path / "student.safetensors")
     assert any(isinstance(module, kdq.LowBitLinear) for module in student.modules())
+
+
+def test_loops_of_other_libraries_under_torchrun(tmp_path: Path) -> None:
+    """transformers, Lightning and Accelerate on two processes do what `fit` does in one."""
+    for library in ("transformers", "lightning", "accelerate"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    torchrun(tmp_path, str(Path(distributed_ranks.__file__).with_name("loops_under_torchrun.py")), str(tmp_path))
 
 
 def test_without_processes_nothing_is_shared() -> None:

@@ -173,6 +173,12 @@ def own_forward() -> nn.Module:
     return model
 
 
+def watched_identity() -> nn.Module:
+    model = nn.Sequential(nn.Linear(19, 5), nn.Identity(), nn.ReLU())
+    model[1].register_forward_hook(lambda *_: None)
+    return model
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -183,6 +189,7 @@ def own_forward() -> nn.Module:
         lambda: mlp(nn.Tanh()),
         lambda: nn.Sequential(nn.Linear(19, 5), nn.Dropout(0.5), nn.ReLU()),
         lambda: nn.Sequential(nn.Sequential(nn.Linear(19, 5)), nn.ReLU()),
+        watched_identity,
         lambda: nn.Sequential(nn.ReLU(), nn.Linear(19, 5)),
         lambda: nn.ModuleList([nn.Linear(19, 5), nn.ReLU()]),
         shared_linear,
@@ -196,10 +203,11 @@ def own_forward() -> nn.Module:
 )
 def test_what_is_not_fused(build: Callable[[], nn.Module]) -> None:
     model = build()
+    before = sum(isinstance(m, nn.Identity) for m in model.modules())
     report = kdq.quantize_(model, INT8)
     assert report.changed
     assert not report.fused
-    assert not any(isinstance(m, nn.Identity) for m in model.modules())
+    assert sum(isinstance(m, nn.Identity) for m in model.modules()) == before
 
 
 def test_binary_layers_keep_the_activation_behind_them() -> None:
@@ -215,6 +223,27 @@ def test_a_shared_activation_is_taken_out_only_where_it_was_fused() -> None:
     fused, plain = pair(model)
     assert [type(fused[i]) for i in (1, 3, 5)] == [nn.Identity, nn.ReLU, nn.Identity]
     assert torch.equal(fused(X), plain(X))
+
+
+def test_what_a_folded_batch_norm_leaves_is_looked_through(tmp_path: Path) -> None:
+    def folded(seed: int = 0) -> nn.Sequential:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(19, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
+        model(3 * X + 1)
+        kdq.fold_batch_norm_(model.eval())
+        return model
+
+    model = folded()
+    fused, plain = pair(model)
+    assert [type(fused[i]) for i in (1, 2)] == [nn.Identity, nn.Identity]
+    assert fused[0].activation == "relu"
+    assert torch.equal(fused(X), plain(X))
+    assert kdq.quantize_(model, INT8).fused == {"0": "relu"}
+    kdq.save(fused, tmp_path / "m")
+    kdq.save(plain, tmp_path / "plain")
+    for loaded in (kdq.load(tmp_path / "m"), kdq.load(tmp_path / "m", folded(1)), kdq.load(tmp_path / "m", fused)):
+        assert torch.equal(loaded(X), fused(X))
+    assert torch.equal(kdq.load(tmp_path / "plain", folded(1))(X), plain(X)), "a file of before stays unfused"
 
 
 def test_a_subclass_of_sequential_is_fused() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kdq
 from kdq.cli import app
 from kdq.language.data import Batches, library_text, spread_windows
-from kdq.language.demo import ARMS, PRECISIONS, UNTRAINED, Settings, run_language
+from kdq.language.demo import ARMS, PRECISIONS, UNTRAINED, Settings, duration, run_language
 from kdq.language.model import Cache, LanguageModel, Shape, complete
 from kdq.language.show import table
 from kdq.language.speed import check_decoding, without_products
@@ -136,7 +136,8 @@ def test_batches_are_the_seeds() -> None:
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("language")
-    run_language(folder, Settings.quick(), Console(quiet=True))
+    with (folder / "printed").open("w", encoding="utf-8") as printed:
+        run_language(folder, Settings.quick(), Console(file=printed, width=200))
     return folder
 
 
@@ -166,6 +167,24 @@ def test_report(output: Path) -> None:
     with console.capture() as capture:
         console.print(table(report))
     assert "4 bits" in capture.get()
+
+
+def test_completions_and_times_are_printed(output: Path) -> None:
+    """Each completion under its model's name; the console leaves control characters out."""
+
+    def words(text: str) -> str:
+        return "".join(c for c in text if c.isprintable())
+
+    report = json.loads((output / "report.json").read_text())
+    printed = words((output / "printed").read_text(encoding="utf-8"))
+    for row in report["rows"]:
+        assert row["completion"].keys() == row["arms"].keys()
+        for arm, completion in row["completion"].items():
+            assert completion
+            assert words(f"{row['precision']} {arm}\n{report['prompt']}{completion}") in printed
+    assert report["processor_seconds"] > 0
+    assert report["seconds"] > 0
+    assert words(f"{duration(report['seconds'])} by the clock") in printed
 
 
 def test_checkpoints_load_and_compute_what_was_reported(output: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,96 @@ def test_inputs_that_change_every_epoch_end_the_storing_with_one_warning(tmp_pat
     assert sum(file.stat().st_size for file in tmp_path.glob("*.logits")) == size
 
 
+def own_loop(cached: kdq.CachedTeacher, loader: Any, epochs: int) -> list[Any]:
+    distiller = kdq.Distiller(cached, Teacher(seed=1), [kdq.SoftTargets()])
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(epochs):
+            for batch in loader:
+                distiller.loss(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return [w for w in caught if "CachedTeacher" in str(w.message)]
+
+
+def test_a_loop_of_ones_own_is_told_too(tmp_path: Path) -> None:
+    """Two epochs may be unknown: validation is asked beside the training data."""
+    cached = kdq.CachedTeacher(Teacher(), tmp_path, samples=32)
+    augmented = Augmented()
+    assert not own_loop(cached, augmented, 2)
+    (warning,) = own_loop(cached, augmented, 2)
+    assert "80 samples were unknown, where there are 32" in str(warning.message)
+    assert not cached.storing
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.logits"))
+    assert not own_loop(cached, augmented, 1)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.logits")) == size
+
+
+def test_a_loop_whose_inputs_stay_is_not_warned(tmp_path: Path) -> None:
+    data = [randn(16, 6, seed=s) for s in range(2)]
+    cached = kdq.CachedTeacher(Teacher(), tmp_path, samples=32)
+    cached(randn(32, 6, seed=9))  # as much validation data
+    assert not own_loop(cached, data, 4)
+    assert cached.storing
+
+
+def test_fit_warns_once_whatever_else_counts(tmp_path: Path) -> None:
+    cached = kdq.CachedTeacher(Teacher(), tmp_path, samples=32)
+    distiller = kdq.Distiller(cached, Teacher(seed=1), [kdq.SoftTargets()])
+    with pytest.warns(UserWarning, match="CachedTeacher") as caught:
+        distiller.fit(Augmented(), 4, progress=False)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("killed_after", [3, 5])  # batches: within the second epoch, and early in the third
+def test_a_training_taken_up_with_an_empty_folder_is_not_warned(killed_after: int, tmp_path: Path) -> None:
+    """The samples are unknown there for an epoch, and that says nothing about the inputs."""
+
+    class Killed(Exception):
+        pass
+
+    class Batches:
+        def __init__(self, left: int | None) -> None:
+            self.left = left
+
+        def __iter__(self) -> Any:
+            for seed in range(2):
+                if self.left == 0:
+                    raise Killed
+                self.left = None if self.left is None else self.left - 1
+                yield randn(16, 6, seed=seed)
+
+    def fit(folder: Path, left: int | None) -> kdq.CachedTeacher:
+        cached = kdq.CachedTeacher(Teacher(), folder)
+        distiller = kdq.Distiller(cached, Teacher(seed=1), [kdq.SoftTargets()])
+        distiller.fit(Batches(left), 5, checkpoint=tmp_path / "a.pt", checkpoint_every=1, progress=False)
+        return cached
+
+    with pytest.raises(Killed):
+        fit(tmp_path / "one", killed_after)
+    cached = fit(tmp_path / "two", None)
+    assert cached.storing
+    assert cached.misses == 32
+
+
+def test_a_teacher_whose_rows_depend_on_the_batch_is_refused(tmp_path: Path) -> None:
+    class Stubborn(nn.Dropout):
+        def train(self, mode: bool = True) -> nn.Dropout:
+            return super().train(True)
+
+    batched = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, track_running_stats=False))
+    with pytest.raises(ValueError, match="teacher: BatchNorm1d '1' keeps no running statistics.*depends on its batch"):
+        kdq.CachedTeacher(batched, tmp_path)
+    with pytest.raises(ValueError, match="teacher: Stubborn '0.0' stays in training mode after eval"):
+        kdq.CachedTeacher(nn.Sequential(nn.Sequential(Stubborn()), nn.Linear(6, 5)), tmp_path)
+    assert not list(tmp_path.iterdir())
+    alone = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2), nn.Flatten(), nn.Linear(6, 5), nn.Dropout(0.5))
+    cached = kdq.CachedTeacher(alone.train(), tmp_path)  # each sample is normalized by itself
+    assert alone[4].training
+    assert torch.equal(cached(randn(4, 6))[1:2], cached(randn(4, 6)[1:2]))
+
+
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
     cached = kdq.CachedTeacher(Teacher(), tmp_path)
     for make, message in [
@@ -196,6 +287,8 @@ def test_where_it_cannot_be_used(tmp_path: Path) -> None:
         kdq.CachedTeacher(Teacher(), tmp_path, dtype=torch.int8)
     with pytest.raises(ValueError, match="top_k"):
         kdq.CachedTeacher(Teacher(), tmp_path, top_k=0)
+    with pytest.raises(ValueError, match="samples: expected an integer, at least 1"):
+        kdq.CachedTeacher(Teacher(), tmp_path, samples=0)
     with pytest.raises(ValueError, match="float16 cannot hold"):
         LogitCodec("float16", None).encode(torch.tensor([[1e5, 0.0]]))
 

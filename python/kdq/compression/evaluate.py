@@ -31,16 +31,23 @@ def evaluate(models: Mapping[str, nn.Module], teacher: nn.Module, batches: Seque
     return found
 
 
-def describe_layers(model: nn.Module, reference: nn.Module, batch: Any) -> list[Layer]:
-    """The quantized layers of a converted model, in order, with the error of their outputs against the reference's."""
-    errors = {e.name: e.sqnr_db for e in layer_errors(model, reference, batch) if math.isfinite(e.sqnr_db)}
+def describe_layers(
+    model: nn.Module, own: nn.Module, rounded: nn.Module, original: nn.Module, batch: Any
+) -> list[Layer]:
+    """The quantized layers of a converted model, in order, with the errors of their outputs. `own` has its weights in
+    float, `rounded` is the original at its precisions."""
+    errors = [
+        {e.name: e.sqnr_db for e in layer_errors(*pair, batch) if math.isfinite(e.sqnr_db)}
+        for pair in ((rounded, original), (model, original), (model, own))
+    ]
     layers = []
     for name, layer in model.named_modules():
         if isinstance(layer, InferenceLinear):
             config: Any = layer.config
             weight_bits, act_bits = bits_of(config)
             weights = layer.in_features * layer.out_features
-            layers.append(Layer(name, short_name(config), weight_bits, act_bits, weights, errors.get(name)))
+            sqnr = (known.get(name) for known in errors)
+            layers.append(Layer(name, short_name(config), weight_bits, act_bits, weights, *sqnr))
     return layers
 
 

@@ -3,6 +3,9 @@
 A phase is known by its name and by a fingerprint of everything that its result follows from, the fingerprints of the
 phases before it among it. Whoever runs again with the same inputs finds the phase done; with a changed budget, say, the
 phases that do not depend on it are still done, and the later ones are run anew.
+
+Files of a phase have its fingerprint in their names. Where it comes with another one, what a finished phase left is
+deleted. What a phase left that did not end stays, and counts again when its fingerprint comes back.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from kdq.checkpoint import write_atomically
 
 RECORD = "run.json"
+SUFFIXES = (".pt", ".json")
 
 
 def fingerprint(**inputs: Any) -> str:
@@ -47,14 +51,15 @@ class RunFolder:
             self._save_record()
 
     def is_done(self, phase: str, print_: str) -> bool:
-        """Whether the phase was finished with this fingerprint. If it was with another, what it left is forgotten."""
+        """Whether the phase was finished with this fingerprint. If it was with another, that is forgotten."""
         found = self.record.get(phase)
-        if found is not None and found["fingerprint"] == print_:
-            return bool(found["done"])
-        if found is not None:
-            self.record.pop(phase)
-            self._save_record()
-        self.state_file(phase).unlink(missing_ok=True)
+        if found is None or found["fingerprint"] == print_:
+            return found is not None and bool(found["done"])
+        left = [self.file(phase, suffix) for suffix in SUFFIXES] if found["done"] else []
+        self.record.pop(phase)
+        self._save_record()
+        for file in left:
+            file.unlink(missing_ok=True)
         return False
 
     def result(self, phase: str) -> dict[str, Any]:
@@ -66,8 +71,13 @@ class RunFolder:
         self.record[phase] = {"fingerprint": print_, "done": True, "result": dict(result or {})}
         self._save_record()
 
+    def file(self, phase: str, suffix: str) -> Path:
+        """Of a phase that has begun."""
+        assert suffix in SUFFIXES
+        return self.path / f"{phase}-{self.record[phase]['fingerprint'][:8]}{suffix}"
+
     def state_file(self, phase: str) -> Path:
-        return self.path / f"{phase}.pt"
+        return self.file(phase, ".pt")
 
     def save_state(self, phase: str, state: Mapping[str, Any]) -> None:
         """Tensors, numbers and containers of them: a model's state dict, an optimizer's."""

@@ -27,7 +27,9 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .key { display: flex; flex-wrap: wrap; gap: 1rem; } .key div { flex: 1 1 12rem; background: #f3f5f8; border-radius: 8px;
 padding: .8rem 1rem; } .key b { display: block; font-size: 1.5rem; } .key small { color: #555; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } th, td { padding: .3rem .6rem;
-text-align: right; border-bottom: 1px solid #ddd; } th:first-child, td:first-child { text-align: left; }
+text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
 tr.ours { font-weight: bold; background: #eef6ee; } img { max-width: 100%; } .wide { overflow-x: auto; }
 """
 
@@ -50,16 +52,17 @@ def html(report: CompressionReport) -> str:
 <h2>What could be had</h2>
 <p>All models on {report.samples:,} validation samples, as they would be deployed. <em>float</em> is the model before,
 <em>compressed</em> the result. Those named by a precision are the student with all layers at it, before any training of
-its own. On the Pareto front is what no other beats in quality, size and time together; each dashed line is the front of
-quality against that cost alone. Bytes are of the tensors; <code>model.safetensors</code> has {report.file_bytes:,} with
-its header.</p>
+its own; <em>only rounded</em> is the float model at the plan's precisions, without any training. On the Pareto front is
+what no other beats in quality, size and time together; each dashed line is the front of quality against that cost
+alone. Bytes are of the tensors; <code>model.safetensors</code> has {report.file_bytes:,} with its header.</p>
 <img alt="quality against size and latency" src="{picture(draw_front, report)}">
 <div class="wide">{models}</div>
 <h2>Layers</h2>
 <p>Budget: {amounts(report.budget)}. Predicted by the search: {amounts(report.predicted)}. The SQNR compares a layer's
-output on the first validation batch with what the same trained weights give in float, so it holds the errors of all
-layers before it.</p>
-<img alt="bits and error by layer" src="{bars}">
+output on the first validation batch with that of the float model, so it holds the errors of all layers before it, and
+how far training has led away from the float model; it says little about how good the whole is. The last column
+compares with what the trained weights would give in float.</p>
+<img alt="bits and error by layer, before and after" src="{bars}">
 <div class="wide">{layers}</div>
 <h2>Training</h2>
 <p>Distilling, the loss is the sum over the precisions of a step; in the finetune it is that of the plan alone.</p>
@@ -119,6 +122,7 @@ def draw_against(panel: Any, label: str, report: CompressionReport, cost: Callab
     others = iter(("o", "s", "^", "v", "D", "P", "X") * len(report.choices))
     marks = {
         id(report.before): ("black", "o"),
+        id(report.rounded): ("tab:red", "x"),
         id(report.searched): ("tab:olive", "d"),
         id(report.after): ("tab:green", "*"),
     }
@@ -145,7 +149,7 @@ def staircase(models: Sequence[Model], cost: Callable[[Model], float]) -> list[M
 
 
 def draw_layers(figure: Any, report: CompressionReport) -> None:
-    """Bits of each layer, and its error."""
+    """Bits of each layer, and its error before and after."""
     rows = range(len(report.layers))
     bits, error = figure.subplots(1, 2, sharey=True)
     above, below = ([i + shift for i in rows] for shift in (-0.2, 0.2))
@@ -153,10 +157,17 @@ def draw_layers(figure: Any, report: CompressionReport) -> None:
     bits.barh(below, [layer.act_bits for layer in report.layers], height=0.38, label="inputs")
     bits.set_yticks(rows, [layer.name for layer in report.layers])
     bits.set_xlabel("bits")
+    before = [layer.rounded_sqnr_db for layer in report.layers]
+    after = [layer.sqnr_db for layer in report.layers]
+    for places, values, color, label in (
+        (above, before, "lightgray", "before: only rounded"),
+        (below, after, "tab:green", "after: compressed"),
+    ):
+        known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+        bars = error.barh([p for p, _ in known], [v for _, v in known], height=0.38, color=color, label=label)
+        error.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     figure.legend(*bits.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9, frameon=False)
-    known = [(i, layer.sqnr_db) for i, layer in enumerate(report.layers) if layer.sqnr_db is not None]
-    bars = error.barh([i for i, _ in known], [sqnr for _, sqnr in known], height=0.6, color="tab:gray")
-    error.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+    figure.legend(*error.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9, frameon=False)
     error.set_xlabel("SQNR of the output, dB (more is better)")
     error.margins(x=0.2)
     bits.set_ylim(len(report.layers) - 0.4, -0.6)

@@ -33,15 +33,22 @@ class Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its precision, and the SQNR (dB) of its output against what the same trained weights give in
-    float; None where it cannot be told."""
+    """A quantized layer: its precision, and the SQNR (dB) of its output; None where it cannot be told.
+
+    Attributes:
+        rounded_sqnr_db: against the float model, of that model rounded to the plan without any training.
+        sqnr_db: against the float model, of the compressed one.
+        own_sqnr_db: of the compressed one, against what the same trained weights give in float.
+    """
 
     name: str
     precision: str
     weight_bits: int
     act_bits: int
     weights: int
+    rounded_sqnr_db: float | None
     sqnr_db: float | None
+    own_sqnr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class CompressionReport:
     Attributes:
         before, after: the float model, and the compressed one.
         teacher: where one was given.
+        rounded: the float model with the plan's precisions, without any training.
         searched: the plan before its finetune.
         choices: the switchable student at each of its precisions, without further training: what else could be had.
         predicted: what the search expected of the plan: size_bytes, latency_ms, average_bits.
@@ -69,6 +77,7 @@ class CompressionReport:
     samples: int
     teacher: Model | None
     before: Model
+    rounded: Model
     searched: Model
     after: Model
     choices: list[Model]
@@ -87,7 +96,7 @@ class CompressionReport:
     def from_json(cls, data: dict[str, Any]) -> CompressionReport:
         """The inverse of `to_json`."""
         fields = dict(data)
-        for name in ("teacher", "before", "searched", "after"):
+        for name in ("teacher", "before", "rounded", "searched", "after"):
             fields[name] = None if fields[name] is None else Model(**fields[name])
         fields["choices"] = [Model(**m) for m in fields["choices"]]
         fields["layers"] = [Layer(**layer) for layer in fields["layers"]]
@@ -106,7 +115,7 @@ class CompressionReport:
     @property
     def models(self) -> list[Model]:
         """All students that were evaluated; the compressed one last."""
-        return [self.before, *self.choices, self.searched, self.after]
+        return [self.before, *self.choices, self.rounded, self.searched, self.after]
 
     def __rich__(self) -> Group:
         models = Table(*MODEL_COLUMNS, title=f"on {self.samples:,} samples", title_justify="left")
@@ -132,7 +141,8 @@ class CompressionReport:
 
 
 MODEL_COLUMNS = ("model", "accuracy", "KL to the teacher", "bytes", "ms a batch", "Pareto front")
-LAYER_COLUMNS = ("layer", "precision", "weights", "weight / input bits", "output SQNR, dB")
+SQNR_COLUMNS = ("SQNR only rounded, dB", "SQNR compressed, dB", "SQNR to own float, dB")
+LAYER_COLUMNS = ("layer", "precision", "weights", "weight / input bits", *SQNR_COLUMNS)
 
 
 def times(before: float, after: float, more: str, less: str) -> str:
@@ -175,8 +185,9 @@ def model_cells(m: Model, on_front: bool) -> tuple[str, ...]:
 
 def layer_cells(layer: Layer) -> tuple[str, ...]:
     """In the order of LAYER_COLUMNS."""
-    sqnr = "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
-    return (layer.name, layer.precision, f"{layer.weights:,}", f"{layer.weight_bits} / {layer.act_bits}", sqnr)
+    values = (layer.rounded_sqnr_db, layer.sqnr_db, layer.own_sqnr_db)
+    sqnr = ["" if value is None else f"{value:.1f}" for value in values]
+    return (layer.name, layer.precision, f"{layer.weights:,}", f"{layer.weight_bits} / {layer.act_bits}", *sqnr)
 
 
 def quality(m: Model) -> float:

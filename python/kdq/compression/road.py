@@ -26,13 +26,13 @@ from kdq.checkpoint import description, write_atomically
 from kdq.compression.evaluate import count_samples, describe_layers, evaluate
 from kdq.compression.folder import RunFolder, fingerprint
 from kdq.compression.repeatable import seeded
-from kdq.compression.report import CompressionReport, Training
+from kdq.compression.report import CompressionReport, Model, Training
 from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize, short_name
 from kdq.distill import Distiller, History
 from kdq.io import load, save
 from kdq.losses import Loss, SoftTargets
-from kdq.observe import evaluating, parse_batch
-from kdq.quantize import prepare_switchable_, quantizable_layers
+from kdq.observe import check_repeatable, evaluating, parse_batch
+from kdq.quantize import prepare_switchable_, quantizable_layers, quantize_
 from kdq.reporting import ROUNDS
 from kdq.search import Budget, Plan, search_precision
 from kdq.switch import extract, float_copy, keeping_precision, precisions, set_precision_
@@ -58,6 +58,9 @@ class Compressed:
     plan: Plan
     report: CompressionReport
     folder: Path
+
+    def __str__(self) -> str:
+        return str(self.report)
 
 
 def compress(
@@ -88,11 +91,13 @@ def compress(
        (`search_precision`).
     3. *finetune*: the plan is trained on.
     4. *convert* to the layers that run on the kernels.
-    5. *report*: before and after, every other choice the student offers, errors by layer.
+    5. *report*: before and after, every other choice the student offers, errors by layer before and after.
 
     Call it again with the same arguments and folder after an interruption, and it goes on where it was, from the last
     whole epoch. With another budget the distilled student is used again, and what follows from it replaced; with
-    another model, teacher or way of training all is replaced. What the loader and validation yield, and functions among
+    another model, teacher or way of training (a lower `lr`, after a loss that is not finite) all begins anew. Then what
+    finished phases left is replaced; the checkpoint of one that did not end stays, and the arguments that it is of go
+    on from it. What the loader and validation yield, and functions among
     the losses, are not compared: use a new folder where they change.
 
     Args:
@@ -113,12 +118,13 @@ def compress(
         progress: whether to show bars.
 
     Raises:
-        ValueError: the budget cannot be met (the message names the smallest reachable value), the loader is empty or
-            changes its length, outputs do not match, no layer can be quantized, or the folder belongs to something
-            else.
+        ValueError: the budget cannot be met (the message names the smallest reachable value), the loader is empty, can
+            be used only once or changes its length, outputs do not match, no layer can be quantized, or the folder
+            belongs to something else.
         RuntimeError: a loss is not finite: the checkpoint of the epoch before is kept; or matplotlib is missing.
     """
     _check(model, candidates, epochs, finetune_epochs)
+    check_repeatable(loader, "every epoch needs all batches")
     source = loader if validation is None else validation
     with seeded(seed, source):  # a resumed run is to see the same
         held = list(source)
@@ -190,6 +196,7 @@ class _Road:
     def __post_init__(self) -> None:
         self.goal = self.model if self.teacher is None else self.teacher  # what the student learns from
         self.seconds: dict[str, float] = {}
+        self.batches: int | None = None  # of an epoch, once one was gone through
 
     def run(self) -> Compressed:
         about = {
@@ -201,21 +208,22 @@ class _Road:
         }
         distilled = fingerprint(**about)
         searched = fingerprint(after=distilled, budget=asdict(self.budget), refine=self.refine)
-        tuned = fingerprint(after=searched, epochs=self.finetune_epochs)
         student = self.switchable()
         if not self.folder.is_done("distil", distilled):
             self.check_budget()
         distiller = SwitchableDistiller(self.goal, student, self.losses, seed=self.seed)
         self.make_adapters(distiller)
         self.phase("distil", distilled, partial(self.train, "distil", distiller, self.epochs))
-        distiller.load_state_dict(self.trained("distil"))
+        distiller.load_state_dict(self.trained("distil")["distiller"])
         plan = Plan.from_json(self.phase("search", searched, partial(self.search, student))["plan"])
+        chosen = {name: config_to_json(config) for name, config in plan.items() if config is not None}
+        tuned = fingerprint(after=searched, plan=chosen, epochs=self.finetune_epochs)
         tuner = Distiller(self.goal, student, self.losses)
         self.make_adapters(tuner)
         tuner.load_state_dict(distiller.state_dict())  # adapters are trained on too
         set_precision_(student, plan)
         self.phase("finetune", tuned, partial(self.train, "finetune", tuner, self.finetune_epochs))
-        tuner.load_state_dict(self.trained("finetune"))
+        tuner.load_state_dict(self.trained("finetune")["distiller"])
         path = self.folder.path / "model.safetensors"
         self.phase("convert", tuned, partial(self.convert, student, plan, path))
         final = load(path, copy.deepcopy(self.model)).eval()
@@ -268,52 +276,68 @@ class _Road:
         """Epochs with a checkpoint after each; goes on from the last one."""
         optimizer = torch.optim.Adam(list(distiller.parameters()), lr=self.lr)
         losses: list[float] = []
-        steps: int | None = None
         seconds, start = 0.0, time.perf_counter()
         state = self.folder.load_state(phase)
         if state is not None:
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
-            losses, steps, seconds = list(state["losses"]), state["steps"], state["seconds"]
+            losses, seconds, self.batches = list(state["losses"]), state["seconds"], state["batches"]
         start -= seconds
         with Progress(disable=not self.progress) as bar:
             task = bar.add_task(f"{phase}, {epochs} epochs", total=epochs, completed=len(losses))
             for epoch in range(len(losses), epochs):
                 history = self.train_epoch(phase, distiller, optimizer, epoch, epochs, bar)
-                if steps is not None and history.steps != steps:
-                    raise ValueError(
-                        f"loader: expected {steps} batches as in the first epoch, got {history.steps} in epoch "
-                        f"{epoch + 1} of {phase}"
-                    )
-                losses, steps, seconds = [*losses, history.losses[0]], history.steps, time.perf_counter() - start
+                losses, seconds = [*losses, history.losses[0]], time.perf_counter() - start
                 known = {"distiller": distiller.state_dict(), "optimizer": optimizer.state_dict()}
-                self.folder.save_state(phase, {**known, "losses": losses, "steps": steps, "seconds": seconds})
+                told = {"losses": losses, "seconds": seconds, "batches": self.batches}
+                self.folder.save_state(phase, {**known, **told})
                 bar.advance(task)
         return {"losses": losses, "seconds": seconds}
 
     def train_epoch(
         self, phase: str, distiller: Distiller, optimizer: Optimizer, epoch: int, epochs: int, bar: Progress
     ) -> History:
-        """One epoch, which draws the same random numbers whatever came before it."""
+        """One epoch, which draws the same random numbers whatever came before it, and has as many batches as all."""
         for group in optimizer.param_groups:
             group["lr"] = self.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
         span = (epoch / epochs, (epoch + 1) / epochs)
         with seeded(seed_of(self.seed, phase, epoch), self.loader, distiller):
             try:
-                return distiller.fit(self.loader, 1, optimizer, span=span, progress=bar)
-            except RuntimeError as error:
-                raise RuntimeError(f"epoch {epoch + 1} of {phase}: {error}") from error
+                history = distiller.fit(self.loader, 1, optimizer, span=span, progress=bar)
+                if self.batches not in (None, history.steps):
+                    raise ValueError(
+                        f"loader: expected {self.batches} batches as in the first epoch, got {history.steps}"
+                    )
+            except (RuntimeError, ValueError) as error:
+                kind = RuntimeError if isinstance(error, RuntimeError) else ValueError
+                raise kind(f"epoch {epoch + 1} of {phase}: {error}{self.kept(phase)}") from error
+        self.batches = history.steps
+        return history
+
+    def kept(self, phase: str) -> str:
+        """For the message of an error in a training phase."""
+        file = self.folder.state_file(phase)
+        if not file.exists():
+            return ""
+        return f" (the checkpoint of the epoch before is {file}; it is kept, also by a run with other arguments)"
 
     def trained(self, phase: str) -> dict[str, Any]:
-        """The state in which a training phase ended."""
+        """The checkpoint with which a training phase ended."""
         state = self.folder.load_state(phase)
         if state is None:
             raise ValueError(f"folder: the checkpoint {self.folder.state_file(phase)} of a finished phase is gone")
-        return state["distiller"]
+        self.batches = state["batches"]
+        return state
 
     def search(self, student: nn.Module) -> dict[str, Any]:
         plan = search_precision(
-            student, self.goal, self.held, budget=self.budget, refine=self.refine, progress=self.progress
+            student,
+            self.goal,
+            self.held,
+            budget=self.budget,
+            refine=self.refine,
+            times=self.folder.file("search", ".json"),  # a resumed search is to see the same
+            progress=self.progress,
         )
         write_atomically(self.folder.path / "plan.json", plan.save)
         return {"plan": plan.to_json()}
@@ -323,23 +347,31 @@ class _Road:
         return {"file_bytes": path.stat().st_size}
 
     def report(self, student: nn.Module, final: nn.Module, plan: Plan) -> dict[str, Any]:
-        """Also what the student was before its finetune: at every precision, and at the plan."""
+        """Also what the student was before its finetune, at every precision and at the plan, and the plan untrained."""
         before = copy.deepcopy(student)
-        before.load_state_dict(self.trained("distil")["student"])
+        before.load_state_dict(self.trained("distil")["distiller"]["student"])
         choices = {short_name(config): extract(before, config) for config in precisions(before)}
-        models = {"float": self.model, **choices, "plan, not finetuned": extract(before, plan), "compressed": final}
+        rounded = copy.deepcopy(self.model)
+        quantize_(rounded, plan, calibration=self.held)
+        at_plan = {"plan, only rounded": rounded, "plan, not finetuned": extract(before, plan), "compressed": final}
+        models = {"float": self.model, **choices, **at_plan}
         if self.teacher is not None:
             cached = isinstance(self.teacher, CachedTeacher)  # then its own time is wanted, not the cache's
             models["teacher"] = self.teacher.get_submodule("teacher") if cached else self.teacher
         found = evaluate(models, self.goal, self.held)
+
+        def as_compressed(name: str) -> Model:
+            return replace(found[name], latency_ms=found["compressed"].latency_ms)  # the same kernels
+
         report = CompressionReport(
             samples=count_samples(self.model, self.held),
             teacher=found.get("teacher"),
             before=found["float"],
-            searched=replace(found["plan, not finetuned"], latency_ms=found["compressed"].latency_ms),  # same kernels
+            rounded=as_compressed("plan, only rounded"),
+            searched=as_compressed("plan, not finetuned"),
             after=found["compressed"],
             choices=[found[name] for name in choices],
-            layers=describe_layers(final, float_copy(student), self.held[0]),
+            layers=describe_layers(final, float_copy(student), rounded, self.model, self.held[0]),
             training=[Training(phase, self.folder.result(phase)["losses"]) for phase in ("distil", "finetune")],
             budget={name: value for name, value in asdict(self.budget).items() if value is not None},
             predicted={name: getattr(plan, name) for name in ("size_bytes", "latency_ms", "average_bits")},

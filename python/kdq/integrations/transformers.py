@@ -10,21 +10,26 @@ docs/training-loops.md has more.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from kdq.checkpoint import generators_of, write_atomically
+from kdq.checkpoint import write_atomically
 from kdq.distill import Distiller
+from kdq.distributed import alone, together
+from kdq.integrations.beside import check_trainable, load_state_beside_student, state_beside_student
 from kdq.layers.qat import TrainingTwin
 from kdq.observe import logits_of
+from kdq.teacher_cache import expect_samples
 from kdq.training import check_optimizer
 
 try:
+    from accelerate import DistributedType
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 except ImportError as error:
@@ -34,15 +39,21 @@ except ImportError as error:
     ) from error
 
 STATE = "distiller.pt"
+NO, MULTI_CPU, MULTI_GPU = DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU
 
 
 class DistillationTrainer(Trainer):
     """`Trainer` for a `Distiller`; for another kind of Trainer, `class Mine(DistillationTrainer, Seq2SeqTrainer)`.
 
-    The loss, in evaluation too, is the distiller's; metrics see the student's logits. Batches have their labels under
+    The loss, in evaluation too, is the distiller's (but where Seq2SeqTrainer evaluates by `predict_with_generate`, the
+    model's own); metrics see the student's logits. Batches have their labels under
     any name that `parse_batch` knows, and labels of causal language models are shifted as the model would. Checkpoints
     hold the student alone, and what the distiller trains beside it in a file of its own, `distiller.pt`; the gradients
-    of that are not clipped. Learned scales are not decayed.
+    of that are not clipped. Learned scales are not decayed. `load_best_model_at_end` puts both back.
+
+    Under torchrun the Trainer puts DistributedDataParallel around the student by itself: make the distiller with the
+    student as it is, within `kdq.distributed.alone()`. Every process then trains on its part of the data as
+    docs/distributed.md says. Evaluation is each process's own, and the Trainer's to gather.
 
     Args:
         distiller: its student is the Trainer's model. Where losses on features need adapters, after
@@ -50,25 +61,25 @@ class DistillationTrainer(Trainer):
         args, kwargs: those of the Trainer, without the model.
 
     Raises:
-        ValueError: the teacher trains, the Trainer is given another loss or label smoothing, or it would run on several
-            devices: DistributedDataParallel and FSDP2 are for `Distiller` in a loop of its own.
+        ValueError: the teacher trains, the Trainer is given another loss or label smoothing, one process would run on
+            several devices, or several processes by other means than DistributedDataParallel.
         RuntimeError: the adapters do not exist yet.
     """
 
     label_names: list[str]
 
     def __init__(self, distiller: Distiller, *args: Any, **kwargs: Any) -> None:
-        if distiller.train_teacher:
-            raise ValueError("distiller: a Trainer trains and saves one model; train_teacher needs Distiller.fit")
-        list(distiller.parameters())  # raises where adapters are missing
+        check_trainable(distiller)
         super().__init__(distiller.student, *args, **kwargs)
         if self.compute_loss_func is not None or self.label_smoother is not None:
             raise ValueError("compute_loss_func, label_smoothing_factor: the loss is that of the distiller's losses")
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
+        if self.args.n_gpu > 1:
             raise ValueError(
-                f"args: expected one process on one device, got {self.args.world_size} processes with "
-                f"{self.args.n_gpu} GPUs each; CUDA_VISIBLE_DEVICES=0 chooses one"
+                f"args: expected one device a process, got {self.args.n_gpu}; CUDA_VISIBLE_DEVICES=0 chooses one, "
+                "torchrun starts a process for each"
             )
+        if (kind := self.accelerator.distributed_type) not in (NO, MULTI_CPU, MULTI_GPU):
+            raise ValueError(f"args: expected one process, or DistributedDataParallel around the student, got {kind}")
         self.distiller = distiller
         for module in (distiller.teacher, *distiller.own_modules()):
             module.to(self.args.device)
@@ -81,7 +92,10 @@ class DistillationTrainer(Trainer):
         """The distiller's loss of a batch, and if asked for the logits that the student gave last."""
         if model.training and self.state.max_steps > 0:
             self.distiller.progress = min(self.state.global_step / self.state.max_steps, 1.0)
-        with self.accelerator.autocast(), _last_output(self.distiller.student) as outputs:
+        spread = isinstance(model, DistributedDataParallel)  # in training; in evaluation it is the student itself
+        self.distiller.within = model if spread else None
+        scope = nullcontext() if spread else alone()
+        with scope, self.accelerator.autocast(), _last_output(self.distiller.student) as outputs:
             loss = self.distiller.loss(inputs)
         return (loss, {"logits": logits_of(outputs[0], "student")}) if return_outputs else loss
 
@@ -110,8 +124,13 @@ class DistillationTrainer(Trainer):
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
-            _load_beside_student(self.distiller, Path(folder) / STATE)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            _load_beside_student(self.distiller, Path(folder) / STATE, "resume_from_checkpoint")
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        expect_samples(self.distiller.teacher, [d for d in (self.train_dataset, *evaluated) if d is not None])
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            expect_samples(self.distiller.teacher, [])
 
 
 class _BesideStudent(TrainerCallback):
@@ -125,21 +144,26 @@ class _BesideStudent(TrainerCallback):
         for parameter in self.distiller.own_parameters():
             parameter.grad = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with together():
+            self.distiller.start_equal()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        own = self.distiller.state_dict()
-        own.pop("student")
-        generators = [generator.get_state() for generator in generators_of(self.distiller)]
-        write_atomically(folder / STATE, lambda path: torch.save({"own": own, "generators": generators}, path))
+        if args.should_save:
+            write_atomically(folder / STATE, lambda path: torch.save(state_beside_student(self.distiller), path))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.distiller.within = None
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            args.distributed_state.wait_for_everyone()  # rank 0 may have written it a moment ago
+            _load_beside_student(self.distiller, Path(state.best_model_checkpoint) / STATE, "load_best_model_at_end")
 
 
-def _load_beside_student(distiller: Distiller, path: Path) -> None:
+def _load_beside_student(distiller: Distiller, path: Path, argument: str) -> None:
     if not path.exists():
-        raise ValueError(f"resume_from_checkpoint: {path} is missing: the checkpoint is not of a DistillationTrainer")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    distiller.load_state_dict({"student": distiller.student.state_dict(), **state["own"]})
-    for generator, own in zip(generators_of(distiller), state["generators"], strict=True):
-        generator.set_state(own)
+        raise ValueError(f"{argument}: {path} is missing: the checkpoint is not of a DistillationTrainer")
+    load_state_beside_student(distiller, torch.load(path, map_location="cpu", weights_only=True))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from kdq.observe import evaluating
 from kdq.quantize import convert_, prepare_qat_, quantize_
 from kdq.reporting import accuracy, teacher_kl
 from kdq.studies.paired import mean_and_error
+from kdq.studies.study import processor_seconds
 
 # Patterns of names: embeddings are taken only where one matches. The head decides between 256 bytes by differences that
 # few bits cannot hold: it keeps 8 in every student, as is usual for a last layer.
@@ -214,10 +216,11 @@ def run_language(out: Path, settings: Settings, console: Console, prompt: str = 
         raise ValueError(f"prompt: expected 1 to {room} bytes, got {len(prompt.encode())}")
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
+    start, used = time.perf_counter(), processor_seconds()
     text = library_text()
     with Progress(console=console, transient=True) as bar:
         rows, speed = train_and_measure(text, settings, prompt.encode(), folder, bar)
-    report = {
+    report: dict[str, Any] = {
         "settings": asdict(settings),
         "prompt": prompt,
         "isa": kk.cpu_isa(),
@@ -230,16 +233,29 @@ def run_language(out: Path, settings: Settings, console: Console, prompt: str = 
         "files": [text.training_files, text.held_out_files],
         "rows": rows,
         "speed": {name: found.to_json() for name, found in speed.items()},
+        "seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(processor_seconds() - used, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     picture(report, out / "language.png")
-    console.print(table(report))
-    for row in rows:
-        for arm, completion in row["completion"].items():
-            console.print(f"[bold]{row['precision']} {arm}[/bold]")
-            console.print(prompt + completion, markup=False, highlight=False)
+    print_report(report, console)
     console.print(f"wrote {out / 'report.json'}, {out / 'language.png'} and {len(list(folder.iterdir()))} checkpoints")
     return report
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """The table, what every model writes behind the prompt, and how long it all took."""
+    console.print(table(report))
+    for row in report["rows"]:
+        for arm, completion in row["completion"].items():
+            console.print(f"[bold]{row['precision']} {arm}[/bold]")
+            console.print(report["prompt"] + completion, markup=False, highlight=False)
+    clock, processor = (duration(report[key]) for key in ("seconds", "processor_seconds"))
+    console.print(f"{clock} by the clock, {processor} of the processor")
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
 
 
 def train_and_measure(

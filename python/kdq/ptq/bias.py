@@ -24,7 +24,8 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
 
     Args:
         quantized: after `quantize_` or `convert_`; all its InferenceLinear layers are corrected.
-        reference: the float model with layers of the same names and shapes.
+        reference: the float model with layers of the same names and shapes, as it was right before it was quantized:
+            after `fold_batch_norm_`, `equalize_` and `smooth_`, which change what its layers put out.
         loader: batches; some hundred rows do.
 
     Helps where rounding errors do not cancel over an input's features, as after a ReLU, whose outputs are all positive:

@@ -6,17 +6,19 @@ caches as its neighbours leave them.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from kdq.configs import Binary, Codebook, Config, Int8Static, LowBit
+from kdq.configs import Binary, Codebook, Config, Int8Static, LowBit, config_from_json, config_to_json
 from kdq.observe import Batch
 from kdq.reporting import ROUND_SECONDS
 from kdq.search.precision import Precision, all_at
@@ -56,6 +58,33 @@ class Timing:
     layers: Mapping[Config | None, Mapping[str, float]]
     fixed: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json.dumps."""
+        layers = [[None if c is None else config_to_json(c), dict(ms)] for c, ms in self.layers.items()]
+        return {"layers": layers, "fixed": self.fixed}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Timing:
+        """The inverse of `to_json`."""
+        return cls({None if c is None else config_from_json(c): dict(ms) for c, ms in data["layers"]}, data["fixed"])
+
+
+def kept_timing(path: Path | None, names: Sequence[str], candidates: Sequence[Config | None]) -> Timing | None:
+    """What `measure` gave and a file has; None where there is no file.
+
+    Raises:
+        ValueError: the file is damaged, or of other layers or candidates.
+    """
+    if path is None or not path.exists():
+        return None
+    try:
+        timing = Timing.from_json(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"times: {path} is not a file of times; delete it to measure anew: {error}") from error
+    if timing.layers.keys() != set(candidates) or any(ms.keys() != set(names) for ms in timing.layers.values()):
+        raise ValueError(f"times: {path} is of other layers or candidates; choose another file")
+    return timing
+
 
 def input_rows(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, list[int]]:
     """For each layer, the number of rows (product of all axes but the last) of every call in one forward pass."""
@@ -84,27 +113,48 @@ def measure(
     """Times every layer at every precision, and the model without its layers: medians of interleaved rounds.
 
     The time between a layer's pre-hook and its hook is the layer's; what calls it belongs to the rest, which is the
-    whole model's time, without hooks, less its layers'. The rest is taken from the models at the candidates too, not
-    from the float model alone: beside large float products it would drown in their noise.
+    whole model's time, without hooks, less its layers'. The rest is that of the fastest precision, which large float
+    products do not drown in their noise. At another precision it takes longer or shorter (caches as its layers leave
+    them): its layers' times bear the difference, each in proportion, so that they add up to what the whole model takes.
     """
     configs = list(dict.fromkeys(candidates))
     spans: dict[Config | None, dict[str, list[float]]] = {c: {n: [] for n in names} for c in configs}
-    rests: list[float] = []
+    totals: dict[Config | None, list[float]] = {c: [] for c in configs}
     repeats = {}
     for config in configs:
         with all_at(precision, dict.fromkeys(names, config)):
-            repeats[config] = max(1, round(ROUND_SECONDS / max(min(_seconds(model, batch, 1) for _ in range(3)), 1e-7)))
+            repeats[config] = _repeats(model, batch)
     for _ in range(rounds):
         for config in configs:
             with all_at(precision, dict.fromkeys(names, config)):
-                total = _seconds(model, batch, repeats[config])
+                _seconds(model, batch, 1)  # the weights come into the caches
+                totals[config].append(_seconds(model, batch, repeats[config]))
                 with _stopwatch(model, names) as watch:
                     _seconds(model, batch, repeats[config])
             for name in names:
                 spans[config][name].append(watch[name] / repeats[config])
-            rests.append(total - math.fsum(watch.values()) / repeats[config])
-    medians = {c: {n: 1e3 * statistics.median(s) for n, s in by_name.items()} for c, by_name in spans.items()}
-    return Timing(medians, max(1e3 * statistics.median(rests), 0.0))
+    whole = {c: 1e3 * statistics.median(seconds) for c, seconds in totals.items()}
+    layers = {c: {n: 1e3 * statistics.median(s) for n, s in by_name.items()} for c, by_name in spans.items()}
+    fastest = min(configs, key=lambda c: whole[c])
+    fixed = max(whole[fastest] - math.fsum(layers[fastest].values()), 0.0)
+    return Timing({c: _summing_to(whole[c] - fixed, layers[c]) for c in configs}, fixed)
+
+
+def whole_ms(model: nn.Module, batch: Batch, rounds: int) -> float:
+    """Milliseconds of a forward pass of the model as it is, measured as the sums of `measure` are."""
+    repeat = _repeats(model, batch)
+    return 1e3 * statistics.median(_seconds(model, batch, repeat) for _ in range(rounds))
+
+
+def _repeats(model: nn.Module, batch: Batch) -> int:
+    """Of the forward pass, for a round."""
+    return max(1, round(ROUND_SECONDS / max(min(_seconds(model, batch, 1) for _ in range(3)), 1e-7)))
+
+
+def _summing_to(total: float, parts: Mapping[str, float]) -> dict[str, float]:
+    """The parts in proportion."""
+    factor = total / math.fsum(parts.values())
+    return {name: factor * part for name, part in parts.items()}
 
 
 def _seconds(model: nn.Module, batch: Batch, repeat: int) -> float:

@@ -89,7 +89,8 @@ class Plan(LayerConfigs):
     of the layers' relative weight noise for "weight_sqnr".
 
     `base_distance` plus the sensitivities of the options taken is the predicted `distance`; `measured_distance` is that
-    of the whole quantized model, None where it was not measured, as after `replace`.
+    of the whole quantized model. `latency_ms` is predicted likewise, and `measured_latency_ms` the time of the whole
+    model. None where they were not measured: after `replace` and `under`, times also without a budget of them.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -99,6 +100,7 @@ class Plan(LayerConfigs):
     measured_distance: float | None
     sensitivity: str
     budget: Budget | None = None
+    measured_latency_ms: float | None = None
 
     def __getitem__(self, name: str) -> Config:
         for layer in self.layers:
@@ -145,7 +147,7 @@ class Plan(LayerConfigs):
             if name not in known:
                 raise ValueError(f"plan: no layer {name!r}; it has {', '.join(map(repr, list(known)[:8]))}")
             layers[known[name]] = layers[known[name]].with_config(config)
-        return replace(self, layers=tuple(layers), measured_distance=None)
+        return replace(self, layers=tuple(layers), measured_distance=None, measured_latency_ms=None)
 
     def under(self, budget: Budget) -> Plan:
         """The plan of least predicted distance under another budget, from the stored table: nothing is measured anew.
@@ -159,7 +161,7 @@ class Plan(LayerConfigs):
             self._limits(budget),
         )
         layers = tuple(replace(layer, chosen=index) for layer, index in zip(self.layers, choice, strict=True))
-        return replace(self, layers=layers, measured_distance=None, budget=budget)
+        return replace(self, layers=layers, measured_distance=None, measured_latency_ms=None, budget=budget)
 
     def meets(self, budget: Budget) -> bool:
         """Whether the predicted costs are within the budget."""
@@ -236,6 +238,8 @@ class Plan(LayerConfigs):
         table.add_section()
         table.add_row("the rest", "", "", "", "", "", f"{self.fixed_bytes:,}", f"{self.fixed_ms:.4f}", "")
         table.add_row("total", "", "", "", "", "", f"{self.size_bytes:,}", f"{self.latency_ms:.4f}", "", style="bold")
+        if self.measured_latency_ms is not None:
+            table.add_row("measured", "", "", "", "", "", "", f"{self.measured_latency_ms:.4f}", "")
         return table
 
     def __str__(self) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import nn
 
+from kdq.checkpoint import write_atomically
 from kdq.configs import Binary, Config, Int8Dynamic, LowBit, normalize
 from kdq.layers.switchable import SwitchableLinear
 from kdq.observe import Batch, evaluating, parse_batch
 from kdq.reporting import ROUNDS
 from kdq.search.budget import Budget
-from kdq.search.cost import input_rows, layer_bytes, measure, tensor_bytes, weight_bits
+from kdq.search.cost import input_rows, kept_timing, layer_bytes, measure, tensor_bytes, weight_bits, whole_ms
 from kdq.search.plan import Option, Plan, PlannedLayer
 from kdq.search.precision import BuiltLayers, Precision, SwitchableLayers, all_at, unfused
 from kdq.search.sensitivity import SENSITIVITIES, Distance, Sensitivity, Table, finite, increases, weight_noise
@@ -40,6 +44,7 @@ def search_precision(
     refine: int = 0,
     rounds: int = ROUNDS,
     precision: Precision | None = None,
+    times: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
     """Chooses a precision for every linear layer: the least distance to the teacher that the budget allows.
@@ -50,7 +55,8 @@ def search_precision(
     up: `refine` measures them again around the plan chosen.
 
     The student ends as it was. All of the loader's batches are kept in memory. Without a latency budget the result is
-    deterministic; times are those of this machine, at this number of threads, on the loader's first batch.
+    deterministic; times are those of this machine, at this number of threads, on the loader's first batch. With one,
+    the whole model is timed at the plan in the end: the plan tells what was predicted and what was measured.
 
     Args:
         student: a float model, in any mode; measured in eval mode. Or a switchable one, after `prepare_switchable_`
@@ -68,11 +74,14 @@ def search_precision(
             least is kept.
         rounds: of timing; the medians count.
         precision: how to set a layer's precision, for models that can do it by themselves; None builds the layers.
+        times: a JSON file for the layers' times, written when they are measured, and read instead if it exists: a
+            search that was broken off, or one with another budget, stands on the same ones. For one model and machine.
         progress: whether to show a bar.
 
     Raises:
         ValueError: the loader is empty, labels are missing, no layer can be quantized, the outputs do not match, a
-            distance is NaN or infinite, or no plan meets the budget (the message names the smallest value reachable).
+            distance is NaN or infinite, the times are of other layers or candidates, or no plan meets the budget (the
+            message names the smallest value reachable).
         TypeError: a candidate or a batch is of an unknown kind.
     """
     switchable = precision is None and any(isinstance(module, SwitchableLinear) for module in student.modules())
@@ -96,12 +105,18 @@ def search_precision(
             built = BuiltLayers(costed, batches) if precision is None else precision
             if switchable:
                 precision = SwitchableLayers(student)
-            search = _Search(costed, built, precision or built, options, budget, sensitivity, parsed[0], rounds)
+            file = None if times is None else Path(times)
+            search = _Search(costed, built, precision or built, options, budget, sensitivity, parsed[0], rounds, file)
         if distance is None:
             table = weight_noise(costed, built, search.names, options)
-            return search.plan(table, 0.0, None)
-        task = bar.add_task("sensitivities", total=(refine + 1) * len(search.names) * len(options))
-        return search.by_distance(distance, refine, lambda: bar.advance(task))
+            plan = search.plan(table, 0.0, None)
+        else:
+            task = bar.add_task("sensitivities", total=(refine + 1) * len(search.names) * len(options))
+            plan = search.by_distance(distance, refine, lambda: bar.advance(task))
+        if budget.latency_ms is None:
+            return plan
+        with unfused(costed), all_at(built, {layer.names[0]: layer.option.config for layer in plan.layers}):
+            return replace(plan, measured_latency_ms=whole_ms(costed, parsed[0], rounds))
 
 
 def _checked(
@@ -131,6 +146,7 @@ class _Search:
         sensitivity: Sensitivity,
         batch: Batch,
         rounds: int,
+        times: Path | None,
     ) -> None:
         self.precision, self.candidates, self.budget, self.sensitivity = precision, candidates, budget, sensitivity
         self.aliases: dict[str, tuple[str, ...]] = {}
@@ -139,7 +155,12 @@ class _Search:
             same = tuple(n for n, other in self.linears.items() if other is linear)
             self.aliases[same[0]] = same
         self.names = list(self.aliases)
-        timing = measure(costed, built, self.names, candidates, batch, rounds)
+        timing = kept_timing(times, self.names, candidates)
+        if timing is None:
+            timing = measure(costed, built, self.names, candidates, batch, rounds)
+            if times is not None:
+                text = json.dumps(timing.to_json(), indent=1) + "\n"
+                write_atomically(times, lambda path: path.write_text(text))
         self.fixed_ms = timing.fixed
         with all_at(built, dict.fromkeys(self.names)):
             rows = input_rows(costed, self.names, batch)

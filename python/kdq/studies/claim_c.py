@@ -26,6 +26,7 @@ PRECISIONS: Mapping[str, Config] = {
 }
 FOUR: Mapping[str, Config] = {name: PRECISIONS[name] for name in ("8 bits", "4 bits", "2 bits")} | {"1 bit": Binary()}
 OF_FOUR = " of four"  # ends the names of groups of the smaller set
+GROUPS_OF_FOUR = tuple(name + OF_FOUR for name in FOUR)
 MIXED = "mixed"  # the first layer at 8 bits, the last at 4, those between at 2
 RUNS = 3  # of a switchable step: the widest precision, the narrowest, and one between
 FINETUNE_SHARE = 10  # a finetune takes one in so many of the steps
@@ -110,11 +111,19 @@ def run_seed(task: Task, seed: int, steps: int) -> list[Outcome]:
     for group, plan in plans.items():
         arms.dedicated(group, "dedicated, same total", plan, RUNS / len(PRECISIONS))
         arms.dedicated(group, "dedicated, same each", plan, 1.0)
-    student = arms.switchable(Recipe(recursive=True), FOUR)
-    for group, config in FOUR.items():
-        arms.note(group + OF_FOUR, "switchable, recursive", extract(student, config), student)
-        arms.dedicated(group + OF_FOUR, "dedicated, same total", config, RUNS / len(FOUR))
+    of_four(arms)
     return arms.outcomes
+
+
+def of_four(arms: Arms) -> None:
+    """The smaller set: the same arms for it."""
+    for arm in ("switchable", "switchable, recursive"):
+        student = arms.switchable(SWITCHABLE[arm], FOUR)
+        for group, config in FOUR.items():
+            arms.note(group + OF_FOUR, arm, extract(student, config), student)
+    for group, config in FOUR.items():
+        arms.dedicated(group + OF_FOUR, "dedicated, same total", config, RUNS / len(FOUR))
+        arms.dedicated(group + OF_FOUR, "dedicated, same each", config, 1.0)
 
 
 def batches(task: Task, pair: Pair, loss: SoftTargets, seed: int, steps: int) -> Batches:
@@ -148,8 +157,8 @@ and one random precision between (sandwich rule); weights are shared, scales, gr
 teacher. *dedicated*: a student a precision. A switchable step costs {RUNS} forward and backward passes, so that for the
 *same total* cost the {len(PRECISIONS)} dedicated students have {RUNS}/{len(PRECISIONS)} of its steps each; *same each*
 gives every one of them as many steps as the switchable student in all, {len(PRECISIONS) // RUNS} times its cost.
-*labels*: from the few labels, without a teacher. Groups *of four*: the same with 8, 4, 2 and 1 bits, where dedicated
-students have {RUNS}/{len(FOUR)} of the steps. *{MIXED}* is a plan that no step of the switchable student ever ran: the
+*labels*: from the few labels, without a teacher. Groups *of four*: the same with 8, 4, 2 and 1 bits, where *same
+total* is {RUNS}/{len(FOUR)} of the steps. *{MIXED}* is a plan that no step of the switchable student ever ran: the
 first layer at 8 bits, the last at 4, those between at 2; *finetuned* trains it on for a {FINETUNE_SHARE}th of the
 steps. Every student is converted and evaluated on the integer and binary kernels.""",
     comparisons=(
@@ -159,14 +168,29 @@ steps. Every student is converted and evaluated on the integer and binary kernel
             "dedicated, same total",
             "The shared weights see every step, a dedicated student only its own share of them: the more precisions, "
             "the smaller that share. A mixed plan, which the switchable student never tried, wants a finetune.",
+            groups=(*PRECISIONS, MIXED),
         ),
         Comparison(
             "Four precisions, one of them 1 bit, same total cost",
-            "switchable, recursive",
+            "switchable",
             "dedicated, same total",
             "Where the claim ends: with few precisions there is little to share, and the weights that suit 1 bit are "
             "others than those that suit 8. A net this narrow has no room for both.",
-            groups=[name + OF_FOUR for name in FOUR],
+            groups=GROUPS_OF_FOUR,
+        ),
+        Comparison(
+            "Four precisions, one of them 1 bit, recursive, same total cost",
+            "switchable, recursive",
+            "dedicated, same total",
+            "Not for lack of a nearer teacher: what the recursion gains at 1 bit is not enough.",
+            groups=GROUPS_OF_FOUR,
+        ),
+        Comparison(
+            "Four precisions, one of them 1 bit, same cost a precision",
+            "switchable",
+            "dedicated, same each",
+            "What is paid for the choice, 1 bit included.",
+            groups=GROUPS_OF_FOUR,
         ),
         Comparison(
             "One switchable student against dedicated ones, same cost a precision",
@@ -194,9 +218,15 @@ steps. Every student is converted and evaluated on the integer and binary kernel
             "Recursive distillation against all precisions from the teacher",
             "switchable, recursive",
             "switchable",
-            "The next wider precision is a nearer goal than the teacher, and a worse one: it helps only where the "
-            "distance is large.",
+            "The next wider precision is a nearer goal than the teacher, and a worse one.",
             groups=tuple(PRECISIONS),
+        ),
+        Comparison(
+            "Recursive distillation against all precisions from the teacher, four precisions",
+            "switchable, recursive",
+            "switchable",
+            "It helps where the distance to the teacher is large, at 1 bit, and costs something above.",
+            groups=GROUPS_OF_FOUR,
         ),
         Comparison(
             "A short finetune of a mixed plan, against a dedicated student of that plan",

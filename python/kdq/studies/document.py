@@ -70,8 +70,8 @@ def markdown(findings: Findings, picture: str) -> str:
         "else is *not shown*. With so many comparisons one or two of them may stand by chance.",
         "",
         f"{facts['cpu']}, kernels {facts['isa']}, torch {facts['torch']}; {findings.processor_seconds / 60:.0f} "
-        f"minutes of processor time in {findings.processes} processes of one thread, {findings.seconds / 60:.0f} by "
-        "the clock.",
+        f"minutes of processor time in {findings.processes} process{'es' if findings.processes > 1 else ''} of one "
+        f"thread, {findings.seconds / 60:.0f} by the clock.",
     ]
     for comparison, group in groupby(findings.answers, key=lambda a: a.comparison):
         lines += ["", f"## {comparison.title}", "", f"*{comparison.arm}* against *{comparison.against}*.", ""]

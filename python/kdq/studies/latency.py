@@ -78,8 +78,9 @@ def latency_section(quick: bool) -> str:
     )
     lines = ["## Predicted latency against measured", ""]
     lines += [
-        "Random weights; one thread. The search times the layers inside the model, on this machine's kernels, one at a "
-        "time, the others in float: a model of 1-bit layers only is quicker than such times add up to.",
+        "Random weights; one thread. The search times the layers on this machine's kernels, inside the model with all "
+        "layers at one precision after the other, and has them add up to what the whole model takes there. A plan's "
+        "prediction is the sum of its layers' times; measured is the converted model.",
         "",
     ]
     lines += markdown_table(columns, rows, text_columns=1)
