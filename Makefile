@@ -2,6 +2,8 @@
 #
 #   make demo     distil, quantize and run a digit classifier on the real kernels     (SEEDS=5 OUT=demo-output)
 #   make test     the whole test suite
+#   make test-cuda    on a machine with a GPU: the CUDA kernels' tests there, under compute-sanitizer where it is present,
+#                     and the torch operators on CUDA tensors
 #   make bench    every kernel against its best peer and the machine's limit
 #   make lint     ruff, mypy, clang-format
 #
@@ -15,7 +17,7 @@ OUT ?= demo-output
 BIN := $(VENV)/bin
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test test-cuda bench lint build clean
 .DEFAULT_GOAL := build
 
 demo: build
@@ -23,6 +25,22 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+CUDA_TESTS := build/cuda-tests
+SANITIZER := $(shell command -v compute-sanitizer)
+
+test-cuda: export KDQ_CUDA = ON
+test-cuda: build
+	$(BIN)/cmake -S . -B $(CUDA_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DKDQ_TESTS=ON -DKDQ_CUDA=ON
+	$(BIN)/cmake --build $(CUDA_TESTS) --target cuda_gpu_tests
+	set -e; for test in $(CUDA_TESTS)/tests/cuda/cuda_*_gpu_test; do \
+		echo "$$test"; "$$test"; \
+		for tool in $(if $(SANITIZER),memcheck racecheck); do \
+			$(SANITIZER) --tool "$$tool" --error-exitcode 1 "$$test"; \
+		done; \
+	done
+	$(BIN)/python -m pytest --device cuda tests/kernels/test_torch_ops.py tests/kernels/test_distillation.py \
+		tests/kernels/test_cuda_ops.py
 
 bench: build
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt

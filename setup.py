@@ -1,6 +1,7 @@
 """Builds the native code with CMake and packs it next to kdq_kernels; everything else is in pyproject.toml.
 
-Environment: KDQ_TORCH=ON|OFF|AUTO says whether the torch operator library is built (AUTO: where torch is installed).
+Environment, ON, OFF or AUTO: KDQ_TORCH says whether the torch operator library is built (AUTO: where torch is
+installed), KDQ_CUDA whether its operators for CUDA tensors are (AUTO: where nvcc is found and torch has CUDA).
 """
 
 import os
@@ -28,6 +29,7 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DKDQ_PYTHON=ON",
             f"-DKDQ_TORCH={os.environ.get('KDQ_TORCH', 'AUTO')}",
+            f"-DKDQ_CUDA={os.environ.get('KDQ_CUDA', 'AUTO')}",
             f"-DKDQ_OUTPUT={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Loads libkdq_torch and completes `torch.ops.kdq` with what lives in Python: shape inference and autograd.
 
-The operators themselves are registered in C++ (csrc/bindings/torch_ops.cpp), so they also run where there is no Python.
+The operators themselves are registered in C++ (csrc/bindings/torch_*.cpp), so they also run where there is no Python.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from kdq_kernels import _C
 
 LIBRARY = Path(__file__).parent / "libkdq_torch.so"
+CUDA_LIBRARY = Path(__file__).parent / "libkdq_torch_cuda.so"  # built where torch has CUDA and nvcc is found
 OLDEST_TORCH = (2, 10)
 
 
@@ -32,11 +33,31 @@ def load() -> None:
             f"kdq_kernels was built without its torch operators ({LIBRARY.name} is missing): install torch, then "
             "rebuild with 'pip install --no-build-isolation .'"
         )
+    _load_library(LIBRARY)
+    if has_cuda_operators():
+        _load_library(CUDA_LIBRARY)
+
+
+def has_cuda_operators() -> bool:
+    """Whether this build has operators for CUDA tensors, and torch can have such tensors."""
+    return torch.version.cuda is not None and CUDA_LIBRARY.exists()
+
+
+def check_device(device: torch.device) -> None:
+    """Raises RuntimeError where this build has no kernels for a device."""
+    if device.type == "cuda" and not has_cuda_operators():
+        raise RuntimeError(
+            f"device: this build of kdq_kernels has no operators for CUDA tensors ({CUDA_LIBRARY.name} is missing); "
+            "rebuild with KDQ_CUDA=ON 'pip install --no-build-isolation .', which needs nvcc and a torch with CUDA"
+        )
+
+
+def _load_library(library: Path) -> None:
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(library))
     except OSError as error:
         raise ImportError(
-            f"kdq_kernels: {LIBRARY.name} cannot be loaded into torch {torch.__version__} ({error}); rebuild with "
+            f"kdq_kernels: {library.name} cannot be loaded into torch {torch.__version__} ({error}); rebuild with "
             "'pip install --no-build-isolation .'"
         ) from error
 
@@ -179,6 +200,8 @@ def _(grad: Tensor, x: Tensor, scaled: bool) -> None:
 
 @fake("pack_int8_weight")
 def _(w: Tensor) -> Tensor:
+    if w.device.type == "cuda":  # the CUDA kernels read row-major int8
+        return w.new_empty(w.shape)
     n, k = w.shape
     if isinstance(n, int) and isinstance(k, int):
         row_bytes: Any = -(-_C.int8_packed_bytes(n, k) // n) if n else k
@@ -189,6 +212,8 @@ def _(w: Tensor) -> Tensor:
 
 @fake("unpack_int8_weight")
 def _(packed: Tensor) -> Tensor:
+    if packed.device.type == "cuda":
+        return packed.new_empty(packed.shape)
     k = torch.library.get_ctx().new_dynamic_size()  # only the blob itself knows K
     return packed.new_empty((packed.shape[0], k), dtype=torch.int8)
 

@@ -1,8 +1,9 @@
 """The kernels on torch tensors: thin, typed faces of `torch.ops.kdq.*`.
 
-x is float32, bfloat16 or float16 on the CPU, of any strides; scales are float32. Wrong shapes, dtypes or values raise
-`ValueError` naming the argument, what came and what was expected. All functions work under
-`torch.compile(fullgraph=True)` and stay `kdq.*` nodes in `torch.export`.
+x is float32, bfloat16 or float16, of any strides; scales are float32. All tensors of a call are on one device, the CPU
+or, where the build has those operators, a CUDA GPU. Wrong shapes, dtypes or values raise `ValueError` naming the
+argument, what came and what was expected; values in a GPU's memory are not looked at, as that would wait for it. All
+functions work under `torch.compile(fullgraph=True)` and stay `kdq.*` nodes in `torch.export`.
 """
 
 from __future__ import annotations
@@ -23,22 +24,26 @@ _binary_threshold = _ops.binary_threshold.default
 _codebook_linear = _ops.codebook_linear.default
 
 
-def _tensor(value: Tensor | float | None, dtype: torch.dtype) -> Tensor | None:
-    """A number as a 0-d tensor; tensors and None as they are."""
+def _tensor(value: Tensor | float | None, dtype: torch.dtype, like: Tensor | None = None) -> Tensor | None:
+    """A number as a 0-d tensor, on the device of `like` or the CPU; tensors and None as they are."""
     if value is None or type(value) is Tensor:  # first: the common cases of a call that takes a microsecond or two
         return value
-    return torch.tensor(value, dtype=dtype) if isinstance(value, int | float) else value
+    if not isinstance(value, int | float):
+        return value
+    if like is None or like.is_cpu:
+        return torch.tensor(value, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)  # a kernel, where torch.tensor would wait for the GPU
 
 
-def _scale(scale: Tensor | float) -> Tensor:
-    return cast(Tensor, _tensor(scale, torch.float32))
+def _scale(scale: Tensor | float, x: Tensor) -> Tensor:
+    return cast(Tensor, _tensor(scale, torch.float32, x))
 
 
-def _zero_point(zero_point: Tensor | float | None) -> Tensor | None:
+def _zero_point(zero_point: Tensor | float | None, x: Tensor) -> Tensor | None:
     """int64 tensors, which torch's own quantizers accept, become int32; a Python float is a learned zero point."""
     if isinstance(zero_point, Tensor):
         return zero_point.to(torch.int32) if zero_point.dtype == torch.int64 else zero_point
-    return _tensor(zero_point, torch.int32 if isinstance(zero_point, int) else torch.float32)
+    return _tensor(zero_point, torch.int32 if isinstance(zero_point, int) else torch.float32, x)
 
 
 def fake_quantize(
@@ -73,7 +78,7 @@ def fake_quantize(
         ValueError: a shape, dtype or value is wrong.
         RuntimeError: `out` is given where a gradient is needed.
     """
-    scale, zero_point = _scale(scale), _zero_point(zero_point)
+    scale, zero_point = _scale(scale, x), _zero_point(zero_point, x)
     if out is None:
         return _ops.fake_quantize(x, scale, zero_point, quant_min, quant_max, axis, group_size)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
@@ -93,7 +98,7 @@ def quantize(
     group_size: int | None = None,
 ) -> Tensor:
     """The integers of `fake_quantize`: int8 where the range fits, else uint8, else int32. NaN gives the zero point."""
-    return _ops.quantize(x, _scale(scale), _zero_point(zero_point), quant_min, quant_max, axis, group_size)
+    return _ops.quantize(x, _scale(scale, x), _zero_point(zero_point, x), quant_min, quant_max, axis, group_size)
 
 
 def dequantize(
@@ -105,7 +110,7 @@ def dequantize(
     group_size: int | None = None,
 ) -> Tensor:
     """`(q - zero_point) * scale` in float32, for q int8, uint8 or int32."""
-    return _ops.dequantize(q, _scale(scale), _zero_point(zero_point), axis, group_size)
+    return _ops.dequantize(q, _scale(scale, q), _zero_point(zero_point, q), axis, group_size)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +143,8 @@ def binarize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def pack_int8_weight(w: Tensor) -> Tensor:
     """w int8 `[N, K]` -> an opaque blob, uint8 `[N, ...]`, in the order that this machine's kernels read.
 
-    Not for storage: keep w and pack again after loading, or after `set_isa`.
+    Not for storage: keep w and pack again after loading, after `set_isa`, or on another device. On a GPU the kernels
+    read row-major weights, and the result is a copy of w; what was packed on the CPU is refused there, and vice versa.
     """
     return _ops.pack_int8_weight(w)
 
@@ -179,7 +185,8 @@ def int8_linear(
         weight_scale: float32 `[N]`, one scale an output channel.
         bias: float32 `[N]`.
         input_scale: None quantizes each row dynamically (`quantize_rows`; K at most 131071). A number or one-element
-            tensor quantizes statically to unsigned integers `[0, input_quant_max]` (K at most 65535).
+            tensor (on the CPU, or where x is) quantizes statically to unsigned integers `[0, input_quant_max]` (K at
+            most 65535).
         input_zero_point: of the static grid; None: its middle, `(input_quant_max + 1) // 2`.
         input_quant_max: 255 for 8-bit activations, `2**bits - 1` for fewer bits.
         activation: None, "relu", "gelu" (erf form) or "silu".

@@ -8,6 +8,22 @@ import pytest
 
 import kdq_kernels
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests of the torch operators run")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors of a test are: what --device says. `make test-cuda` asks for cuda; without a GPU that fails."""
+    name: str = request.config.getoption("--device")
+    if name == "cuda":
+        import torch
+
+        assert torch.cuda.is_available(), "--device cuda: torch finds no GPU"
+    return name
+
+
 ALL_ISAS = ["reference", "avx2", "avx512", "avx512vnni"]
 
 

@@ -1,59 +1,10 @@
-// torch.ops.kdq: the codebook family on CPU tensors. Packed indices are int32: torch has no arithmetic on uint32; the
-// words are the same.
-#include "kdq/codebook.h"
+// torch.ops.kdq: the codebook family on CPU tensors.
+#include "torch_codebook.h"
 
-#include "layer_args.h"
-#include "torch_ops.h"
+#include "torch_cpu.h"
 
 namespace kdq::bindings {
 
-Tensor pack_indices_op(const Tensor& indices_in, int64_t bits) {
-  const Tensor indices = expect("indices", indices_in, ScalarType::Byte, 2);
-  check(check_index_bits(bits));
-  const int64_t n = indices.size(0);
-  const int64_t k = indices.size(1);
-  const int width = static_cast<int>(bits);
-  const Tensor packed = empty({codebook_panels(n), codebook_words(k, width), kCodebookLanes}, ScalarType::Int);
-  check(pack_indices(data<uint8_t>(indices), n, k, width, mutable_data<uint32_t>(packed), torch_executor()));
-  return packed;
-}
-
-Tensor unpack_indices_op(const Tensor& packed_in, int64_t bits, int64_t n, int64_t k) {
-  const Tensor packed = expect("packed", packed_in, ScalarType::Int, 3);
-  check(check_index_bits(bits));
-  const int width = static_cast<int>(bits);
-  if (k < 0) invalid("k: expected at least 0, got " + std::to_string(k));
-  check(check_packed_indices(sizes_of(packed), n, k, width));
-  const Tensor indices = empty({n, k}, ScalarType::Byte);
-  check(unpack_indices(data<uint32_t>(packed), n, k, width, mutable_data<uint8_t>(indices), torch_executor()));
-  return indices;
-}
-
-Tensor codebook_linear_op(const Tensor& x_in, const Tensor& packed_in, const Tensor& codebook_in, int64_t out_features,
-                          const OptionalTensor& bias_in, const std::optional<std::string>& activation) {
-  CodebookLinear args;
-  args.dtype = float_dtype("x", x_in);
-  args.m = rows_of("x", x_in);
-  const Tensor x = expect_cpu("x", x_in);
-  Sizes sizes = sizes_of(x);
-  args.k = sizes.back();
-  args.n = out_features;
-  const Tensor codebook = expect("codebook", codebook_in, ScalarType::Float, 1);
-  check(codebook_bits(codebook.size(0), &args.bits));
-  const Tensor packed = expect("packed", packed_in, ScalarType::Int, 3);
-  check(check_packed_indices(sizes_of(packed), args.n, args.k, args.bits));
-  OptionalTensor bias;
-  if (bias_in) bias = expect_vector("bias", *bias_in, args.n);
-  check(activation_from_name(activation, &args.activation));
-  sizes.back() = args.n;
-  const Tensor y = empty(sizes, x.scalar_type());
-  args.x = x.const_data_ptr();
-  args.y = y.mutable_data_ptr();
-  args.packed = data<uint32_t>(packed);
-  args.codebook = data<float>(codebook);
-  args.bias = bias ? data<float>(*bias) : nullptr;
-  check(codebook_linear(args, torch_executor()));
-  return y;
-}
+STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) { register_codebook<Cpu>(m); }
 
 }  // namespace kdq::bindings

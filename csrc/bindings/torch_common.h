@@ -1,4 +1,8 @@
-// What the torch operators share: tensors checked before their pointers are used, torch's thread pool as a ParallelFor.
+// What the torch operators share: tensors checked before their pointers are used.
+//
+// An operator is a template on where it runs: Cpu (torch_cpu.h) or Cuda (cuda/torch_cuda.h), an object made from its
+// first tensor, by convention called `on`. It allocates results, knows which tensors are in its reach (has()) and calls
+// that device's kernels under the names of kdq/*.h. What is checked, and what the errors say, is the same on both.
 //
 // Only the libtorch stable ABI is used (torch/csrc/stable, torch/headeronly), so that one binary serves torch 2.10 and
 // newer. Invalid arguments leave as std::invalid_argument, which torch's Python side turns into ValueError.
@@ -13,7 +17,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "kdq/parallel.h"
 #include "kdq/status.h"
 #include "kdq/types.h"
 #include "quant_layout.h"
@@ -23,6 +26,7 @@ namespace kdq::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
 
 [[noreturn]] inline void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -30,16 +34,6 @@ inline void check(const Status& status) {
   if (status.ok()) return;
   if (status.code() == StatusCode::kInvalidArgument) invalid(status.message());
   throw std::runtime_error(status.message());
-}
-
-// torch's own pool: torch.set_num_threads holds, and nothing is oversubscribed.
-inline const ParallelFor& torch_executor() {
-  static const ParallelFor executor = {[](void*, int64_t n, int64_t grain, ParallelFor::Body body, void* arg) {
-                                         torch::stable::parallel_for(
-                                             0, n, grain, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
-                                       },
-                                       nullptr};
-  return executor;
 }
 
 inline std::string type_name(ScalarType type) {
@@ -76,15 +70,17 @@ inline Sizes sizes_of(const Tensor& t) {
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// A contiguous CPU tensor.
-inline Tensor expect_cpu(const char* name, const Tensor& t) {
-  if (!t.is_cpu()) invalid(std::string(name) + ": expected a CPU tensor, like x");
+// A contiguous tensor in reach.
+template <class On>
+Tensor expect_here(const On& on, const char* name, const Tensor& t) {
+  if (!on.has(t)) invalid(std::string(name) + ": expected " + on.kind() + ", like x");
   return dense(t);
 }
 
-// A contiguous CPU tensor of exactly this dtype; ndim < 0 allows any number of axes.
-inline Tensor expect(const char* name, const Tensor& t, ScalarType type, int64_t ndim = -1) {
-  if (!t.is_cpu()) invalid(std::string(name) + ": expected a CPU tensor, like x");
+// A contiguous tensor in reach, of exactly this dtype; ndim < 0 allows any number of axes.
+template <class On>
+Tensor expect(const On& on, const char* name, const Tensor& t, ScalarType type, int64_t ndim = -1) {
+  if (!on.has(t)) invalid(std::string(name) + ": expected " + on.kind() + ", like x");
   if (t.scalar_type() != type) {
     invalid(std::string(name) + ": expected dtype " + type_name(type) + ", got " + type_name(t.scalar_type()));
   }
@@ -95,8 +91,9 @@ inline Tensor expect(const char* name, const Tensor& t, ScalarType type, int64_t
 }
 
 // As expect(), but [n] exactly.
-inline Tensor expect_vector(const char* name, const Tensor& t, int64_t n, ScalarType type = ScalarType::Float) {
-  Tensor vector = expect(name, t, type, 1);
+template <class On>
+Tensor expect_vector(const On& on, const char* name, const Tensor& t, int64_t n, ScalarType type = ScalarType::Float) {
+  Tensor vector = expect(on, name, t, type, 1);
   if (vector.size(0) != n) {
     invalid(std::string(name) + ": expected shape " + to_string({n}) + ", got " + to_string(sizes_of(t)));
   }
@@ -142,34 +139,20 @@ inline size_t element_size(ScalarType type) {
   }
 }
 
-// True: *handle is an uninitialised CPU tensor of that many bytes, on 2 MiB pages. With pages of 4 KiB, the page faults
-// of a fresh result take several times as long as computing it: 1.3 ms for 4 MiB on a virtual machine, against 0.1 ms.
-// Up to 256 MiB of freed results are kept for the next ones, which then fault not at all. False: it is too small for
-// that to pay, or torch (2.10) has no way to do it. In torch_memory.cpp.
-bool allocate_large(const Sizes& sizes, const Sizes& strides, int32_t dtype, size_t bytes, AtenTensorHandle* handle);
-
-// An uninitialised CPU tensor: the kernels write every element. Through the C shim, which torch::stable::empty does not
-// use: it looks the operator up by name, which costs as much as a small layer's kernel.
-inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type) {
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle = nullptr;
-  const size_t bytes = static_cast<size_t>(product(sizes, 0, sizes.size())) * element_size(type);
-  if (allocate_large(sizes, strides, dtype, bytes, &handle)) return Tensor(handle);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
+inline int32_t shim_dtype(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }
 
-// Contiguous.
-inline Tensor empty(const Sizes& sizes, ScalarType type) {
+// Contiguous, uninitialised: the kernels write every element.
+template <class On>
+Tensor empty(const On& on, const Sizes& sizes, ScalarType type) {
   Sizes strides(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;
     step *= std::max<int64_t>(sizes[i], 1);
   }
-  return empty_strided(sizes, strides, type);
+  return on.empty_strided(sizes, strides, type);
 }
 
 template <class T>

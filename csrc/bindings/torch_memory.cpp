@@ -11,7 +11,7 @@
 #include <mutex>
 #include <vector>
 
-#include "torch_common.h"
+#include "torch_cpu.h"
 
 #if defined(__linux__)
 // torch 2.11 and newer. Weak, so that the library also loads into 2.10, where its address is null.

@@ -1,8 +1,6 @@
-// libkdq_torch: the schemas of torch.ops.kdq.* and their CPU implementations. Fake (meta) implementations and autograd
-// are registered from Python, in kdq_kernels/_torch_library.py.
-#include "torch_ops.h"
-
-namespace kdq::bindings {
+// libkdq_torch: the schemas of torch.ops.kdq.*. Implementations are registered by the families' own files, here for
+// the CPU and in cuda/ for CUDA; fake (meta) ones and autograd from Python, in kdq_kernels/_torch_library.py.
+#include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(kdq, m) {
   m.def(
@@ -56,34 +54,3 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "distillation_loss_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? target, "
       "Tensor statistics, float temperature, float alpha) -> Tensor");
 }
-
-STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
-  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
-  m.impl("fake_quantize.out", TORCH_BOX(&fake_quantize_out_op));
-  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_op));
-  m.impl("fake_quantize_backward_", TORCH_BOX(&fake_quantize_backward_inplace_op));
-  m.impl("quantize", TORCH_BOX(&quantize_op));
-  m.impl("dequantize", TORCH_BOX(&dequantize_op));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows_op));
-  m.impl("fake_quantize_rows", TORCH_BOX(&fake_quantize_rows_op));
-  m.impl("binarize_rows", TORCH_BOX(&binarize_rows_op));
-  m.impl("binarize_rows_backward", TORCH_BOX(&binarize_rows_backward_op));
-  m.impl("binarize_rows_backward_", TORCH_BOX(&binarize_rows_backward_inplace_op));
-  m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight_op));
-  m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_op));
-  m.impl("int8_matmul", TORCH_BOX(&int8_matmul_op));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear_op));
-  m.impl("int8_weight_only_linear", TORCH_BOX(&int8_weight_only_linear_op));
-  m.impl("pack_signs", TORCH_BOX(&pack_signs_op));
-  m.impl("unpack_signs", TORCH_BOX(&unpack_signs_op));
-  m.impl("binary_matmul", TORCH_BOX(&binary_matmul_op));
-  m.impl("binary_linear", TORCH_BOX(&binary_linear_op));
-  m.impl("binary_threshold", TORCH_BOX(&binary_threshold_op));
-  m.impl("pack_indices", TORCH_BOX(&pack_indices_op));
-  m.impl("unpack_indices", TORCH_BOX(&unpack_indices_op));
-  m.impl("codebook_linear", TORCH_BOX(&codebook_linear_op));
-  m.impl("distillation_loss", TORCH_BOX(&distillation_loss_op));
-  m.impl("distillation_loss_backward", TORCH_BOX(&distillation_loss_backward_op));
-}
-
-}  // namespace kdq::bindings

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/format.h"
+#include "kdq/codebook.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 
@@ -53,6 +54,18 @@ inline Status check_binary_sizes(int64_t m, int64_t n, int64_t k) {
   if (m < 0 || n < 0 || k < 0 || k > INT32_MAX) {
     return Status::invalid("m, n, k: expected at least 0, and k below 2^31, got " + std::to_string(m) + ", " +
                            std::to_string(n) + ", " + std::to_string(k));
+  }
+  return {};
+}
+
+// Sizes of a codebook layer, and the bits of its indices.
+inline Status check_codebook_sizes(int64_t m, int64_t n, int64_t k, int bits) {
+  if (m < 0 || n < 0 || k < 0 || n > INT32_MAX || k > INT32_MAX) {
+    return Status::invalid("m, n, k: expected at least 0, and n, k below 2^31, got " + std::to_string(m) + ", " +
+                           std::to_string(n) + ", " + std::to_string(k));
+  }
+  if (bits < 1 || bits > kCodebookMaxBits) {
+    return Status::invalid("bits: expected 1 to 5, got " + std::to_string(bits));
   }
   return {};
 }

@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "core/checks.h"
 #include "core/codebook_kernels.h"
 #include "core/format.h"
 #include "core/kernel_choice.h"
@@ -27,17 +28,6 @@ constexpr KernelChoice<CodebookKernels> kChoices[] = {
 // Multiply-accumulates that each thread must find to do: some 5 us of work.
 constexpr int64_t kProductsWorthAThread = 1 << 17;
 constexpr int64_t kIndicesWorthAThread = 1 << 15;
-
-Status check_sizes(int64_t m, int64_t n, int64_t k, int bits) {
-  if (m < 0 || n < 0 || k < 0 || n > INT32_MAX || k > INT32_MAX) {
-    return Status::invalid("m, n, k: expected at least 0, and n, k below 2^31, got " + std::to_string(m) + ", " +
-                           std::to_string(n) + ", " + std::to_string(k));
-  }
-  if (bits < 1 || bits > kCodebookMaxBits) {
-    return Status::invalid("bits: expected 1 to 5, got " + std::to_string(bits));
-  }
-  return {};
-}
 
 Status check_codebook(const float* codebook, int bits) {
   if (codebook == nullptr) return Status::invalid("codebook: expected a pointer, got null");
@@ -104,7 +94,7 @@ struct Call {
 
 Status pack_indices(const uint8_t* indices, int64_t n, int64_t k, int bits, uint32_t* packed,
                     const ParallelFor& parallel_for) {
-  Status status = check_sizes(0, n, k, bits);
+  Status status = check_codebook_sizes(0, n, k, bits);
   if (!status.ok() || n * k == 0) return status;
   if (indices == nullptr || packed == nullptr) return Status::invalid("indices, packed: expected pointers, got null");
   std::atomic<int64_t> wrong{-1};
@@ -127,7 +117,7 @@ Status pack_indices(const uint8_t* indices, int64_t n, int64_t k, int bits, uint
 
 Status unpack_indices(const uint32_t* packed, int64_t n, int64_t k, int bits, uint8_t* indices,
                       const ParallelFor& parallel_for) {
-  Status status = check_sizes(0, n, k, bits);
+  Status status = check_codebook_sizes(0, n, k, bits);
   if (!status.ok() || n * k == 0) return status;
   if (indices == nullptr || packed == nullptr) return Status::invalid("indices, packed: expected pointers, got null");
   const int64_t per_word = 32 / bits;
@@ -147,7 +137,7 @@ Status unpack_indices(const uint32_t* packed, int64_t n, int64_t k, int bits, ui
 Status codebook_linear(const CodebookLinear& args, const ParallelFor& parallel_for) {
   const CodebookKernels* kernels = nullptr;
   Status status = choose_kernels(kChoices, &kernels);
-  if (status.ok()) status = check_sizes(args.m, args.n, args.k, args.bits);
+  if (status.ok()) status = check_codebook_sizes(args.m, args.n, args.k, args.bits);
   if (status.ok()) status = check_codebook(args.codebook, args.bits);
   if (!status.ok()) return status;
   if (args.m * args.k > 0 && args.x == nullptr) return Status::invalid("x: expected a pointer, got null");

@@ -146,17 +146,17 @@ struct DistillationRows {
   }
 };
 
-// One block: the mean over the rows that are kept, in a fixed order.
+// One block: how many rows are kept and, unless losses is null, the mean over them, in a fixed order.
 struct DistillationMean {
   static constexpr int kThreads = 256;
   struct Shared {
     double sums[kThreads / kWarp];
     double counts[kThreads / kWarp];
   };
-  const double* losses;
+  const double* losses;   // or nullptr
   const int64_t* target;  // or nullptr
   int64_t rows;
-  float* mean;
+  float* mean;  // null if losses is
   float* kept;
 
   template <class Thread>
@@ -164,13 +164,13 @@ struct DistillationMean {
     double sum = 0.0;
     double count = 0.0;
     for (int64_t row = thread.index(); row < rows; row += kThreads) {
-      sum += thread.load(losses + row);
+      if (losses != nullptr) sum += thread.load(losses + row);
       count += target == nullptr || thread.load(target + row) != kIgnoredTarget ? 1.0 : 0.0;
     }
     sum = reduce_block(thread, shared.sums, sum, Sum());
     count = reduce_block(thread, shared.counts, count, Sum());
     if (thread.index() != 0) return;
-    thread.store(mean, count == 0.0 ? 0.0F : static_cast<float>(sum / count));
+    if (losses != nullptr) thread.store(mean, count == 0.0 ? 0.0F : static_cast<float>(sum / count));
     thread.store(kept, static_cast<float>(count));
   }
 };
@@ -253,6 +253,13 @@ Status launch_distillation_loss(const Launcher& launcher, const DistillationLoss
   });
   if (!status.ok()) return status;
   return launcher.run(DistillationMean{row_losses, args.target, args.rows, loss, kept}, 1);
+}
+
+template <class Launcher>
+Status launch_distillation_kept(const Launcher& launcher, const int64_t* target, int64_t rows, float* kept) {
+  const Status status = check_pointer("kept", kept, 1);
+  if (!status.ok()) return status;
+  return launcher.run(DistillationMean{nullptr, target, rows, nullptr, kept}, 1);
 }
 
 template <class Launcher>

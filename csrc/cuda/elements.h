@@ -131,6 +131,17 @@ KDQ_DEVICE void store_floats(Thread& thread, T* y, bool wide, int64_t count, con
   store_chunk(thread, reinterpret_cast<Bits*>(y), wide, count, bits);
 }
 
+// A single element, of a dtype that is known only at run time.
+template <class Thread>
+KDQ_DEVICE void store_as(Thread& thread, DType dtype, void* y, int64_t at, float value) {
+  if (dtype == DType::kFloat32) {
+    thread.store(static_cast<float*>(y) + at, value);
+  } else {
+    const uint16_t bits = dtype == DType::kFloat16 ? Element<Float16>::narrow(value) : Element<BFloat16>::narrow(value);
+    thread.store(static_cast<uint16_t*>(y) + at, bits);
+  }
+}
+
 // ---- for launching -------------------------------------------------------------------------------------------------
 
 inline bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }

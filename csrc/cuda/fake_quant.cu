@@ -1,4 +1,4 @@
-// The public functions of the fake-quant family on a GPU, but for the rows, which are with int8_linear.
+// The public functions of the fake-quant family on a GPU, but for the rows: rows.cu.
 #include "cuda/fake_quantize.h"
 #include "cuda/fake_quantize_backward.h"
 #include "cuda/launch.h"
@@ -13,6 +13,10 @@ Status fake_quantize(DType dtype, const void* x, void* y, const QuantShape& shap
 Status quantize(DType dtype, const void* x, QType qtype, void* q, const QuantShape& shape, const QuantGrid& grid,
                 Stream stream) {
   return launch_quantize(StreamLauncher(stream), dtype, x, qtype, q, shape, grid);
+}
+
+Status dequantize(QType qtype, const void* q, float* y, const QuantShape& shape, const QuantGrid& grid, Stream stream) {
+  return launch_dequantize(StreamLauncher(stream), qtype, q, y, shape, grid);
 }
 
 size_t fake_quantize_backward_workspace(const QuantShape& shape) { return backward_workspace_bytes(shape); }

@@ -1,4 +1,5 @@
-// fake_quantize and quantize on a GPU: memory-bound, a thread reads, rounds and writes one chunk of 16 bytes.
+// fake_quantize, quantize and dequantize on a GPU: memory-bound, a thread reads, rounds and writes one chunk, of 16
+// bytes where the elements are floats.
 #pragma once
 
 #include "cuda/quant_grid.h"
@@ -54,6 +55,41 @@ struct FakeQuantize {
   }
 };
 
+template <class Q>
+struct Dequantize {
+  static constexpr int kThreads = 256;
+  static constexpr int kCount = kChunk<float>;
+  static constexpr int64_t kElements = int64_t{kThreads} * kCount;  // of a block
+  struct Shared {};
+
+  const Q* q;
+  float* y;
+  int64_t n;
+  bool wide;  // q is a multiple of a chunk's size, y of 16
+  GridView grid;
+
+  template <class Thread>
+  KDQ_DEVICE void operator()(Thread& thread, Shared&) const {
+    const int64_t first = thread.block() * kElements + thread.index() * kCount;
+    if (first >= n) return;
+    Q integers[kCount];
+    if (wide && n - first >= kCount) {
+      using Packet = Words<kCount * sizeof(Q)>;
+      const Packet words = thread.load(reinterpret_cast<const Packet*>(q + first));
+      memcpy(integers, &words, sizeof(integers));
+    } else {
+      for (int i = 0; i < kCount; ++i) integers[i] = first + i < n ? thread.load(q + first + i) : Q{0};
+    }
+    GridCursor<Thread> cursor(thread, grid, first);
+    float values[kCount] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (first + i < n) values[i] = cursor.next().dequantized(static_cast<float>(integers[i]));
+    }
+    store_floats(thread, y + first, wide, n - first, values);
+  }
+};
+
 template <class T, class Y, class Launcher>
 Status launch_quantized(const Launcher& launcher, const void* x, void* y, const QuantShape& shape,
                         const QuantGrid& grid) {
@@ -88,6 +124,23 @@ Status launch_quantize(const Launcher& launcher, DType dtype, const void* x, QTy
     if (qtype == QType::kUInt8) return launch_quantized<T, uint8_t>(launcher, x, q, shape, grid);
     return launch_quantized<T, int32_t>(launcher, x, q, shape, grid);
   });
+}
+
+template <class Launcher>
+Status launch_dequantize(const Launcher& launcher, QType qtype, const void* q, float* y, const QuantShape& shape,
+                         const QuantGrid& grid) {
+  const Status status = check_quant_call(shape, grid, "q", q, "y", y);
+  if (!status.ok()) return status;
+  const int64_t n = shape.outer * shape.channels * shape.inner;
+  const auto launch = [&](auto integer) {
+    using Q = decltype(integer);
+    const bool wide = is_aligned(q, sizeof(Q) * kChunk<float>) && is_aligned(y, 16);
+    const Dequantize<Q> kernel = {static_cast<const Q*>(q), y, n, wide, view_of(shape, grid)};
+    return launcher.run(kernel, ceil_div(n, kernel.kElements));
+  };
+  if (qtype == QType::kInt8) return launch(int8_t{});
+  if (qtype == QType::kUInt8) return launch(uint8_t{});
+  return launch(int32_t{});
 }
 
 }  // namespace kdq::cuda

@@ -1,20 +1,24 @@
-// Row quantization and the int8 family on a GPU: the public functions.
+// The int8 family on a GPU: the public functions.
 #include "cuda/int8_gemm.h"
 
+#include "cuda/float_linear.h"
 #include "cuda/launch.h"
 
 namespace kdq::cuda {
 
-Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int8_t* q, float* scale, Stream stream) {
-  return launch_quantize_rows(StreamLauncher(stream), dtype, x, rows, cols, q, scale);
+size_t int8_matmul_workspace(int64_t m, int64_t n, int64_t k) { return partial_bytes(m, n, k); }
+
+Status int8_matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, int32_t* out, void* workspace,
+                   Stream stream) {
+  return launch_int8_matmul(StreamLauncher(stream), a, b, m, n, k, out, workspace);
 }
 
-Status int8_matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, int32_t* out, Stream stream) {
-  return launch_int8_matmul(StreamLauncher(stream), a, b, m, n, k, out);
-}
-
-size_t int8_linear_workspace(int64_t m, int64_t k) { return linear_workspace_bytes(m, k); }
+size_t int8_linear_workspace(int64_t m, int64_t n, int64_t k) { return linear_workspace_bytes(m, n, k); }
 
 Status int8_linear(const Int8Linear& args, Stream stream) { return launch_int8_linear(StreamLauncher(stream), args); }
+
+Status int8_weight_only_linear(const Int8Linear& args, Stream stream) {
+  return launch_weight_only_linear(StreamLauncher(stream), args);
+}
 
 }  // namespace kdq::cuda

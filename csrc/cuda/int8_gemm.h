@@ -1,110 +1,106 @@
 // int8_matmul and int8_linear on a GPU: what the tiled product makes of int8, and what becomes of its sums.
 #pragma once
 
-#include <cfloat>
-#include <cmath>
-
 #include "core/checks.h"
-#include "cuda/product.h"
+#include "cuda/linear_output.h"
 #include "cuda/quantize_rows.h"
-#include "kdq/cuda.h"
+#include "cuda/small_product.h"
 
 namespace kdq::cuda {
 
-// Sums as they are.
-struct Int32Output {
-  int32_t* out;
-  int64_t cols;
+// Static activations: a holds q - kStaticShift, and the zero point's share of a sum is known from the column.
+struct StaticInt8Product {
+  static constexpr bool kCounts = true;
+  StaticGrid grid;
 
   template <class Thread>
-  KDQ_DEVICE void store(Thread& thread, int64_t row, int64_t col, int32_t sum, uint32_t, uint32_t) const {
-    thread.store(out + row * cols + col, sum);
+  static KDQ_DEVICE void mma(Thread& thread, int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    thread.mma_int8(c, a, b);
+  }
+  template <class Thread>
+  static KDQ_DEVICE uint32_t count(Thread& thread, uint32_t word) {
+    return static_cast<uint32_t>(thread.byte_sum(word));
+  }
+  // Unsigned steps wrap; the result fits.
+  template <class Thread>
+  KDQ_DEVICE int32_t result(Thread& thread, int32_t sum, uint32_t, uint32_t of_b) const {
+    const auto offset = static_cast<uint32_t>(kStaticShift - grid.zero_point_in(thread));
+    return static_cast<int32_t>(static_cast<uint32_t>(sum) + offset * of_b);
   }
 };
 
-KDQ_DEVICE float activate(float y, Activation activation) {
-  if (activation == Activation::kRelu) return y < 0.0F ? 0.0F : y;
-  if (activation == Activation::kGelu) return 0.5F * y * erfcf(y * -0.70710678F);
-  return y / (1.0F + expf(-y));  // SiLU
-}
-
-// activation(sum * (row_scale * weight_scale) + bias), cast.
+// Exact sums to floats.
 struct ScaledOutput {
-  void* y;
-  DType dtype;
-  int64_t cols;
+  static constexpr bool kBits = false;
+  LinearOutput to;
   const float* row_scale;
-  const float* weight_scale;
-  const float* bias;  // or nullptr
-  Activation activation;
 
-  // Not inlined: a thread stores 64 results, and each would bring all of this.
   template <class Thread>
-  KDQ_DEVICE_CALL void store(Thread& thread, int64_t row, int64_t col, int32_t sum, uint32_t, uint32_t) const {
-    const float of_row = thread.load(row_scale + row);
-    float scale = of_row * thread.load(weight_scale + col);
-    if (scale > FLT_MAX) scale = FLT_MAX;             // inf * 0 would be NaN where the true result is 0
-    if (!is_finite(of_row)) scale = of_row - of_row;  // NaN, as everything in such a row
-    float value = static_cast<float>(sum) * scale + (bias == nullptr ? 0.0F : thread.load(bias + col));
-    if (activation != Activation::kNone) value = activate(value, activation);
-    const int64_t at = row * cols + col;
-    if (dtype == DType::kFloat32) {
-      thread.store(static_cast<float*>(y) + at, value);
-    } else {
-      const uint16_t bits =
-          dtype == DType::kFloat16 ? Element<Float16>::narrow(value) : Element<BFloat16>::narrow(value);
-      thread.store(static_cast<uint16_t*>(y) + at, bits);
-    }
+  KDQ_DEVICE void store(Thread& thread, int64_t row, int64_t col, int32_t sum) const {
+    to.store(thread, row, col, static_cast<float>(sum), thread.load(row_scale + row));
   }
 };
 
-inline Status check_product(int64_t m, int64_t n, int64_t k) {
-  if (m >= 0 && n >= 0 && k >= 0 && k <= kInt8MaxK) return {};
-  return Status::invalid("m, n, k: expected at least 0, and k up to " + std::to_string(kInt8MaxK) +
-                         ", beyond which int32 sums overflow, got " + std::to_string(m) + ", " + std::to_string(n) +
-                         ", " + std::to_string(k));
+inline Status check_product(int64_t m, int64_t n, int64_t k, int64_t max_k = kInt8MaxK) {
+  if (m < 0 || n < 0 || k < 0) return Status::invalid("m, n, k: expected sizes of at least 0");
+  if (k > max_k) {
+    return Status::invalid("k: " + std::to_string(k) + " would overflow int32 sums; expected at most " +
+                           std::to_string(max_k));
+  }
+  return {};
 }
 
+// partial: partial_bytes(m, n, k), or nullptr.
 template <class Launcher>
 Status launch_int8_matmul(const Launcher& launcher, const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
-                          int32_t* out) {
+                          int32_t* out, void* partial) {
   Status status = check_product(m, n, k);
   if (status.ok()) status = check_pointer("a", a, m * k);
   if (status.ok()) status = check_pointer("b", b, n * k);
   if (status.ok()) status = check_pointer("out", out, m * n);
   if (!status.ok()) return status;
-  const TiledProduct<Int8Product, Int32Output> kernel = {operand_of(a, m, k), operand_of(b, n, k), {out, n}};
-  return launcher.run(kernel, kernel.blocks());
+  return launch_product(launcher, Int8Product(), operand_of(a, m, k), operand_of(b, n, k), Int32Output{out, n},
+                        static_cast<int32_t*>(partial));
 }
 
-// Row scales, then quantized rows.
+// Row scales, then quantized rows, then results of pieces of k.
 inline size_t linear_scale_bytes(int64_t m) { return static_cast<size_t>(ceil_div(m * 4, 16) * 16); }
-inline size_t linear_workspace_bytes(int64_t m, int64_t k) {
-  return linear_scale_bytes(m) + static_cast<size_t>(m * k);
+inline size_t linear_partial_offset(int64_t m, int64_t k) {
+  return linear_scale_bytes(m) + static_cast<size_t>(ceil_div(m * k, 16) * 16);
+}
+inline size_t linear_workspace_bytes(int64_t m, int64_t n, int64_t k) {
+  return linear_partial_offset(m, k) + partial_bytes(m, n, k);
 }
 
-inline Status check_linear(const Int8Linear& args) {
-  Status status = check_product(args.m, args.n, args.k);
-  if (status.ok()) status = check_pointer("x", args.x, args.m * args.k);
-  if (status.ok()) status = check_pointer("weight", args.weight, args.n * args.k);
-  if (status.ok()) status = check_pointer("weight_scale", args.weight_scale, args.n);
-  if (status.ok()) status = check_pointer("y", args.y, args.m * args.n);
+inline Status check_int8_linear(const Int8Linear& args) {
+  Status status = check_product(args.m, args.n, args.k, args.is_static ? kInt8StaticMaxK : kInt8MaxK);
+  if (status.ok() && args.is_static && (args.input_quant_max < 1 || args.input_quant_max > 255)) {
+    return Status::invalid("input_quant_max: expected 1 to 255, got " + std::to_string(args.input_quant_max));
+  }
+  if (status.ok()) status = check_linear_pointers(args);
   if (status.ok()) status = check_pointer("workspace", args.workspace, args.m);
   return status;
 }
 
 template <class Launcher>
 Status launch_int8_linear(const Launcher& launcher, const Int8Linear& args) {
-  Status status = check_linear(args);
+  Status status = check_int8_linear(args);
   if (!status.ok() || args.m * args.n == 0) return status;
-  float* scale = static_cast<float*>(args.workspace);
-  int8_t* q = static_cast<int8_t*>(args.workspace) + linear_scale_bytes(args.m);
-  status = launch_quantize_rows(launcher, args.dtype, args.x, args.m, args.k, q, scale);
-  if (!status.ok()) return status;
-  const ScaledOutput output = {args.y, args.dtype, args.n, scale, args.weight_scale, args.bias, args.activation};
-  const TiledProduct<Int8Product, ScaledOutput> kernel = {operand_of(q, args.m, args.k),
-                                                          operand_of(args.weight, args.n, args.k), output};
-  return launcher.run(kernel, kernel.blocks());
+  char* workspace = static_cast<char*>(args.workspace);
+  float* scale = reinterpret_cast<float*>(workspace);
+  int8_t* q = reinterpret_cast<int8_t*>(workspace + linear_scale_bytes(args.m));
+  int32_t* partial = reinterpret_cast<int32_t*>(workspace + linear_partial_offset(args.m, args.k));
+  const Operand rows = operand_of(q, args.m, args.k);
+  const Operand weight = operand_of(args.weight, args.n, args.k);
+  const ScaledOutput output = {linear_output(args), scale};
+  if (!args.is_static) {
+    status = launch_quantize_rows(launcher, args.dtype, args.x, args.m, args.k, q, scale);
+    return status.ok() ? launch_product(launcher, Int8Product(), rows, weight, output, partial) : status;
+  }
+  const StaticGrid grid = {args.input_scale_at, args.input_scale, args.input_zero_point_at, args.input_zero_point,
+                           static_cast<float>(args.input_quant_max)};
+  status = launch_quantize_rows_static(launcher, args.dtype, args.x, args.m, args.k, grid, q, scale);
+  return status.ok() ? launch_product(launcher, StaticInt8Product{grid}, rows, weight, output, partial) : status;
 }
 
 }  // namespace kdq::cuda

@@ -44,6 +44,9 @@ struct GpuThread {
 
   KDQ_DEVICE int popcount(uint32_t word) const { return __popc(word); }
 
+  // The sum of four int8.
+  KDQ_DEVICE int32_t byte_sum(uint32_t word) const { return __dp4a(static_cast<int32_t>(word), 0x01010101, 0); }
+
   // c [16, 8] += a [16, 32] @ b [32, 8] on int8, the fragments of a warp as PTX lays out mma.m16n8k32.
   KDQ_DEVICE void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

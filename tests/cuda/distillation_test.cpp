@@ -1,5 +1,8 @@
 // The distillation loss for GPUs against the reference.
 #include "cuda/distillation.h"
+
+#include <utility>
+
 #include "support.h"
 
 namespace kdq::test {
@@ -70,7 +73,9 @@ struct Result {
     float* scalar = scalars.data();
     require(cuda::launch_distillation_loss(launcher, args, statistics.data(), losses.data(), scalar, scalar + 1));
     loss = scalar[0];
-    kept = scalar[1];
+    kept = std::exchange(scalar[1], -1.0F);
+    require(cuda::launch_distillation_kept(launcher, args.target, args.rows, scalar + 1));
+    CHECK(scalar[1] == kept, "counted again: %g", static_cast<double>(scalar[1]));
     Buffer<T>& out = in_place ? student : grad;
     run_watched(out, [&] {
       return cuda::launch_distillation_loss_backward(launcher, args, statistics.data(), scalar + 1, scalar + 2,

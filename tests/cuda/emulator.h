@@ -104,6 +104,12 @@ class Thread {
 
   int popcount(uint32_t word) const { return __builtin_popcount(word); }
 
+  int32_t byte_sum(uint32_t word) const {
+    int32_t sum = 0;
+    for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(word >> i & 255U);
+    return sum;
+  }
+
   void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
   void mma_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 

@@ -1,7 +1,6 @@
-// Fake-quant kernels for GPUs against the reference: conversions, forward, quantize, gradients, rows.
+// Fake-quant kernels for GPUs against the reference: conversions, forward, quantize, dequantize, gradients.
 #include "cuda/fake_quantize.h"
 #include "cuda/fake_quantize_backward.h"
-#include "cuda/quantize_rows.h"
 #include "support.h"
 
 namespace kdq::test {
@@ -119,6 +118,24 @@ void test_quantize(QType qtype, const QuantShape& shape, const GridCase& c, cons
   CHECK_SAME(out.values(), expected, name(shape));
 }
 
+template <class Q>
+void test_dequantize(QType qtype, const QuantShape& shape, const GridCase& c, const Setting& setting) {
+  const OwnedGrid owned(c, shape.channels);
+  std::vector<Q> q(elements(shape));
+  for (Q& value : q) value = static_cast<Q>(generator()());
+  if (qtype == QType::kInt32) {
+    for (Q& value : q) value = static_cast<Q>(value % 1000000);
+  }
+  std::vector<float> expected(q.size());
+  require(dequantize(qtype, q.data(), expected.data(), shape, owned.grid, serial_executor()));
+  Buffer<Q> in(q, setting.place);
+  Buffer<float> out(q.size(), setting.place);
+  run_watched(out, [&] {
+    return cuda::launch_dequantize(Launcher(setting.descending), qtype, in.data(), out.data(), shape, owned.grid);
+  });
+  CHECK_SAME(out.values(), expected, name(shape));
+}
+
 // The size of what is added up for a channel's gradients, against which rounding is to be seen.
 template <class T>
 std::vector<double> magnitudes(const std::vector<T>& grad_y, const QuantShape& shape, const QuantGrid& grid) {
@@ -168,33 +185,6 @@ void test_backward(const QuantShape& shape, const GridCase& c, const Setting& se
   CHECK_SAME(grad.values(), expected, name(shape) + " in place");
 }
 
-template <class T>
-void test_rows(int64_t cols, const Setting& setting) {
-  constexpr int64_t kRows = 9;
-  const auto n = static_cast<size_t>(kRows * cols);
-  std::vector<float> values = normals(n);
-  const auto row = [&](int64_t r) { return values.begin() + r * cols; };
-  std::fill(row(1), row(2), 0.0F);
-  for (auto i = row(2); i < row(3); ++i) *i *= 1e-41F;
-  if (cols > 0) *(row(4) - 1) = NAN;
-  if (cols > 0) *row(5) = -INFINITY;
-  for (auto i = row(6); i < row(7); ++i) *i *= 1e38F;
-  const std::vector<T> x = narrowed<T>(values);
-  std::vector<int8_t> expected(n);
-  std::vector<float> expected_scale(kRows);
-  require(
-      quantize_rows(dtype_of<T>(), x.data(), kRows, cols, expected.data(), expected_scale.data(), serial_executor()));
-  Buffer<T> in(x, setting.place);
-  Buffer<int8_t> q(n, setting.place);
-  Buffer<float> scale(kRows, setting.place);
-  run_watched(q, [&] {
-    return cuda::launch_quantize_rows(Launcher(setting.descending), dtype_of<T>(), in.data(), kRows, cols, q.data(),
-                                      scale.data());
-  });
-  CHECK_SAME(q.values(), expected, std::to_string(cols) + " columns");
-  CHECK_SAME(scale.values(), expected_scale, std::to_string(cols) + " columns");
-}
-
 void test_refusals() {
   const float x[4] = {};
   float y[4];
@@ -209,6 +199,7 @@ void test_refusals() {
   refuses("x:", cuda::launch_fake_quantize(launcher, DType::kFloat32, nullptr, y, {1, 1, 4}, grid));
   refuses("shape", cuda::launch_fake_quantize(launcher, DType::kFloat32, x, y, {1, -1, 4}, grid));
   refuses("uint8", cuda::launch_quantize(launcher, DType::kFloat32, x, QType::kUInt8, y, {1, 1, 4}, grid));
+  refuses("q:", cuda::launch_dequantize(launcher, QType::kInt8, nullptr, y, {1, 1, 4}, grid));
   refuses("workspace", cuda::launch_fake_quantize_backward(launcher, DType::kFloat32, x, x, nullptr, y, nullptr,
                                                            {2, 1, 2}, grid, nullptr));
   grid.zero_point_kind = ZeroPointKind::kInt32;
@@ -228,6 +219,12 @@ void test_elementwise(const QuantShape& shape, const GridCase& c, const Setting&
   });
 }
 
+void test_integers(const QuantShape& shape, const GridCase& c, const Setting& setting) {
+  test_dequantize<int8_t>(QType::kInt8, shape, c, setting);
+  test_dequantize<uint8_t>(QType::kUInt8, shape, c, setting);
+  test_dequantize<int32_t>(QType::kInt32, shape, c, setting);
+}
+
 void run_all() {
 #if !defined(__CUDACC__)
   test_conversions();
@@ -236,9 +233,7 @@ void run_all() {
   for (const Setting& setting : kSettings) {
     for (const GridCase& c : kGrids) {
       for (const QuantShape& shape : kShapes) test_elementwise(shape, c, setting);
-    }
-    for (int64_t cols : {0, 1, 7, 64, 1000, 1500, 2048}) {
-      for_each_dtype([&](auto element) { test_rows<decltype(element)>(cols, setting); });
+      for (const QuantShape& shape : kShapes) test_integers(shape, c, setting);
     }
   }
 }

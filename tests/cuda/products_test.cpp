@@ -1,7 +1,7 @@
 // Signs, binary products and int8 products for GPUs against the reference.
 #include "cuda/binary_gemm.h"
+#include "cuda/float_linear.h"
 #include "cuda/int8_gemm.h"
-#include "cuda/signs.h"
 #include "support.h"
 
 namespace kdq::test {
@@ -58,6 +58,59 @@ void test_binary(const Size& s, const Setting& setting) {
   CHECK_SAME(out.values(), expected, name(s));
 }
 
+// The two layers on values (bits = false) or on their signs.
+template <class T>
+void test_binary_layers(const Size& s, bool bits, const Setting& setting) {
+  const std::vector<T> x = narrowed<T>(normals(static_cast<size_t>(s.m * s.k)));
+  const std::vector<uint64_t> x_bits = packed(x, s.m, s.k);
+  const std::vector<uint64_t> w = packed(normals(static_cast<size_t>(s.n * s.k)), s.n, s.k);
+  const std::vector<float> scale = normals(static_cast<size_t>(s.n));
+  const std::vector<float> bias = normals(static_cast<size_t>(s.n));
+  std::vector<int32_t> threshold(static_cast<size_t>(s.n));
+  for (size_t i = 0; i < threshold.size(); ++i) threshold[i] = static_cast<int32_t>(i % 17) - 8;
+  std::vector<T> y(static_cast<size_t>(s.m * s.n));
+  std::vector<uint64_t> y_bits(words(s.m, s.n));
+  BinaryLinear linear;
+  BinaryThreshold hidden;
+  linear.dtype = hidden.dtype = dtype_of<T>();
+  linear.m = hidden.m = s.m;
+  linear.n = hidden.n = s.n;
+  linear.k = hidden.k = s.k;
+  const auto point_to = [&](const void* values, const uint64_t* signs, const uint64_t* weight, const float* of_scale,
+                            const float* of_bias, const int32_t* of_threshold) {
+    linear.x = hidden.x = bits ? nullptr : values;
+    linear.x_bits = hidden.x_bits = bits ? signs : nullptr;
+    linear.weight_bits = hidden.weight_bits = weight;
+    linear.weight_scale = of_scale;
+    linear.bias = bits ? nullptr : of_bias;
+    hidden.threshold = of_threshold;
+  };
+  point_to(x.data(), x_bits.data(), w.data(), scale.data(), bias.data(), threshold.data());
+  linear.y = y.data();
+  hidden.y_bits = y_bits.data();
+  require(binary_linear(linear, serial_executor()));
+  require(binary_threshold(hidden, serial_executor()));
+
+  Buffer<T> in(x, setting.place);
+  Buffer<uint64_t> in_bits(x_bits, setting.place);
+  Buffer<uint64_t> weight(w, setting.place);
+  Buffer<float> of_scale(scale, setting.place);
+  Buffer<float> of_bias(bias, setting.place);
+  Buffer<int32_t> of_threshold(threshold, setting.place);
+  Buffer<T> out(y.size(), setting.place);
+  Buffer<uint64_t> out_bits(y_bits.size(), setting.place);
+  Buffer<uint64_t> workspace(x_bits.size(), Place::kStart);
+  point_to(in.data(), in_bits.data(), weight.data(), of_scale.data(), of_bias.data(), of_threshold.data());
+  linear.y = out.data();
+  hidden.y_bits = out_bits.data();
+  void* scratch = bits ? nullptr : workspace.data();
+  const Launcher launcher(setting.descending);
+  run_watched(out, [&] { return cuda::launch_binary_linear(launcher, linear, scratch); });
+  run_watched(out_bits, [&] { return cuda::launch_binary_threshold(launcher, hidden, scratch); });
+  CHECK_SAME(out.values(), y, name(s));
+  CHECK_SAME(out_bits.values(), y_bits, name(s));
+}
+
 std::vector<int8_t> integers(int64_t n) {
   std::vector<int8_t> values(static_cast<size_t>(n));
   for (int8_t& value : values) value = static_cast<int8_t>(generator()());
@@ -82,8 +135,11 @@ void test_int8(const Size& s, const Setting& setting) {
   Buffer<int8_t> of_a(a, setting.place);
   Buffer<int8_t> of_b(b, setting.place);
   Buffer<int32_t> out(expected.size(), setting.place);
+  Buffer<char> workspace(cuda::partial_bytes(s.m, s.n, s.k), Place::kStart);
+  void* partial = workspace.bytes() == 0 ? nullptr : workspace.data();
   run_watched(out, [&] {
-    return cuda::launch_int8_matmul(Launcher(setting.descending), of_a.data(), of_b.data(), s.m, s.n, s.k, out.data());
+    return cuda::launch_int8_matmul(Launcher(setting.descending), of_a.data(), of_b.data(), s.m, s.n, s.k, out.data(),
+                                    partial);
   });
   CHECK_SAME(out.values(), expected, name(s));
 }
@@ -97,8 +153,62 @@ bool close(const T& got, const T& expected) {
   return same(got, expected) || std::fabs(a - b) <= step * std::fabs(b) + 1e-6;
 }
 
+// Floats against the reference's, whose sums have another order.
 template <class T>
-void test_linear(const Size& s, Activation activation, bool has_bias, const Setting& setting) {
+void test_weight_only(const Size& s, Activation activation, bool has_bias, const Setting& setting) {
+  const std::vector<T> x = narrowed<T>(normals(static_cast<size_t>(s.m * s.k)));
+  const std::vector<int8_t> w = integers(s.n * s.k);
+  const std::vector<char> weight = packed_weight(w, s.n, s.k);
+  const std::vector<float> scale(static_cast<size_t>(s.n), 0.01F);
+  const std::vector<float> bias = normals(static_cast<size_t>(s.n));
+  std::vector<T> expected(static_cast<size_t>(s.m * s.n));
+  Int8Linear on_cpu;
+  on_cpu.dtype = dtype_of<T>();
+  on_cpu.x = x.data();
+  on_cpu.y = expected.data();
+  on_cpu.m = s.m;
+  on_cpu.k = s.k;
+  on_cpu.packed = weight.data();
+  on_cpu.packed_bytes = weight.size();
+  on_cpu.weight_scale = scale.data();
+  on_cpu.bias = has_bias ? bias.data() : nullptr;
+  on_cpu.activation = activation;
+  require(int8_weight_only_linear(on_cpu, serial_executor()));
+
+  Buffer<T> in(x, setting.place);
+  Buffer<float> of_scale(scale, setting.place);
+  Buffer<float> of_bias(bias, setting.place);
+  Buffer<int8_t> of_w(w, setting.place);
+  Buffer<T> out(expected.size(), setting.place);
+  cuda::Int8Linear args;
+  args.dtype = dtype_of<T>();
+  args.x = in.data();
+  args.y = out.data();
+  args.m = s.m;
+  args.n = s.n;
+  args.k = s.k;
+  args.weight = of_w.data();
+  args.weight_scale = of_scale.data();
+  args.bias = has_bias ? of_bias.data() : nullptr;
+  args.activation = activation;
+  run_watched(out, [&] { return cuda::launch_weight_only_linear(Launcher(setting.descending), args); });
+  const std::vector<T> got = out.values();
+  const double step = dtype_of<T>() == DType::kFloat32 ? 0.0 : dtype_of<T>() == DType::kBFloat16 ? 8e-3 : 1e-3;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double a = static_cast<double>(reference::load(&got[i]));
+    const double b = static_cast<double>(reference::load(&expected[i]));
+    const double of_sum = 1e-6 * 1.28 * static_cast<double>(s.k + 1);  // 0.01 * 128 a product
+    CHECK(std::fabs(a - b) <= of_sum + step * std::fabs(b), "%s at %zu: %g, expected %g", name(s).c_str(), i, a, b);
+  }
+}
+
+// Dynamic activations, static ones by numbers, or by numbers in device memory.
+enum class Input { kDynamic, kStatic, kStaticAt };
+
+template <class T>
+void test_linear(const Size& s, Activation activation, bool has_bias, Input input, const Setting& setting) {
+  constexpr float kInputScale = 0.02F;
+  constexpr int32_t kZeroPoint = 101;
   std::vector<float> values = normals(static_cast<size_t>(s.m * s.k));
   values[0] = NAN;                                           // row 0
   if (s.m > 1) values[static_cast<size_t>(s.k)] = INFINITY;  // row 1
@@ -120,6 +230,10 @@ void test_linear(const Size& s, Activation activation, bool has_bias, const Sett
   on_cpu.weight_scale = scale.data();
   on_cpu.bias = has_bias ? bias.data() : nullptr;
   on_cpu.activation = activation;
+  on_cpu.is_static = input != Input::kDynamic;
+  on_cpu.input_scale = kInputScale;
+  on_cpu.input_zero_point = kZeroPoint;
+  on_cpu.input_quant_max = 200;
   require(int8_linear(on_cpu, serial_executor()));
 
   Buffer<T> in(x, setting.place);
@@ -127,7 +241,9 @@ void test_linear(const Size& s, Activation activation, bool has_bias, const Sett
   Buffer<float> of_bias(bias, setting.place);
   Buffer<int8_t> of_w(w, setting.place);
   Buffer<T> out(expected.size(), setting.place);
-  Buffer<char> workspace(cuda::linear_workspace_bytes(s.m, s.k), Place::kStart);
+  Buffer<char> workspace(cuda::linear_workspace_bytes(s.m, s.n, s.k), Place::kStart);
+  Buffer<float> input_scale(std::vector<float>{kInputScale}, setting.place);
+  Buffer<int32_t> zero_point(std::vector<int32_t>{kZeroPoint}, setting.place);
   cuda::Int8Linear args;
   args.dtype = dtype_of<T>();
   args.x = in.data();
@@ -140,6 +256,12 @@ void test_linear(const Size& s, Activation activation, bool has_bias, const Sett
   args.bias = has_bias ? of_bias.data() : nullptr;
   args.activation = activation;
   args.workspace = workspace.data();
+  args.is_static = input != Input::kDynamic;
+  args.input_quant_max = 200;
+  if (input == Input::kStatic) args.input_scale = kInputScale;
+  if (input == Input::kStatic) args.input_zero_point = kZeroPoint;
+  if (input == Input::kStaticAt) args.input_scale_at = input_scale.data();
+  if (input == Input::kStaticAt) args.input_zero_point_at = zero_point.data();
   run_watched(out, [&] { return cuda::launch_int8_linear(Launcher(setting.descending), args); });
   const std::vector<T> got = out.values();
   for (size_t i = 0; i < got.size(); ++i) {
@@ -152,29 +274,90 @@ void test_refusals() {
   const Launcher launcher(false);
   int32_t out = 0;
   const int8_t a[2] = {};
-  CHECK(!cuda::launch_int8_matmul(launcher, a, a, 1, 1, kInt8MaxK + 1, &out).ok(), "k is too large");
-  CHECK(!cuda::launch_int8_matmul(launcher, nullptr, a, 1, 1, 2, &out).ok(), "a is null");
-  CHECK(!cuda::launch_binary_matmul(launcher, nullptr, nullptr, 1, 1, -1, &out).ok(), "k is negative");
-  CHECK(!cuda::launch_int8_linear(launcher, cuda::Int8Linear{DType::kFloat32, a, &out, 1, 1, 1}).ok(), "no weight");
+  const auto refuses = [](const char* what, const Status& status) {
+    const bool names_it = status.message().find(what) != std::string::npos;
+    CHECK(!status.ok() && names_it, "expected a complaint about %s, got '%s'", what, status.message().c_str());
+  };
+  refuses("k:", cuda::launch_int8_matmul(launcher, a, a, 1, 1, kInt8MaxK + 1, &out, nullptr));
+  refuses("a:", cuda::launch_int8_matmul(launcher, nullptr, a, 1, 1, 2, &out, nullptr));
+  refuses("k:", cuda::launch_binary_matmul(launcher, nullptr, nullptr, 1, 1, -1, &out));
+  cuda::Int8Linear linear{DType::kFloat32, a, &out, 1, 1, 1};
+  refuses("weight:", cuda::launch_int8_linear(launcher, linear));
+  linear.is_static = true;
+  linear.input_quant_max = 256;
+  refuses("input_quant_max", cuda::launch_int8_linear(launcher, linear));
+  linear.k = kInt8StaticMaxK + 1;
+  refuses("k:", cuda::launch_int8_linear(launcher, linear));
+  BinaryLinear binary;
+  binary.m = binary.n = binary.k = 1;
+  binary.y = &out;
+  refuses("weight_scale", cuda::launch_binary_linear(launcher, binary, nullptr));
+  BinaryThreshold threshold;
+  threshold.m = threshold.n = threshold.k = 1;
+  uint64_t bits = 0;
+  threshold.y_bits = &bits;
+  threshold.threshold = &out;
+  threshold.weight_bits = &bits;
+  refuses("x:", cuda::launch_binary_threshold(launcher, threshold, nullptr));
+  threshold.x = &out;
+  refuses("workspace", cuda::launch_binary_threshold(launcher, threshold, nullptr));
+}
+
+// How many pieces of k, and that they cover it.
+void test_splits() {
+  CHECK(cuda::splits_of(4096, 4096, 4096) == 1, "enough tiles");
+  CHECK(cuda::splits_of(128, 4096, 4096) == 4, "32 tiles");
+  CHECK(cuda::splits_of(128, 128, 4096) == 4, "pieces of 1 KiB");
+  CHECK(cuda::splits_of(16, 4096, 4096) == 1, "small_product.h does it");
+  CHECK(cuda::partial_bytes(128, 128, 4096) == 4 * 128 * 128 * 4, "an int32 a result and piece");
+}
+
+void test_products(const Setting& setting) {
+  // Few rows; less than a tile, several tiles, bytes in 16s, 4s and ones, several steps.
+  for (const Size& size : {Size{1, 1, 1}, Size{130, 140, 64}, Size{9, 30, 1000}, Size{20, 5, 512}, Size{16, 9, 4500},
+                           Size{17, 20, 130}, Size{3, 2, 0}, Size{18, 2, 0}, Size{0, 3, 5}, Size{3, 0, 5}}) {
+    test_binary(size, setting);
+    test_binary_layers<float>(size, false, setting);
+  }
+  test_binary_layers<BFloat16>({7, 66, 100}, false, setting);
+  test_binary_layers<Float16>({19, 150, 70}, false, setting);
+  test_binary_layers<float>({5, 129, 70}, true, setting);
+  test_binary_layers<float>({40, 65, 70}, true, setting);
+  for (const Size& size : {Size{1, 1, 1}, Size{130, 133, 37}, Size{20, 9, 160}, Size{65, 70, 44}, Size{3, 2, 0},
+                           Size{1, 40, 1000}, Size{8, 9, 2048}, Size{9, 17, 63}, Size{16, 8, 516}, Size{20, 2, 0}}) {
+    test_int8(size, setting);
+  }
+  // Pieces of k: the last one shorter, rows that end within a piece's last step, and a last piece of nothing.
+  for (const Size& size : {Size{20, 9, 2048}, Size{17, 130, 3101}, Size{17, 3, 18450}}) test_int8(size, setting);
+}
+
+void test_linears(const Setting& setting) {
+  for (Input input : {Input::kDynamic, Input::kStatic, Input::kStaticAt}) {
+    test_linear<float>({5, 9, 100}, Activation::kNone, true, input, setting);
+    test_linear<float>({18, 9, 100}, Activation::kNone, true, input, setting);
+    test_linear<float>({4, 8, 64}, Activation::kGelu, false, input, setting);
+    test_linear<BFloat16>({5, 9, 33}, Activation::kSilu, true, input, setting);
+    test_linear<Float16>({3, 130, 48}, Activation::kRelu, true, input, setting);
+    test_linear<BFloat16>({21, 9, 2110}, Activation::kRelu, true, input, setting);
+  }
+  for (const Size& size : {Size{1, 1, 1}, Size{5, 19, 100}, Size{16, 9, 1000}, Size{17, 3, 31}, Size{70, 66, 96}}) {
+    test_weight_only<float>(size, Activation::kNone, true, setting);
+    test_weight_only<BFloat16>(size, Activation::kRelu, false, setting);
+    test_weight_only<Float16>(size, Activation::kSilu, true, setting);
+  }
+  test_weight_only<float>({2, 3, 0}, Activation::kNone, true, setting);
+  test_weight_only<float>({20, 3, 0}, Activation::kNone, true, setting);
 }
 
 void run_all() {
   test_refusals();
+  test_splits();
   for (const Setting& setting : kSettings) {
     for (int64_t k : {1, 63, 64, 65, 200, 1000}) {
       for_each_dtype([&](auto element) { test_signs<decltype(element)>(k, setting); });
     }
-    // Less than a tile, several tiles, bytes in 16s, 4s and ones, several steps.
-    for (const Size& size : {Size{1, 1, 1}, Size{130, 140, 64}, Size{9, 30, 1000}, Size{20, 5, 512}, Size{3, 2, 0}}) {
-      test_binary(size, setting);
-    }
-    for (const Size& size : {Size{1, 1, 1}, Size{130, 133, 37}, Size{20, 9, 160}, Size{65, 70, 44}, Size{3, 2, 0}}) {
-      test_int8(size, setting);
-    }
-    test_linear<float>({5, 9, 100}, Activation::kNone, true, setting);
-    test_linear<float>({4, 8, 64}, Activation::kGelu, false, setting);
-    test_linear<BFloat16>({5, 9, 33}, Activation::kSilu, true, setting);
-    test_linear<Float16>({3, 130, 48}, Activation::kRelu, true, setting);
+    test_products(setting);
+    test_linears(setting);
   }
 }
 

@@ -169,8 +169,9 @@ def test_compiled_training_step_matches_eager() -> None:
     torch.testing.assert_close(s.grad, eager)
 
 
-def test_gradients_pass_opcheck() -> None:
-    s, t, target = random_case()
+def test_gradients_pass_opcheck(device: str) -> None:
+    s, t, target = (x.detach().to(device) for x in random_case())
+    s.requires_grad_()
     torch.library.opcheck(torch.ops.kdq.distillation_loss.default, (s, t, target, 2.0, 0.5))
 
 
@@ -199,8 +200,8 @@ def test_bad_arguments_raise_value_error(call: Callable[[], Any], message: str) 
         call()
 
 
-def test_no_rows_are_no_loss() -> None:
-    empty = torch.zeros(0, 3, requires_grad=True)
+def test_no_rows_are_no_loss(device: str) -> None:
+    empty = torch.zeros(0, 3, requires_grad=True, device=device)
     loss = kk.distillation_loss(empty, empty.detach(), temperature=1.0, alpha=1.0)
     loss.backward()
     assert loss == 0

@@ -16,87 +16,14 @@ from torch import Tensor
 
 import kdq_kernels as kk
 from kdq_kernels import _torch_library
+from op_cases import INDICES, int8, moved, op_cases, randn
 
 ops = torch.ops.kdq
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def int8(*shape: int) -> Tensor:
-    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-
-
-INDICES = torch.randint(0, 8, (13, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-
-
-def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
-    x, w = randn(5, 70), int8(13, 70)
-    packed, scale = kk.pack_int8_weight(w), torch.rand(13) + 0.1
-    bits = kk.pack_signs(randn(13, 70))
-    one, zero = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
-    per_channel, learned = torch.rand(70) + 0.1, torch.rand(70) * 5
-    return [
-        ("fake_quantize", ops.fake_quantize.default, (x, one, zero, 0, 15), {}),
-        ("fake_quantize channel", ops.fake_quantize.default, (x, per_channel, learned, 0, 15, -1), {}),
-        (
-            "fake_quantize group",
-            ops.fake_quantize.default,
-            (x, torch.rand(5, 7) + 0.1, None, -8, 7, None, 10),
-            {},
-        ),
-        ("fake_quantize.out", ops.fake_quantize.out, (x, one, zero, 0, 15), {"out": torch.empty(5, 70)}),
-        ("fake_quantize_backward", ops.fake_quantize_backward.default, (x, x, one, zero, 0, 15), {}),
-        (
-            "fake_quantize_backward_",
-            ops.fake_quantize_backward_.default,
-            (x.clone(), x, per_channel, learned, 0, 15, 1),
-            {},
-        ),
-        ("binarize_rows_backward_", ops.binarize_rows_backward_.default, (x.clone(), x, True), {}),
-        ("quantize", ops.quantize.default, (x, one, zero, 0, 255), {}),
-        ("quantize int32", ops.quantize.default, (x.t(), one, None, -1000, 1000), {}),
-        ("dequantize", ops.dequantize.default, (w, scale, None, 0), {}),
-        ("quantize_rows", ops.quantize_rows.default, (x,), {}),
-        ("fake_quantize_rows", ops.fake_quantize_rows.default, (x,), {}),
-        ("binarize_rows", ops.binarize_rows.default, (x,), {}),
-        ("binarize_rows_backward", ops.binarize_rows_backward.default, (x, torch.rand(5), x), {}),
-        ("pack_int8_weight", ops.pack_int8_weight.default, (w,), {}),
-        ("unpack_int8_weight", ops.unpack_int8_weight.default, (packed,), {}),
-        ("int8_matmul", ops.int8_matmul.default, (int8(4, 70), packed), {}),
-        ("int8_matmul plain", ops.int8_matmul.default, (int8(4, 70), w), {}),
-        ("int8_linear", ops.int8_linear.default, (x, packed, scale, scale), {"activation": "gelu"}),
-        ("int8_linear static", ops.int8_linear.default, (x, packed, scale, None, one, zero, 15), {}),
-        ("int8_weight_only_linear", ops.int8_weight_only_linear.default, (x, packed, scale), {}),
-        ("pack_signs", ops.pack_signs.default, (x,), {}),
-        ("unpack_signs", ops.unpack_signs.default, (bits, 70), {}),
-        ("binary_matmul", ops.binary_matmul.default, (bits, bits, 70), {}),
-        ("binary_linear", ops.binary_linear.default, (x, bits, scale, scale), {}),
-        ("pack_indices", ops.pack_indices.default, (INDICES, 3), {}),
-        ("unpack_indices", ops.unpack_indices.default, (kk.pack_indices(INDICES, 3), 3, 13, 70), {}),
-        (
-            "codebook_linear",
-            ops.codebook_linear.default,
-            (x, kk.pack_indices(INDICES, 3), torch.rand(8), 13, scale),
-            {"activation": "silu"},
-        ),
-        ("binary_linear of bits", ops.binary_linear.default, (bits, bits, scale, None, 70), {}),
-        ("binary_threshold", ops.binary_threshold.default, (x, bits, torch.arange(13, dtype=torch.int32)), {}),
-        ("binary_threshold of bits", ops.binary_threshold.default, (bits, bits, torch.arange(13).int(), 70), {}),
-        ("distillation_loss", ops.distillation_loss.default, (x, w.float()[:5], None, 4.0, 1.0), {}),
-        (
-            "distillation_loss_backward",
-            ops.distillation_loss_backward.default,
-            (torch.tensor(1.0), x, w.float()[:5], torch.arange(5), torch.rand(5, 5) + 1, 4.0, 0.5),
-            {},
-        ),
-    ]
-
-
 @pytest.mark.parametrize(("name", "op", "args", "kwargs"), op_cases(), ids=[c[0] for c in op_cases()])
-def test_opcheck(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    torch.library.opcheck(op, args, kwargs)
+def test_opcheck(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> None:
+    torch.library.opcheck(op, moved(args, device), moved(kwargs, device))
 
 
 def test_every_op_is_checked() -> None:
@@ -107,9 +34,9 @@ def test_every_op_is_checked() -> None:
     assert names == {c[1]._schema.name.split("::")[1] for c in op_cases()}
 
 
-def test_opcheck_with_gradients() -> None:
-    x, scale = randn(4, 6).requires_grad_(), torch.full((6,), 0.3, requires_grad=True)
-    zero_point = torch.full((6,), 2.2, requires_grad=True)
+def test_opcheck_with_gradients(device: str) -> None:
+    x, scale = randn(4, 6, device=device).requires_grad_(), torch.full((6,), 0.3, requires_grad=True, device=device)
+    zero_point = torch.full((6,), 2.2, requires_grad=True, device=device)
     torch.library.opcheck(ops.fake_quantize.default, (x, scale, zero_point, 0, 15, 1))
     torch.library.opcheck(ops.fake_quantize_rows.default, (x,))
     torch.library.opcheck(ops.binarize_rows.default, (x,))
@@ -153,13 +80,13 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
         torch.testing.assert_close(compiled(randn(rows, 20)), layer(randn(rows, 20)))
 
 
-def test_compiled_training_step_matches_eager() -> None:
+def test_compiled_training_step_matches_eager(device: str) -> None:
     def loss(x: Tensor, scale: Tensor) -> Tensor:
         return kk.fake_quantize(x, scale, quant_min=-8, quant_max=7).square().sum()
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
-        x, scale = randn(5, 7).requires_grad_(), torch.tensor(0.2, requires_grad=True)
+        x, scale = randn(5, 7, device=device).requires_grad_(), torch.tensor(0.2, requires_grad=True, device=device)
         function(x, scale).backward()
         results.append((x.grad, scale.grad))
     torch.testing.assert_close(results[0], results[1])
@@ -203,8 +130,8 @@ def test_same_bits_as_torch_per_tensor(seed: int, size: int, scale: float, bits:
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_same_bits_as_torch_per_channel(axis: int, layout: str, dtype: torch.dtype) -> None:
-    x = randn(4, 6, 5, 7).to(dtype)
+def test_same_bits_as_torch_per_channel(axis: int, layout: str, dtype: torch.dtype, device: str) -> None:
+    x = randn(4, 6, 5, 7, device=device).to(dtype)
     views: dict[str, Callable[[], Tensor]] = {
         "contiguous": lambda: x,
         "channels_last": lambda: x.to(memory_format=torch.channels_last),
@@ -214,19 +141,21 @@ def test_same_bits_as_torch_per_channel(axis: int, layout: str, dtype: torch.dty
     }
     view = views[layout]()
     channels = view.shape[axis]
-    scale = torch.linspace(0.05, 0.4, channels)
-    zero_point = torch.arange(channels, dtype=torch.int32) % 16
+    scale = torch.linspace(0.05, 0.4, channels).to(device)
+    zero_point = torch.arange(channels, dtype=torch.int32, device=device) % 16
     got = kk.fake_quantize(view, scale, zero_point, quant_min=0, quant_max=15, axis=axis)
-    expected = torch.fake_quantize_per_channel_affine(view.float(), scale, zero_point, axis % 4, 0, 15)
+    expected = torch.fake_quantize_per_channel_affine(
+        view.float().cpu(), scale.cpu(), zero_point.cpu(), axis % 4, 0, 15
+    )
     assert got.dtype == dtype
-    assert torch.equal(got, expected.to(dtype))
+    assert torch.equal(got.cpu(), expected.to(dtype))
     if layout in ("channels_last", "transposed"):
         assert got.stride() == view.stride()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed"])
 @pytest.mark.parametrize("axis", [None, 0, 1, -1])
-def test_gradients_match_torch_learnable(axis: int | None, layout: str) -> None:
+def test_gradients_match_torch_learnable(axis: int | None, layout: str, device: str) -> None:
     """Against torch's learnable operator in float32, and closely against a formula in float64."""
     x, grad = randn(3, 5, 4, 6), randn(3, 5, 4, 6, seed=2)
     if layout != "contiguous":
@@ -234,26 +163,26 @@ def test_gradients_match_torch_learnable(axis: int | None, layout: str) -> None:
     if layout == "channels_last":
         grad = grad.to(memory_format=torch.channels_last)
     n = 1 if axis is None else x.shape[axis]
-    scale, zero_point = (
-        torch.linspace(0.1, 0.3, n).requires_grad_(),
-        torch.full((n,), 3.0, requires_grad=True),
-    )
-    leaf = x.clone().requires_grad_()
-    kk.fake_quantize(leaf, scale, zero_point, quant_min=0, quant_max=15, axis=axis).backward(grad)
+    scale = torch.linspace(0.1, 0.3, n).to(device).requires_grad_()
+    zero_point = torch.full((n,), 3.0, requires_grad=True, device=device)
+    leaf = x.to(device, copy=True).requires_grad_()
+    kk.fake_quantize(leaf, scale, zero_point, quant_min=0, quant_max=15, axis=axis).backward(grad.to(device))
     backward = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward
     expected = backward(
         grad if axis is not None else grad.reshape(1, -1),
         x if axis is not None else x.contiguous().reshape(1, -1),
-        scale.detach(),
-        zero_point.detach(),
+        scale.detach().cpu(),
+        zero_point.detach().cpu(),
         0 if axis is None else axis % 4,
         0,
         15,
     )
     assert leaf.grad is not None
-    torch.testing.assert_close(leaf.grad, expected[0].reshape(x.shape), rtol=0, atol=0)
-    torch.testing.assert_close(scale.grad, expected[1], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(zero_point.grad, expected[2], rtol=1e-4, atol=1e-3)
+    assert scale.grad is not None
+    assert zero_point.grad is not None
+    torch.testing.assert_close(leaf.grad.cpu(), expected[0].reshape(x.shape), rtol=0, atol=0)
+    torch.testing.assert_close(scale.grad.cpu(), expected[1], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(zero_point.grad.cpu(), expected[2], rtol=1e-4, atol=1e-3)
 
 
 def test_thread_count_changes_nothing() -> None:
@@ -274,19 +203,19 @@ def test_thread_count_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 1, 1)])
-def test_small_shapes(shape: tuple[int, ...]) -> None:
-    x = torch.full(shape, 0.26, requires_grad=True)
+def test_small_shapes(shape: tuple[int, ...], device: str) -> None:
+    x = torch.full(shape, 0.26, requires_grad=True, device=device)
     y = kk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7)
     assert y.shape == x.shape
-    torch.testing.assert_close(y, torch.full(shape, 0.3))
+    torch.testing.assert_close(y, torch.full(shape, 0.3, device=device))
     y.sum().backward()
-    torch.testing.assert_close(x.grad, torch.ones(shape))
+    torch.testing.assert_close(x.grad, torch.ones(shape, device=device))
 
 
-def test_out() -> None:
-    x = randn(4, 6)
+def test_out(device: str) -> None:
+    x = randn(4, 6, device=device)
     expected = kk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7)
-    for out in (torch.empty(4, 6), torch.empty(6, 4).t()):
+    for out in (torch.empty(4, 6, device=device), torch.empty(6, 4, device=device).t()):
         assert kk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7, out=out) is out
         assert torch.equal(out, expected)
     with pytest.raises(RuntimeError, match="out="):
@@ -326,11 +255,20 @@ def test_linear_layers_in_every_dtype(isa: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_numbers_and_tensors_mean_the_same() -> None:
-    x, packed, scale = randn(4, 70), kk.pack_int8_weight(int8(13, 70)), torch.full((13,), 0.01)
+def test_numbers_and_tensors_mean_the_same(device: str) -> None:
+    x, packed = randn(4, 70, device=device), kk.pack_int8_weight(int8(13, 70).to(device))
+    scale = torch.full((13,), 0.01, device=device)
     numbers = kk.int8_linear(x, packed, scale, input_scale=0.05, input_zero_point=120)
     tensors = kk.int8_linear(x, packed, scale, input_scale=torch.tensor(0.05), input_zero_point=torch.tensor([120]))
     assert torch.equal(numbers, tensors)
+    here = kk.int8_linear(
+        x,
+        packed,
+        scale,
+        input_scale=torch.tensor(0.05, device=device),
+        input_zero_point=torch.tensor([120], dtype=torch.int32, device=device),
+    )
+    assert torch.equal(numbers, here)
     symmetric = kk.int8_linear(x, packed, scale, input_scale=0.05)
     assert torch.equal(symmetric, kk.int8_linear(x, packed, scale, input_scale=0.05, input_zero_point=128))
 

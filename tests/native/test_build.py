@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,7 @@ def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> No
 def test_cuda_kernels_agree_with_the_reference_on_the_emulator(installed: Path) -> None:
     """tests/cuda: the kernels' own bodies, run on the CPU; needs neither nvcc nor a GPU."""
     output = require_success(run("ctest", "--test-dir", installed / "build", "--output-on-failure"))
-    assert re.search(r"100% tests passed.* out of 3\n", output)
+    assert re.search(r"100% tests passed.* out of 5\n", output)
 
 
 def test_cuda_library_needs_no_toolkit(installed: Path) -> None:
@@ -88,12 +90,64 @@ def test_cuda_library_needs_no_toolkit(installed: Path) -> None:
     assert "torch" not in needed
 
 
+def disassembler() -> str | None:
+    """cuobjdump: on PATH, of the CUDA toolkit, or of PyPI's nvidia-cuda-cuobjdump or triton."""
+    found = shutil.which("cuobjdump")
+    folders = (Path(sysconfig.get_path("purelib")) / part for part in ("nvidia", "triton/backends/nvidia"))
+    return found or next((str(path) for folder in folders for path in folder.rglob("bin/cuobjdump")), None)
+
+
+def instructions_by_kernel(library: Path, cuobjdump: str) -> dict[tuple[str, str], Counter[str]]:
+    """(architecture, mangled name) -> how often each instruction is in it."""
+    path = f"{Path(cuobjdump).parent}{os.pathsep}{os.environ['PATH']}"  # its nvdisasm lies beside it
+    listing = require_success(run(cuobjdump, "--dump-sass", library, PATH=path))
+    kernels: dict[tuple[str, str], Counter[str]] = {}
+    architecture = ""
+    for line in listing.splitlines():
+        if match := re.match(r"\s*code for (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            kernels[architecture, match[1]] = current = Counter()
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
+            current[match[1]] += 1
+    return kernels
+
+
+def test_cuda_products_are_on_tensor_cores(installed: Path) -> None:
+    """IMMA and BMMA in the machine code, and nothing spilled to local memory."""
+    cuobjdump = disassembler()
+    if shutil.which("nvcc") is None or cuobjdump is None:
+        pytest.skip("nvcc and cuobjdump are not both here: libkdq_cuda is not built, or cannot be disassembled")
+    (library,) = (installed / "prefix").rglob("libkdq_cuda.so")
+    kernels = instructions_by_kernel(library, cuobjdump)
+    assert {architecture for architecture, _ in kernels} == {"sm_80", "sm_90a"}
+    for instruction, product in (("IMMA", "Int8Product"), ("BMMA", "BinaryProduct")):
+        meant = {key: counts for key, counts in kernels.items() if product in key[1]}
+        assert len(meant) >= 2 * 4  # tiled and small, two results, on two architectures
+        assert not [key for key, counts in meant.items() if counts[instruction] == 0]
+    assert not [key for key, counts in kernels.items() if counts["LDL"] + counts["STL"]]
+
+
 def test_cuda_without_nvcc_is_an_error(tmp_path: Path) -> None:
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not on PATH")
     result = run("cmake", "-S", ROOT, "-B", tmp_path, "-DKDQ_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
     assert result.returncode != 0
     assert "KDQ_CUDA=ON, but there is no CUDA compiler" in " ".join(result.stderr.split())
+
+
+def test_cuda_operators_need_a_torch_with_cuda(tmp_path: Path) -> None:
+    """Asked for, that is an error; not asked for, a note, and everything else is built."""
+    torch = pytest.importorskip("torch")
+    if shutil.which("cmake") is None or torch.version.cuda is not None:
+        pytest.skip("cmake is not on PATH, or this torch has CUDA")
+    configure = ("cmake", "-S", ROOT, "-DKDQ_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    asked = run(*configure, "-B", tmp_path / "on", "-DKDQ_CUDA=ON")
+    assert asked.returncode != 0
+    assert re.search(r"KDQ_CUDA=ON, but torch \S+ is built without CUDA", " ".join(asked.stderr.split()))
+    left_out = run(*configure, "-B", tmp_path / "auto")
+    require_success(left_out)
+    assert "built without CUDA, so the operators for CUDA tensors are left out" in left_out.stderr
 
 
 def test_isa_objects_have_no_weak_symbols(installed: Path) -> None:

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "kdq/binary_gemm.h"
+#include "kdq/codebook.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 #include "kdq/int8_gemm.h"
@@ -31,6 +32,9 @@ KDQ_API Status fake_quantize(DType dtype, const void* x, void* y, const QuantSha
 KDQ_API Status quantize(DType dtype, const void* x, QType qtype, void* q, const QuantShape& shape,
                         const QuantGrid& grid, Stream stream);
 
+KDQ_API Status dequantize(QType qtype, const void* q, float* y, const QuantShape& shape, const QuantGrid& grid,
+                          Stream stream);
+
 // Bytes of the workspace that fake_quantize_backward needs; 0 where it may be null, which it may be too if neither
 // grad_scale nor grad_zero_point is asked for.
 KDQ_API size_t fake_quantize_backward_workspace(const QuantShape& shape);
@@ -43,6 +47,18 @@ KDQ_API Status fake_quantize_backward(DType dtype, const void* grad_y, const voi
 KDQ_API Status quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, int8_t* q, float* scale,
                              Stream stream);
 
+// y may be x.
+KDQ_API Status fake_quantize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, void* y, Stream stream);
+
+KDQ_API Status binarize_rows(DType dtype, const void* x, int64_t rows, int64_t cols, void* signs, float* mean,
+                             Stream stream);
+
+KDQ_API Status binarize_rows_backward(DType dtype, const void* grad_signs, const float* grad_mean, const void* x,
+                                      int64_t rows, int64_t cols, void* grad_x, Stream stream);
+
+KDQ_API Status scaled_signs_backward(DType dtype, const void* grad_y, const void* x, int64_t rows, int64_t cols,
+                                     void* grad_x, Stream stream);
+
 // ---- binary_gemm.h --------------------------------------------------------------------------------------------------
 
 KDQ_API Status pack_signs(DType dtype, const void* x, int64_t rows, int64_t k, uint64_t* bits, Stream stream);
@@ -52,31 +68,65 @@ KDQ_API Status unpack_signs(const uint64_t* bits, int64_t rows, int64_t k, float
 KDQ_API Status binary_matmul(const uint64_t* a_bits, const uint64_t* b_bits, int64_t m, int64_t n, int64_t k,
                              int32_t* out, Stream stream);
 
+// Bytes of the workspace that the two layers need; it may be null where they get x_bits.
+KDQ_API size_t binary_layer_workspace(int64_t m, int64_t k);
+
+KDQ_API Status binary_linear(const BinaryLinear& args, void* workspace, Stream stream);
+
+KDQ_API Status binary_threshold(const BinaryThreshold& args, void* workspace, Stream stream);
+
 // ---- int8_gemm.h: weights are row-major, not packed -----------------------------------------------------------------
 
-// out int32 [m, n] = a int8 [m, k] @ b.T, b int8 [n, k]; exact. k <= kInt8MaxK.
-KDQ_API Status int8_matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, int32_t* out,
-                           Stream stream);
+// Bytes of the workspace of int8_matmul; 0 where k is not split for it.
+KDQ_API size_t int8_matmul_workspace(int64_t m, int64_t n, int64_t k);
 
-// y [m, n] = activation((q @ weight.T) * row_scale * weight_scale + bias), in the dtype of x; q and row_scale by
-// quantize_rows. kGelu is the erf-based form.
+// out int32 [m, n] = a int8 [m, k] @ b.T, b int8 [n, k]; exact. k <= kInt8MaxK. workspace may be null: the result is
+// the same, but a product of few tiles keeps few multiprocessors busy.
+KDQ_API Status int8_matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, int32_t* out,
+                           void* workspace, Stream stream);
+
+// y [m, n] = activation((q @ weight.T - zero points) * row_scale * weight_scale + bias), in the dtype of x. kGelu is
+// the erf-based form.
 struct Int8Linear {
   DType dtype = DType::kFloat32;
   const void* x = nullptr;  // [m, k]
   void* y = nullptr;        // [m, n]
   int64_t m = 0;
   int64_t n = 0;
-  int64_t k = 0;                        // <= kInt8MaxK
+  int64_t k = 0;                        // <= kInt8MaxK, or kInt8StaticMaxK
   const int8_t* weight = nullptr;       // [n, k]
   const float* weight_scale = nullptr;  // [n]
   const float* bias = nullptr;          // [n], or nullptr
   Activation activation = Activation::kNone;
-  void* workspace = nullptr;  // int8_linear_workspace(m, k) bytes
+  void* workspace = nullptr;  // int8_linear_workspace(m, n, k) bytes
+
+  // As in kdq::Int8Linear. A number may also be on the device: input_scale_at, input_zero_point_at, if not null, count
+  // instead.
+  bool is_static = false;
+  float input_scale = 1.0F;
+  int32_t input_zero_point = 0;
+  int32_t input_quant_max = 255;
+  const float* input_scale_at = nullptr;
+  const int32_t* input_zero_point_at = nullptr;
 };
 
-KDQ_API size_t int8_linear_workspace(int64_t m, int64_t k);
+KDQ_API size_t int8_linear_workspace(int64_t m, int64_t n, int64_t k);
 
 KDQ_API Status int8_linear(const Int8Linear& args, Stream stream);
+
+// As in int8_gemm.h: x stays in floating point. It needs no workspace. The order of the float32 sums depends on the
+// shape alone, and is not the CPU's.
+KDQ_API Status int8_weight_only_linear(const Int8Linear& args, Stream stream);
+
+// ---- codebook.h -----------------------------------------------------------------------------------------------------
+
+// Of an index that is not below 2^bits, the lower bits count.
+KDQ_API Status pack_indices(const uint8_t* indices, int64_t n, int64_t k, int bits, uint32_t* packed, Stream stream);
+
+KDQ_API Status unpack_indices(const uint32_t* packed, int64_t n, int64_t k, int bits, uint8_t* indices, Stream stream);
+
+// The order of the float32 sums depends on the shape alone, and is not the CPU's.
+KDQ_API Status codebook_linear(const CodebookLinear& args, Stream stream);
 
 // ---- distillation.h -------------------------------------------------------------------------------------------------
 
@@ -84,6 +134,9 @@ KDQ_API Status int8_linear(const Int8Linear& args, Stream stream);
 // ignored, for the backward pass. A target that is no class makes its row, and so the loss, NaN.
 KDQ_API Status distillation_loss(const DistillationLoss& args, DistillationRow* statistics, double* row_losses,
                                  float* loss, float* kept, Stream stream);
+
+// What distillation_loss wrote to kept, for who did not keep it.
+KDQ_API Status distillation_kept(const int64_t* target, int64_t rows, float* kept, Stream stream);
 
 // grad_loss: the gradient of the scalar loss. grad_student: [rows, classes] of dtype; may be args.student.
 KDQ_API Status distillation_loss_backward(const DistillationLoss& args, const DistillationRow* statistics,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdq_kernels as kk
+from kdq_kernels._torch_library import check_device
 
 # The activations that kernels compute with their result, by the kernels' names: the same as functions and modules.
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -144,7 +145,7 @@ class PackedInt8Linear(InferenceLinear):
     """An inference layer on the int8 kernels.
 
     The kernels read a machine-dependent packed weight. It is a cache beside the portable buffers: made when the layer
-    is built, loaded, copied or unpickled, remade after `set_isa`, and never saved.
+    is built, loaded, copied or unpickled, remade after `set_isa` and on another device, and never saved.
     """
 
     computes_activation = True
@@ -162,9 +163,21 @@ class PackedInt8Linear(InferenceLinear):
         raise NotImplementedError
 
     def pack(self) -> None:
-        """Makes the packed weight from the portable buffers."""
+        """Makes the packed weight from the portable buffers.
+
+        Raises:
+            RuntimeError: the layer is on a device for which this build has no kernels.
+        """
+        check_device(self.weight_scale.device)
         self.packed = kk.pack_int8_weight(self.int8_weight())
         self._packed_isa = kk.cpu_isa()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedInt8Linear:
+        before = self.packed.device
+        super()._apply(fn, recurse)
+        if self.packed.device != before:
+            self.pack()
+        return self
 
     def packed_weight(self) -> Tensor:
         """The packed weight for the instruction set in force."""

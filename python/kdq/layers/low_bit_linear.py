@@ -26,18 +26,19 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     """
     n, k = values.shape
     codes = (values < 0).to(torch.int64) if bits == 1 else values.to(torch.int64)
-    shifts = torch.arange(bits, dtype=torch.int64)
+    shifts = torch.arange(bits, dtype=torch.int64, device=values.device)
     stream = (codes[:, :, None] >> shifts & 1).reshape(n, k * bits)
     stream = nn.functional.pad(stream, (0, -(k * bits) % 8))
-    weights = 1 << torch.arange(8, dtype=torch.int64)
+    weights = 1 << torch.arange(8, dtype=torch.int64, device=values.device)
     return (stream.reshape(n, -1, 8) * weights).sum(-1).to(torch.uint8)
 
 
 def unpack_bits(stream: Tensor, bits: int, k: int) -> Tensor:
     """The inverse of `pack_bits`: int8 `[N, k]`."""
-    eight = torch.arange(8, dtype=torch.uint8)
+    eight = torch.arange(8, dtype=torch.uint8, device=stream.device)
     flat = (stream[:, :, None] >> eight & 1).reshape(len(stream), 8 * stream.shape[1])[:, : k * bits]
-    codes = (flat.reshape(len(stream), k, bits).to(torch.int32) << torch.arange(bits, dtype=torch.int32)).sum(-1)
+    places = torch.arange(bits, dtype=torch.int32, device=stream.device)
+    codes = (flat.reshape(len(stream), k, bits).to(torch.int32) << places).sum(-1)
     if bits == 1:
         return (1 - 2 * codes).to(torch.int8)
     half = 1 << (bits - 1)

@@ -1,0 +1,131 @@
+// torch.ops.kdq: the int8 family. What a packed weight is depends on the device, so that the class on which operators
+// are templates has these members too:
+//   pack(w), unpack(packed)
+//   open(name, packed), and open_factor(name, b) for a weight that may also be plain int8
+//   static_input(scale, zero_point, quant_max, &call): takes the numbers of static activations
+//   multiply(a, packed, out), linear(call), weight_only(call)
+#pragma once
+
+#include "kdq/int8_gemm.h"
+#include "layer_args.h"
+#include "torch_common.h"
+
+namespace kdq::bindings {
+
+// A checked packed weight.
+struct Packed {
+  Tensor blob;
+  PackedShape shape;
+
+  const void* data() const { return blob.const_data_ptr(); }
+  size_t bytes() const { return static_cast<size_t>(blob.numel()); }
+};
+
+// A call of one of the two linear layers.
+struct LinearCall {
+  Int8Linear args;
+  Packed packed;
+  OptionalTensor input_scale;       // on the device, where they count instead of the numbers in args
+  OptionalTensor input_zero_point;  // likewise
+};
+
+// A tensor of one element.
+template <class On>
+Tensor expect_scalar(const On& on, const char* name, const Tensor& t, ScalarType type) {
+  const Tensor value = expect(on, name, t, type);
+  if (value.numel() != 1) {
+    invalid(std::string(name) + ": expected one element, got shape " + to_string(sizes_of(t)));
+  }
+  return value;
+}
+
+template <class On>
+int64_t integer_scalar(const On& on, const char* name, const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Long) return *data<int64_t>(expect_scalar(on, name, t, ScalarType::Long));
+  return *data<int32_t>(expect_scalar(on, name, t, ScalarType::Int));
+}
+
+// Runs one of the two linear layers: `fill` sets what only one of them has.
+template <class On, class Layer, class Fill>
+Tensor linear_layer(const On& on, const Tensor& x_in, const Tensor& packed, const Tensor& weight_scale_in,
+                    const OptionalTensor& bias_in, const std::optional<std::string>& activation, Layer layer,
+                    Fill fill) {
+  Int8Linear args;
+  args.dtype = float_dtype("x", x_in);
+  args.m = rows_of("x", x_in);
+  const Tensor x = expect_here(on, "x", x_in);
+  LinearCall call{args, on.open("packed", packed), {}, {}};
+  const int64_t n = call.packed.shape.n;
+  const Tensor weight_scale = expect_vector(on, "weight_scale", weight_scale_in, n);
+  OptionalTensor bias;
+  if (bias_in) bias = expect_vector(on, "bias", *bias_in, n);
+  Sizes sizes = sizes_of(x);
+  call.args.k = sizes.back();
+  check(check_same_k("x", call.args.k, call.packed.shape));
+  check(activation_from_name(activation, &call.args.activation));
+  fill(&call);
+  sizes.back() = n;
+  const Tensor y = empty(on, sizes, x.scalar_type());
+  if (n == 0) return y;
+  call.args.x = x.const_data_ptr();
+  call.args.y = y.mutable_data_ptr();
+  call.args.packed = call.packed.data();
+  call.args.packed_bytes = call.packed.bytes();
+  call.args.weight_scale = data<float>(weight_scale);
+  call.args.bias = bias ? data<float>(*bias) : nullptr;
+  check(layer(call));
+  return y;
+}
+
+template <class On>
+Tensor pack_int8_weight_op(const Tensor& w_in) {
+  const On on(w_in);
+  return on.pack(expect(on, "w", w_in, ScalarType::Char, 2));
+}
+
+template <class On>
+Tensor unpack_int8_weight_op(const Tensor& packed) {
+  const On on(packed);
+  return on.unpack(on.open("packed", packed));
+}
+
+template <class On>
+Tensor int8_matmul_op(const Tensor& a_in, const Tensor& b) {
+  const On on(a_in);
+  const Tensor a = expect(on, "a", a_in, ScalarType::Char, 2);
+  const Packed packed = on.open_factor("b", b);
+  check(check_same_k("a", a.size(1), packed.shape));
+  const Tensor out = empty(on, {a.size(0), packed.shape.n}, ScalarType::Int);
+  if (packed.shape.n > 0) check(on.multiply(a, packed, out));
+  return out;
+}
+
+template <class On>
+Tensor int8_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias,
+                      const OptionalTensor& input_scale, const OptionalTensor& input_zero_point,
+                      int64_t input_quant_max, const std::optional<std::string>& activation) {
+  const On on(x);
+  return linear_layer(
+      on, x, packed, weight_scale, bias, activation, [&](const LinearCall& call) { return on.linear(call); },
+      [&](LinearCall* call) { on.static_input(input_scale, input_zero_point, input_quant_max, call); });
+}
+
+template <class On>
+Tensor int8_weight_only_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                                  const OptionalTensor& bias, const std::optional<std::string>& activation) {
+  const On on(x);
+  return linear_layer(
+      on, x, packed, weight_scale, bias, activation, [&](const LinearCall& call) { return on.weight_only(call); },
+      [](LinearCall*) {});
+}
+
+template <class On>
+void register_int8(torch::stable::detail::StableLibrary& m) {
+  m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight_op<On>));
+  m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_op<On>));
+  m.impl("int8_matmul", TORCH_BOX(&int8_matmul_op<On>));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear_op<On>));
+  m.impl("int8_weight_only_linear", TORCH_BOX(&int8_weight_only_linear_op<On>));
+}
+
+}  // namespace kdq::bindings

@@ -1,0 +1,52 @@
+// What the linear layers share: the float result that a sum becomes, and checks.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "core/checks.h"
+#include "cuda/elements.h"
+#include "kdq/cuda.h"
+
+namespace kdq::cuda {
+
+KDQ_DEVICE float activate(float y, Activation activation) {
+  if (activation == Activation::kRelu) return y < 0.0F ? 0.0F : y;
+  if (activation == Activation::kGelu) return 0.5F * y * erfcf(y * -0.70710678F);
+  return y / (1.0F + expf(-y));  // SiLU
+}
+
+// activation(sum * (row_scale * weight_scale) + bias), cast.
+struct LinearOutput {
+  void* y;
+  DType dtype;
+  int64_t cols;
+  const float* weight_scale;  // or nullptr: 1
+  const float* bias;          // or nullptr
+  Activation activation;
+
+  // Not inlined: a thread stores 64 results, and each would bring all of this.
+  template <class Thread>
+  KDQ_DEVICE_CALL void store(Thread& thread, int64_t row, int64_t col, float sum, float row_scale) const {
+    float scale = row_scale * (weight_scale == nullptr ? 1.0F : thread.load(weight_scale + col));
+    if (scale > FLT_MAX) scale = FLT_MAX;                      // inf * 0 would be NaN where the true result is 0
+    if (!is_finite(row_scale)) scale = row_scale - row_scale;  // NaN, as everything in such a row
+    float value = sum * scale + (bias == nullptr ? 0.0F : thread.load(bias + col));
+    if (activation != Activation::kNone) value = activate(value, activation);
+    store_as(thread, dtype, y, row * cols + col, value);
+  }
+};
+
+inline LinearOutput linear_output(const Int8Linear& args) {
+  return {args.y, args.dtype, args.n, args.weight_scale, args.bias, args.activation};
+}
+
+inline Status check_linear_pointers(const Int8Linear& args) {
+  Status status = check_pointer("x", args.x, args.m * args.k);
+  if (status.ok()) status = check_pointer("weight", args.weight, args.n * args.k);
+  if (status.ok()) status = check_pointer("weight_scale", args.weight_scale, args.n);
+  if (status.ok()) status = check_pointer("y", args.y, args.m * args.n);
+  return status;
+}
+
+}  // namespace kdq::cuda
