@@ -134,9 +134,8 @@ struct Input {
   int64_t row_bytes = 0;
 
   const char* ahead(const RowTile& rows, int64_t steps, int64_t m) const {
-    const int64_t from = rows.next_block * row_bytes + rows.ordinal * steps * kLine;
-    const bool is_far = m * row_bytes > kFarBytes;
-    return is_far && from < m * row_bytes ? x + from : nullptr;
+    const int64_t from = rows.next_block * row_bytes + rows.tile_in_block * steps * kLine;
+    return is_far(m * row_bytes) && from < rows.next_block_end * row_bytes ? x + from : nullptr;
   }
 };
 

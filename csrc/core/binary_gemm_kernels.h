@@ -38,7 +38,8 @@ struct BinaryTileCall {
   int64_t steps;
   BinaryEpilogue epilogue;
   TileOutput out;
-  const char* ahead;  // what is read later, to be asked for meanwhile: a line at each step from here on; or nullptr
+  const char*
+      ahead;  // what is read later, for a kernel that asks meanwhile: a line at each step from here on; or nullptr
 };
 
 constexpr int kDirectChannels = 64;

@@ -136,6 +136,9 @@ struct Call {
     return call;
   }
 
+  // So many tiles have one panel to each group: with several, there is but one tile.
+  static constexpr int64_t kTilesWorthAsking = 4;
+
   // The rows that are prepared next, or, if they are already, the panel that follows, in pieces while the block's first
   // tiles are made. Panels that few tiles read are left to the CPU's own prefetching, which is quicker where the memory
   // is the limit.
@@ -143,12 +146,12 @@ struct Call {
     call->ahead = static_cast<const char*>(rows.rows);
     call->ahead_step = 0;
     if (kernels->ahead_step == 0) return;
-    if (rows.next_row >= 0) {
-      if (m * x_row_bytes < kFarBytes) return;
-      call->ahead = x + rows.next_row * x_row_bytes;
+    if (rows.next_prepared >= 0) {
+      if (!is_far(m * x_row_bytes)) return;
+      call->ahead = x + rows.next_prepared * x_row_bytes;
       call->ahead_step = std::min(kernels->ahead_step, kernels->size.mr * x_row_bytes / weight.units);
-    } else if (m >= 4 * kernels->size.mr && weight.panels * weight.panel_bytes >= kFarBytes) {
-      const int64_t asked = rows.index * kernels->ahead_step * weight.units;  // while the tiles before were made
+    } else if (rows.next_group >= 0 && rows.tiles >= kTilesWorthAsking && is_far(weight.panels * weight.panel_bytes)) {
+      const int64_t asked = rows.tile_in_group * kernels->ahead_step * weight.units;  // while those before were made
       if (asked >= weight.panel_bytes) return;
       call->ahead = reinterpret_cast<const char*>(weight.panel) + rows.next_group * weight.panel_bytes + asked;
       call->ahead_step = kernels->ahead_step;
@@ -171,7 +174,7 @@ Status run(Call& call, int64_t element_bytes, int (*at_once)(int, int), void (*t
   shape.row_bytes = weight.units * size.ku * element_bytes;
   shape.mr = size.mr;
   shape.groups = (weight.panels + panels - 1) / panels;
-  shape.row_work = panels * size.nr * weight.k;
+  shape.row_work = panels * weight.panel_channels * weight.k;
   const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
   shape.grain = is_shared ? kProductsWorthAThread : std::numeric_limits<int64_t>::max() - 1;
   return run_product(

@@ -107,10 +107,10 @@ Status unpack_int8_weight(const void* packed, size_t packed_bytes, int8_t* w, co
   if (!status.ok()) return status;
   if (weight.n * weight.k > 0 && w == nullptr) return Status::invalid("w: expected a pointer, got null");
   const int64_t ku = tile.ku;
+  const int64_t step = weight.panel_channels * ku;
   parallel_range(parallel_for, weight.n, 16, [&](int64_t begin, int64_t end) {
     for (int64_t channel = begin; channel < end; ++channel) {
       const int64_t panel = channel / tile.nr;
-      const int64_t step = weight.panel_channels * ku;
       const int8_t* unit = weight.panel + panel * weight.panel_bytes + channel % tile.nr * ku;
       int8_t* row = w + channel * weight.k;
       for (int64_t i = 0; i < weight.k; i += ku, unit += step) {

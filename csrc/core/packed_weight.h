@@ -1,12 +1,13 @@
 // The packed int8 weight blob: a 64-byte header, the int32 sum of each channel's weights, then the panels.
 //
-//   column sums: int32 [ceil(n / nr) * nr], padded to a multiple of 64 bytes
-//   panels:      int8 [ceil(n / nr)][ceil(k / ku)][nr][ku], padded with zeros
+//   channels = nr, or n rounded up to `lanes` where that is less
+//   column sums: int32 [ceil(n / channels) * channels], padded to a multiple of 64 bytes
+//   panels:      int8 [ceil(n / channels)][ceil(k / ku)][channels][ku], padded with zeros
 //
 // nr and ku are the register tile of the ISA that packed it: a kernel reads nr output channels side by side, and of
 // each of them ku consecutive values of k, what one dot-product instruction sums. Only the same tile can read a blob.
-// A weight of fewer channels than nr has one panel of as many, in whole vectors of `lanes`, as it needs in place of nr:
-// it would otherwise be mostly zeros, far apart.
+// lanes are the channels of one vector: a weight narrower than a panel has one of no more vectors than it needs, as it
+// would otherwise be mostly zeros, far apart.
 #pragma once
 
 #include <cstdint>

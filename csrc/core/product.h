@@ -1,5 +1,5 @@
-// How a product is cut up: shared by the int8 and the binary family, which differ in how a row of activations is
-// prepared and what a tile does.
+// How a product is cut up: shared by the int8, binary and codebook families, which differ in how a row of activations
+// is prepared and what a tile does.
 //
 //   for each block of rows x group of panels:       parallel over ranges of these, in this order
 //     for each tile of the block:                   the group's panels stay in L1 or L2
@@ -36,7 +36,7 @@ inline int result_bytes(Result type) {
   return type == Result::kFloat32 || type == Result::kInt32 ? 4 : 2;
 }
 
-// Of a whole result. As measured with 1 MiB of L2 and 32 MiB of L3.
+// Of a whole buffer. As measured with 1 MiB of L2 and 32 MiB of L3.
 constexpr int64_t kFarBytes = int64_t{1} << 20;
 constexpr int64_t kMemoryBytes = int64_t{8} << 20;
 
@@ -67,12 +67,18 @@ struct RowTile {
   const float* scales;
   int64_t first;  // the first one's place in the whole product
   int count;
-  int64_t index;       // of the tile among those of its block and group
-  int64_t ordinal;     // among all of its block
-  int64_t next_row;    // where the rows begin that are prepared next, before the tile that follows; or -1
-  int64_t next_group;  // whose panels follow the group's tiles
-  int64_t next_block;  // where the rows of the next block begin
+
+  // What comes after the tile.
+  int64_t tile_in_group;   // its number among its block's tiles of one group,
+  int64_t tiles;           // which are so many,
+  int64_t tile_in_block;   // and among all of its block
+  int64_t next_prepared;   // the first of the rows that are prepared next, before the tile that follows; or -1
+  int64_t next_group;      // whose panels follow the group's tiles; or -1
+  int64_t next_block;      // the first row of the next block,
+  int64_t next_block_end;  // and the one after its last: the same after the last block
 };
+
+inline bool is_far(int64_t bytes) { return bytes >= kFarBytes; }
 
 // Where prepared rows go: `stride` bytes apart, with a scale each.
 struct PreparedRows {
@@ -112,16 +118,18 @@ Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, P
       const EvenTiles tiles(count, shape.mr);
       RowTile at;
       at.stride = stride;
-      at.next_group = group_of(next);
-      at.next_block = (block + 1) * block_rows;
+      at.tiles = tiles.count;
+      at.next_group = group_of(next) == group ? -1 : group_of(next);
+      at.next_block = std::min((block + 1) * block_rows, shape.m);
+      at.next_block_end = std::min((block + 2) * block_rows, shape.m);
       for (int64_t r = 0, index = 0; r < count; r += at.count, ++index) {
         at.rows = rows + r * stride;
         at.scales = scales + r;
         at.first = block * block_rows + r;
         at.count = tiles.height(index);
-        at.index = index;
-        at.ordinal = i % shape.groups * tiles.count + index;
-        at.next_row = (r + at.count < count ? fresh : fresh_next) ? at.first + at.count : -1;
+        at.tile_in_group = index;
+        at.tile_in_block = i % shape.groups * tiles.count + index;
+        at.next_prepared = (r + at.count < count ? fresh : fresh_next) ? at.first + at.count : -1;
         if (fresh) prepare(at.first, at.count, PreparedRows{rows + r * stride, stride, scales + r});
         tile(at, group);
       }

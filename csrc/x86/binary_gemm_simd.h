@@ -53,7 +53,7 @@ struct Loops {
     if constexpr (Bits::kFlush == 0) {
       W sum[kRows][kCols];
       clear(sum);
-      if (kRows == Bits::kRows && call.ahead != nullptr) {
+      if (kRows + 1 >= Bits::kRows && call.ahead != nullptr) {
         count<true>(call, 0, call.steps, sum);
       } else {
         count<false>(call, 0, call.steps, sum);

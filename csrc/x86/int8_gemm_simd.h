@@ -6,8 +6,8 @@
 // kRows * kVectors dot products. Lanes are output channels, so no sum ever crosses a lane.
 //
 // With 6 x 4 vectors of AVX-512 a step reads 4 vectors of weights and 6 units for 24 products, so that even weights
-// streamed from L2 keep up: 99 % of the peak is measured for the loop alone. What is lost around it: quantizing a row
-// (6 cycles a vector), results (4 to 6 cycles a vector), the ragged edges of a shape.
+// streamed from L2 keep up: 98 % of the peak and more are measured for the loop alone. docs/cpu-limits.md tells what is
+// lost around it.
 #pragma once
 
 #include "core/int8_gemm_kernels.h"
@@ -24,7 +24,7 @@ struct Loops {
   static constexpr int kCols = Dot::kCols;
   static constexpr int kPanel = kCols * kLanes;  // channels of a panel
   static constexpr int64_t kOutputSteps = 32;    // before a tile's last step its output is asked for
-  // Lines asked for at a step: one tile, or two, ask for a whole panel, and one for most of the float32 rows that the
+  // Bytes asked for at a step: one tile, or two, ask for a whole panel, and one for most of the float32 rows that the
   // next one needs. None where a step has less than a line of weights.
   static constexpr int64_t kPanelLines = kPanel * Dot::kUnit / kLine;
   static constexpr int64_t kAheadStep = (kPanelLines > 1 ? kPanelLines / 2 : kPanelLines) * kLine;
@@ -127,10 +127,10 @@ struct Loops {
     const int8_t* panel = call.panels.first;
     const char* ahead = call.ahead;
     int64_t u = 0;
-    const bool asks = call.out.place != Place::kNear && call.units > kOutputSteps;
-    for (int64_t end = asks ? call.units - kOutputSteps : call.units;; end = call.units) {
+    const int64_t last_steps = call.out.place == Place::kNear ? 0 : kOutputSteps;
+    for (int64_t end = call.units > last_steps ? call.units - last_steps : 0;; end = call.units) {
       for (; u < end; ++u, panel += step_bytes<kVectors>(call.panels)) {
-        if constexpr (kRows + 1 >= Dot::kRows) {  // lower tiles are not told of anything
+        if constexpr (kRows + 1 >= Dot::kRows) {  // lower tiles do not ask
 #pragma GCC unroll 16
           for (int64_t i = 0; i < kAheadStep; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T1);
           ahead += call.ahead_step;
