@@ -101,6 +101,20 @@ def test_linear(isa: str, shape: tuple[int, ...], dtype: str) -> None:
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_beyond_the_caches(isa: str, threads: int) -> None:
+    """x of more than 1 MiB, several blocks of rows: what kernels ask for ahead is asked for."""
+    rng = np.random.default_rng(14)
+    x, w = rng.normal(size=(300, 1100)).astype("f4"), rng.normal(size=(600, 1100)).astype("f4")
+    before = kn.num_threads()
+    try:
+        kn.set_num_threads(threads)
+        got = kn.binary_linear(x, kn.pack_signs(w), np.ones(600, "f4"))
+    finally:
+        kn.set_num_threads(before)
+    np.testing.assert_array_equal(got, signs(x) @ signs(w).T)
+
+
 def test_result_does_not_depend_on_threads(isa: str) -> None:
     rng = np.random.default_rng(4)
     x, w = rng.normal(size=(130, 700)).astype("f4"), kn.pack_signs(rng.normal(size=(90, 700)).astype("f4"))

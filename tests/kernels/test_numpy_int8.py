@@ -57,6 +57,24 @@ def test_matmul_is_exact_on_larger_shapes(isa: str, shape: tuple[int, int, int])
     np.testing.assert_array_equal(kn.int8_matmul(a, b), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_beyond_the_caches(isa: str, threads: int) -> None:
+    """Input, weights and result of more than 1 MiB, several blocks of rows: what kernels ask for ahead is asked for."""
+    rng = np.random.default_rng(13)
+    x, w = rng.normal(size=(300, 1100)).astype("f4"), full_range(rng, (1100, 1100))
+    q, row_scale = kn.quantize_rows(x)
+    packed, scale = kn.pack_int8_weight(w), rng.uniform(0.001, 0.01, 1100).astype("f4")
+    exact = np.rint(q.astype(np.float64) @ w.astype(np.float64).T)
+    before = kn.num_threads()
+    try:
+        kn.set_num_threads(threads)
+        np.testing.assert_array_equal(kn.int8_matmul(q, packed), exact)
+        got = kn.int8_linear(x, packed, scale)
+    finally:
+        kn.set_num_threads(before)
+    np.testing.assert_allclose(got, exact * row_scale.reshape(-1, 1) * scale, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", range(1, 14))
 def test_every_height_and_width_of_tile(isa: str, rows: int) -> None:
     """Each number of rows and of vectors of channels is an instance of its own, with several ways out of it."""
@@ -222,7 +240,7 @@ def test_foreign_and_corrupt_blobs_are_refused() -> None:
     packed = kn.pack_int8_weight(w)
     with pytest.raises(ValueError, match="packed"):
         kn.unpack_int8_weight(packed[:3])
-    for position in range(0, 40, 4):
+    for position in range(0, 64, 4):
         broken = packed.copy().reshape(-1)
         broken[position] ^= 0x55
         with pytest.raises((ValueError, RuntimeError)):
