@@ -1,4 +1,4 @@
-# The two commands of this project, and what they need. Every target does its own set-up and redoes only what changed.
+# This project's commands. Every target does its own set-up and redoes only what changed.
 #
 #   make demo     distil, quantize and run a digit classifier on the real kernels     (SEEDS=5 OUT=demo-output)
 #   make test     the whole test suite
@@ -15,6 +15,7 @@ VENV ?= .venv
 SEEDS ?= 5
 OUT ?= demo-output
 BIN := $(VENV)/bin
+INSTALL = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
 .PHONY: demo test test-cuda bench lint build clean
@@ -29,8 +30,10 @@ test: build
 CUDA_TESTS := build/cuda-tests
 SANITIZER := $(shell command -v compute-sanitizer)
 
+# Installs anew: what is there may have been built without the operators for CUDA tensors.
 test-cuda: export KDQ_CUDA = ON
-test-cuda: build
+test-cuda: $(VENV)/.deps
+	$(INSTALL)
 	$(BIN)/cmake -S . -B $(CUDA_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DKDQ_TESTS=ON -DKDQ_CUDA=ON
 	$(BIN)/cmake --build $(CUDA_TESTS) --target cuda_gpu_tests
 	set -e; for test in $(CUDA_TESTS)/tests/cuda/cuda_*_gpu_test; do \
@@ -60,7 +63,7 @@ build: $(VENV)/.installed
 	$(BIN)/cmake --build build/editable-*
 
 $(VENV)/.installed: $(VENV)/.deps pyproject.toml setup.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(INSTALL)
 	touch $@
 
 $(VENV)/.deps: requirements.txt Makefile

@@ -13,14 +13,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests of the torch operators run")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Stops before the first test where CUDA is asked for and cannot be: tests would fail one by one, or be skipped."""
+    if config.getoption("--device") != "cuda":
+        return
+    import torch
+
+    from kdq_kernels import _torch_library
+
+    try:
+        _torch_library.check_device(torch.device("cuda"))
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--device cuda: {error}") from error
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the tensors of a test are: what --device says. `make test-cuda` asks for cuda; without a GPU that fails."""
+    """Where the tensors of a test are: what --device says. `make test-cuda` asks for cuda."""
     name: str = request.config.getoption("--device")
-    if name == "cuda":
-        import torch
-
-        assert torch.cuda.is_available(), "--device cuda: torch finds no GPU"
     return name
 
 

@@ -56,7 +56,7 @@ BinaryInput parse_binary_input(const On& on, const Tensor& x, OptionalInt k) {
 
 template <class On>
 Tensor pack_signs_op(const Tensor& x_in) {
-  const On on(x_in);
+  const On on("x", x_in);
   const DType dtype = float_dtype("x", x_in);
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
@@ -70,7 +70,7 @@ Tensor pack_signs_op(const Tensor& x_in) {
 
 template <class On>
 Tensor unpack_signs_op(const Tensor& bits_in, int64_t k) {
-  const On on(bits_in);
+  const On on("bits", bits_in);
   const Tensor bits = expect_bits(on, "bits", bits_in, k);
   Sizes sizes = sizes_of(bits);
   sizes.back() = k;
@@ -81,7 +81,7 @@ Tensor unpack_signs_op(const Tensor& bits_in, int64_t k) {
 
 template <class On>
 Tensor binary_matmul_op(const Tensor& a_in, const Tensor& b_in, int64_t k) {
-  const On on(a_in);
+  const On on("a_bits", a_in);
   const Tensor a = expect_bits(on, "a_bits", a_in, k, 2);
   const Tensor b = expect_bits(on, "b_bits", b_in, k, 2);
   const Tensor out = empty(on, {a.size(0), b.size(0)}, ScalarType::Int);
@@ -92,7 +92,7 @@ Tensor binary_matmul_op(const Tensor& a_in, const Tensor& b_in, int64_t k) {
 template <class On>
 Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits_in, const Tensor& weight_scale_in,
                         const OptionalTensor& bias_in, OptionalInt k) {
-  const On on(x);
+  const On on("x", x);
   const BinaryInput in = parse_binary_input(on, x, k);
   const Tensor weight_bits = expect_bits(on, "weight_bits", weight_bits_in, in.k, 2);
   BinaryLinear args;
@@ -116,7 +116,7 @@ Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits_in, const Ten
 
 template <class On>
 Tensor binary_threshold_op(const Tensor& x, const Tensor& weight_bits_in, const Tensor& threshold_in, OptionalInt k) {
-  const On on(x);
+  const On on("x", x);
   const BinaryInput in = parse_binary_input(on, x, k);
   const Tensor weight_bits = expect_bits(on, "weight_bits", weight_bits_in, in.k, 2);
   BinaryThreshold args;

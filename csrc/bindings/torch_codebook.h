@@ -10,7 +10,7 @@ namespace kdq::bindings {
 
 template <class On>
 Tensor pack_indices_op(const Tensor& indices_in, int64_t bits) {
-  const On on(indices_in);
+  const On on("indices", indices_in);
   const Tensor indices = expect(on, "indices", indices_in, ScalarType::Byte, 2);
   check(check_index_bits(bits));
   const int64_t n = indices.size(0);
@@ -23,7 +23,7 @@ Tensor pack_indices_op(const Tensor& indices_in, int64_t bits) {
 
 template <class On>
 Tensor unpack_indices_op(const Tensor& packed_in, int64_t bits, int64_t n, int64_t k) {
-  const On on(packed_in);
+  const On on("packed", packed_in);
   const Tensor packed = expect(on, "packed", packed_in, ScalarType::Int, 3);
   check(check_index_bits(bits));
   const int width = static_cast<int>(bits);
@@ -37,7 +37,7 @@ Tensor unpack_indices_op(const Tensor& packed_in, int64_t bits, int64_t n, int64
 template <class On>
 Tensor codebook_linear_op(const Tensor& x_in, const Tensor& packed_in, const Tensor& codebook_in, int64_t out_features,
                           const OptionalTensor& bias_in, const std::optional<std::string>& activation) {
-  const On on(x_in);
+  const On on("x", x_in);
   CodebookLinear args;
   args.dtype = float_dtype("x", x_in);
   args.m = rows_of("x", x_in);

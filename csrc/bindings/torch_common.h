@@ -1,8 +1,9 @@
 // What the torch operators share: tensors checked before their pointers are used.
 //
-// An operator is a template on where it runs: Cpu (torch_cpu.h) or Cuda (cuda/torch_cuda.h), an object made from its
-// first tensor, by convention called `on`. It allocates results, knows which tensors are in its reach (has()) and calls
-// that device's kernels under the names of kdq/*.h. What is checked, and what the errors say, is the same on both.
+// An operator is a template on where it runs: Cpu (torch_cpu.h) or Cuda (cuda/torch_cuda.h), an object, by convention
+// called `on`, made from the name and the value of the tensor that all others must be with. It allocates results, knows
+// which tensors are in its reach (has(); kind() says it in words) and calls that device's kernels under the names of
+// kdq/*.h. What is checked, and what the errors say, is the same on both.
 //
 // Only the libtorch stable ABI is used (torch/csrc/stable, torch/headeronly), so that one binary serves torch 2.10 and
 // newer. Invalid arguments leave as std::invalid_argument, which torch's Python side turns into ValueError.
@@ -73,14 +74,14 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 // A contiguous tensor in reach.
 template <class On>
 Tensor expect_here(const On& on, const char* name, const Tensor& t) {
-  if (!on.has(t)) invalid(std::string(name) + ": expected " + on.kind() + ", like x");
+  if (!on.has(t)) invalid(std::string(name) + ": expected " + on.kind());
   return dense(t);
 }
 
 // A contiguous tensor in reach, of exactly this dtype; ndim < 0 allows any number of axes.
 template <class On>
 Tensor expect(const On& on, const char* name, const Tensor& t, ScalarType type, int64_t ndim = -1) {
-  if (!on.has(t)) invalid(std::string(name) + ": expected " + on.kind() + ", like x");
+  if (!on.has(t)) invalid(std::string(name) + ": expected " + on.kind());
   if (t.scalar_type() != type) {
     invalid(std::string(name) + ": expected dtype " + type_name(type) + ", got " + type_name(t.scalar_type()));
   }

@@ -29,10 +29,10 @@ bool allocate_large(const Sizes& sizes, const Sizes& strides, int32_t dtype, siz
 class Cpu {
  public:
   // The dispatcher has seen to it that all tensors are on the CPU.
-  explicit Cpu(const Tensor&) {}
+  Cpu(const char* name, const Tensor&) : name_(name) {}
 
   static bool has(const Tensor& t) { return t.is_cpu(); }
-  static std::string kind() { return "a CPU tensor"; }
+  std::string kind() const { return std::string("a CPU tensor, like ") + name_; }
 
   // Through the C shim, which torch::stable::empty does not use: it looks the operator up by name, which costs as much
   // as a small layer's kernel.
@@ -116,6 +116,9 @@ class Cpu {
                                            const float* grad_loss, void* grad_student) {
     return kdq::distillation_loss_backward(args, statistics, *grad_loss, grad_student, torch_executor());
   }
+
+ private:
+  const char* name_;
 };
 
 }  // namespace kdq::bindings

@@ -50,7 +50,7 @@ DistillationCall parse_distillation(const On& on, const Tensor& student, const T
 template <class On>
 std::tuple<Tensor, Tensor> distillation_loss_op(const Tensor& student, const Tensor& teacher,
                                                 const OptionalTensor& target, double temperature, double alpha) {
-  const On on(student);
+  const On on("student", student);
   const DistillationCall c = parse_distillation(on, student, teacher, target, temperature, alpha);
   const Tensor loss = empty(on, {}, ScalarType::Float);
   const Tensor statistics = empty(on, {c.args.rows, kDistillationColumns}, ScalarType::Float);
@@ -63,7 +63,7 @@ template <class On>
 Tensor distillation_loss_backward_op(const Tensor& grad_loss_in, const Tensor& student, const Tensor& teacher,
                                      const OptionalTensor& target, const Tensor& statistics_in, double temperature,
                                      double alpha) {
-  const On on(student);
+  const On on("student", student);
   const DistillationCall c = parse_distillation(on, student, teacher, target, temperature, alpha);
   const Tensor grad_loss = expect(on, "grad_loss", grad_loss_in, ScalarType::Float, 0);
   const Tensor statistics = expect(on, "statistics", statistics_in, ScalarType::Float, 2);

@@ -117,7 +117,7 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 
 template <class On>
 void check_gradient(const On& on, const Tensor& grad, const Tensor& x) {
-  if (!on.has(x)) invalid("x: expected " + on.kind() + ", like grad");
+  if (!on.has(x)) invalid("x: expected " + on.kind());
   if (grad.scalar_type() == x.scalar_type() && sizes_of(grad) == sizes_of(x)) return;
   invalid("grad: expected dtype and shape of x, " + type_name(x.scalar_type()) + " " + to_string(sizes_of(x)) +
           ", got " + type_name(grad.scalar_type()) + " " + to_string(sizes_of(grad)));
@@ -133,7 +133,7 @@ void check_inplace_gradient(const On& on, const Tensor& grad, const Tensor& x) {
 template <class On>
 Tensor fake_quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
                         int64_t quant_max, OptionalInt axis, OptionalInt group_size) {
-  const On on(x);
+  const On on("x", x);
   const DType dtype = float_dtype("x", x);
   const Grid g = parse_grid(on, scale, zero_point, quant_min, quant_max);
   const QuantInput input = parse_quant_input(x, scale, axis, group_size);
@@ -145,9 +145,9 @@ Tensor fake_quantize_op(const Tensor& x, const Tensor& scale, const OptionalTens
 template <class On>
 void fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
                           int64_t quant_max, OptionalInt axis, OptionalInt group_size, const Tensor& out) {
-  const On on(x);
+  const On on("x", x);
   const DType dtype = float_dtype("x", x);
-  if (!on.has(out)) invalid("out: expected " + on.kind() + ", like x");
+  if (!on.has(out)) invalid("out: expected " + on.kind());
   if (out.scalar_type() != x.scalar_type() || sizes_of(out) != sizes_of(x)) {
     invalid("out: expected dtype and shape of x, " + type_name(x.scalar_type()) + " " + to_string(sizes_of(x)) +
             ", got " + type_name(out.scalar_type()) + " " + to_string(sizes_of(out)));
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_op(const Tensor& grad_
                                                              const Tensor& scale, const OptionalTensor& zero_point,
                                                              int64_t quant_min, int64_t quant_max, OptionalInt axis,
                                                              OptionalInt group_size) {
-  const On on(grad_in);
+  const On on("grad", grad_in);
   const DType dtype = float_dtype("x", x);
   check_gradient(on, grad_in, x);
   const Grid g = parse_grid(on, scale, zero_point, quant_min, quant_max);
@@ -190,7 +190,7 @@ template <class On>
 std::tuple<Tensor, Tensor> fake_quantize_backward_inplace_op(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                                              const OptionalTensor& zero_point, int64_t quant_min,
                                                              int64_t quant_max, OptionalInt axis) {
-  const On on(grad);
+  const On on("grad", grad);
   const DType dtype = float_dtype("x", x);
   check_inplace_gradient(on, grad, x);
   const Grid g = parse_grid(on, scale, zero_point, quant_min, quant_max);
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> fake_quantize_backward_inplace_op(const Tensor& grad,
 template <class On>
 Tensor quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point, int64_t quant_min,
                    int64_t quant_max, OptionalInt axis, OptionalInt group_size) {
-  const On on(x);
+  const On on("x", x);
   const DType dtype = float_dtype("x", x);
   const Grid g = parse_grid(on, scale, zero_point, quant_min, quant_max);
   const QuantInput input = parse_quant_input(x, scale, axis, group_size);
@@ -219,7 +219,7 @@ Tensor quantize_op(const Tensor& x, const Tensor& scale, const OptionalTensor& z
 template <class On>
 Tensor dequantize_op(const Tensor& q, const Tensor& scale, const OptionalTensor& zero_point, OptionalInt axis,
                      OptionalInt group_size) {
-  const On on(q);
+  const On on("q", q);
   const QType qtype = integer_type("q", q);
   const Grid g = parse_grid(on, scale, zero_point, kQuantMinLimit, kQuantMaxLimit);
   const QuantInput input = parse_quant_input(q, scale, axis, group_size);
@@ -230,7 +230,7 @@ Tensor dequantize_op(const Tensor& q, const Tensor& scale, const OptionalTensor&
 
 template <class On>
 std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x_in) {
-  const On on(x_in);
+  const On on("x", x_in);
   const DType dtype = float_dtype("x", x_in);
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> quantize_rows_op(const Tensor& x_in) {
 
 template <class On>
 Tensor fake_quantize_rows_op(const Tensor& x_in) {
-  const On on(x_in);
+  const On on("x", x_in);
   const DType dtype = float_dtype("x", x_in);
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
@@ -256,7 +256,7 @@ Tensor fake_quantize_rows_op(const Tensor& x_in) {
 
 template <class On>
 std::tuple<Tensor, Tensor> binarize_rows_op(const Tensor& x_in) {
-  const On on(x_in);
+  const On on("x", x_in);
   const DType dtype = float_dtype("x", x_in);
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor> binarize_rows_op(const Tensor& x_in) {
 template <class On>
 Tensor binarize_rows_backward_op(const OptionalTensor& grad_signs_in, const OptionalTensor& grad_mean_in,
                                  const Tensor& x_in) {
-  const On on(x_in);
+  const On on("x", x_in);
   const DType dtype = float_dtype("x", x_in);
   const int64_t rows = rows_of("x", x_in);
   const Tensor x = dense(x_in);
@@ -295,7 +295,7 @@ Tensor binarize_rows_backward_op(const OptionalTensor& grad_signs_in, const Opti
 
 template <class On>
 void binarize_rows_backward_inplace_op(const Tensor& grad, const Tensor& x_in, bool scaled) {
-  const On on(grad);
+  const On on("grad", grad);
   const DType dtype = float_dtype("x", x_in);
   check_inplace_gradient(on, grad, x_in);
   const int64_t rows = rows_of("x", x_in);

@@ -79,19 +79,19 @@ Tensor linear_layer(const On& on, const Tensor& x_in, const Tensor& packed, cons
 
 template <class On>
 Tensor pack_int8_weight_op(const Tensor& w_in) {
-  const On on(w_in);
+  const On on("w", w_in);
   return on.pack(expect(on, "w", w_in, ScalarType::Char, 2));
 }
 
 template <class On>
 Tensor unpack_int8_weight_op(const Tensor& packed) {
-  const On on(packed);
+  const On on("packed", packed);
   return on.unpack(on.open("packed", packed));
 }
 
 template <class On>
 Tensor int8_matmul_op(const Tensor& a_in, const Tensor& b) {
-  const On on(a_in);
+  const On on("a", a_in);
   const Tensor a = expect(on, "a", a_in, ScalarType::Char, 2);
   const Packed packed = on.open_factor("b", b);
   check(check_same_k("a", a.size(1), packed.shape));
@@ -104,7 +104,7 @@ template <class On>
 Tensor int8_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, const OptionalTensor& bias,
                       const OptionalTensor& input_scale, const OptionalTensor& input_zero_point,
                       int64_t input_quant_max, const std::optional<std::string>& activation) {
-  const On on(x);
+  const On on("x", x);
   return linear_layer(
       on, x, packed, weight_scale, bias, activation, [&](const LinearCall& call) { return on.linear(call); },
       [&](LinearCall* call) { on.static_input(input_scale, input_zero_point, input_quant_max, call); });
@@ -113,7 +113,7 @@ Tensor int8_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weigh
 template <class On>
 Tensor int8_weight_only_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
                                   const OptionalTensor& bias, const std::optional<std::string>& activation) {
-  const On on(x);
+  const On on("x", x);
   return linear_layer(
       on, x, packed, weight_scale, bias, activation, [&](const LinearCall& call) { return on.weight_only(call); },
       [](LinearCall*) {});

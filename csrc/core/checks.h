@@ -92,6 +92,22 @@ inline Status check_distillation(const DistillationLoss& args) {
   return {};
 }
 
+// The grid of static int8 activations. Null: a number in device memory, which is not looked at.
+inline Status check_static_grid(const float* scale, const int32_t* zero_point, int32_t quant_max) {
+  if (scale != nullptr && !(*scale > 0.0F && std::isfinite(*scale) && std::isfinite(1.0F / *scale))) {
+    return Status::invalid("input_scale: expected positive and finite, with a finite reciprocal, got " +
+                           format(*scale));
+  }
+  if (quant_max < 1 || quant_max > 255) {
+    return Status::invalid("input_quant_max: expected 1 to 255, got " + std::to_string(quant_max));
+  }
+  if (zero_point != nullptr && (*zero_point < 0 || *zero_point > quant_max)) {
+    return Status::invalid("input_zero_point: expected 0 to " + std::to_string(quant_max) + ", got " +
+                           std::to_string(*zero_point));
+  }
+  return {};
+}
+
 // A buffer of n elements.
 inline Status check_pointer(const char* name, const void* pointer, int64_t n) {
   if (pointer != nullptr || n == 0) return {};

@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "core/checks.h"
 #include "core/format.h"
 #include "core/packed_weight.h"
 #include "core/product.h"
@@ -26,23 +27,6 @@ Status check_k(const char* name, int64_t k, int64_t packed_k, int64_t max_k) {
   if (k <= max_k) return {};
   return Status::invalid(std::string(name) + ": K = " + std::to_string(k) +
                          " would overflow int32 sums; expected at most " + std::to_string(max_k));
-}
-
-Status check_static_grid(const Int8Linear& args) {
-  const bool usable =
-      args.input_scale > 0.0F && std::isfinite(args.input_scale) && std::isfinite(1.0F / args.input_scale);
-  if (!usable) {
-    return Status::invalid("input_scale: expected positive and finite, with a finite reciprocal, got " +
-                           format(args.input_scale));
-  }
-  if (args.input_quant_max < 1 || args.input_quant_max > 255) {
-    return Status::invalid("input_quant_max: expected 1 to 255, got " + std::to_string(args.input_quant_max));
-  }
-  if (args.input_zero_point < 0 || args.input_zero_point > args.input_quant_max) {
-    return Status::invalid("input_zero_point: expected 0 to " + std::to_string(args.input_quant_max) + ", got " +
-                           std::to_string(args.input_zero_point));
-  }
-  return {};
 }
 
 bool usable_scale(float scale) { return (scale > 0.0F) & (scale <= FLT_MAX); }
@@ -209,7 +193,9 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
   Call call;
   Status status = call.open(args.packed, args.packed_bytes);
   if (status.ok()) status = check_linear(args, call.weight, args.is_static ? kInt8StaticMaxK : kInt8MaxK);
-  if (status.ok() && args.is_static) status = check_static_grid(args);
+  if (status.ok() && args.is_static) {
+    status = check_static_grid(&args.input_scale, &args.input_zero_point, args.input_quant_max);
+  }
   if (!status.ok()) return status;
   const Int8Kernels& kernels = *call.kernels;
   const int dtype = static_cast<int>(args.dtype);

@@ -1,5 +1,6 @@
 // Binarization for training on a GPU: signs and the mean magnitude of each row, and their gradients. A warp or a block
-// a row, whose sums are added in float64 in an order that depends on the shape alone.
+// a row. The 16 bytes that a thread reads at once are added up in float32, these sums in float64, in an order that
+// depends on the shape alone. The former overflow, as the CPU's longer ones do, where magnitudes reach some 1e38.
 #pragma once
 
 #include "cuda/quantize_rows.h"

@@ -74,8 +74,10 @@ inline size_t linear_workspace_bytes(int64_t m, int64_t n, int64_t k) {
 
 inline Status check_int8_linear(const Int8Linear& args) {
   Status status = check_product(args.m, args.n, args.k, args.is_static ? kInt8StaticMaxK : kInt8MaxK);
-  if (status.ok() && args.is_static && (args.input_quant_max < 1 || args.input_quant_max > 255)) {
-    return Status::invalid("input_quant_max: expected 1 to 255, got " + std::to_string(args.input_quant_max));
+  if (status.ok() && args.is_static) {
+    status =
+        check_static_grid(args.input_scale_at == nullptr ? &args.input_scale : nullptr,
+                          args.input_zero_point_at == nullptr ? &args.input_zero_point : nullptr, args.input_quant_max);
   }
   if (status.ok()) status = check_linear_pointers(args);
   if (status.ok()) status = check_pointer("workspace", args.workspace, args.m);

@@ -69,7 +69,7 @@ void test_linear(int64_t m, int64_t n, int64_t k, int bits, Activation activatio
   args.bias = has_bias ? of_bias.data() : nullptr;
   run_watched(out, [&] { return cuda::launch_codebook_linear(Launcher(setting.descending), args); });
   const std::vector<T> got = out.values();
-  const double step = dtype_of<T>() == DType::kFloat32 ? 0.0 : dtype_of<T>() == DType::kBFloat16 ? 8e-3 : 1e-3;
+  const double step = step_of<T>(0.0);
   for (size_t i = 0; i < got.size(); ++i) {
     const double a = static_cast<double>(reference::load(&got[i]));
     const double b = static_cast<double>(reference::load(&expected[i]));
@@ -83,10 +83,6 @@ void test_refusals() {
   const Launcher launcher(false);
   uint8_t indices[4] = {};
   uint32_t words[16] = {};
-  const auto refuses = [](const char* what, const Status& status) {
-    const bool names_it = status.message().find(what) != std::string::npos;
-    CHECK(!status.ok() && names_it, "expected a complaint about %s, got '%s'", what, status.message().c_str());
-  };
   refuses("bits", cuda::launch_pack_indices(launcher, indices, 1, 4, 6, words));
   refuses("indices", cuda::launch_pack_indices(launcher, nullptr, 1, 4, 2, words));
   refuses("packed", cuda::launch_unpack_indices(launcher, nullptr, 1, 4, 2, indices));

@@ -99,7 +99,7 @@ void test_loss(const Case& c, const Setting& setting) {
     CHECK(std::fabs(got.loss - loss) <= 2e-6F * (1.0F + std::fabs(loss)), "%s: %g, expected %g", name(c).c_str(),
           static_cast<double>(got.loss), static_cast<double>(loss));
     CHECK(got.kept == static_cast<float>(c.rows - (c.rows > 1 ? 1 : 0)), "%g", static_cast<double>(got.kept));
-    const float step = dtype_of<T>() == DType::kFloat32 ? 2e-6F : 8e-3F;
+    const auto step = static_cast<float>(step_of<T>(2e-6));
     for (size_t i = 0; i < gradient.size(); ++i) {
       const float a = reference::load(&got.gradient[i]);
       const float b = reference::load(&gradient[i]);

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kdq/kdq.h"
@@ -212,6 +214,18 @@ size_t first_difference(const std::vector<T>& a, const std::vector<T>& b) {
     if (!same(a[i], b[i])) return i;
   }
   return a.size();
+}
+
+// One step of a 16-bit type, relative; for float32 the given number.
+template <class T>
+constexpr double step_of(double of_float32) {
+  return dtype_of<T>() == DType::kFloat32 ? of_float32 : dtype_of<T>() == DType::kBFloat16 ? 8e-3 : 1e-3;
+}
+
+// A call with a bad argument, which the error must name.
+inline void refuses(const char* argument, const Status& status) {
+  const bool names_it = status.message().find(argument) != std::string::npos;
+  CHECK(!status.ok() && names_it, "expected a complaint about %s, got '%s'", argument, status.message().c_str());
 }
 
 #define CHECK_SAME(got, expected, what)                                                               \

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -67,8 +69,10 @@ def test_shapes_are_those_of_the_cpu(name: str, op: Any, args: Any, kwargs: Any)
 @with_operators
 @pytest.mark.parametrize(("name", "op", "args", "kwargs"), CASES, ids=IDS)
 def test_cpu_tensors_are_refused(name: str, op: Any, args: Any, kwargs: Any) -> None:
-    """What the dispatcher brings here when a tensor on a GPU comes with a first one on the CPU."""
-    with pytest.raises(ValueError, match="expected all tensors on one GPU"):
+    """What the dispatcher brings here when one tensor is on a GPU and another is not. The error names the latter."""
+    first = {"binarize_rows_backward": "x", "distillation_loss_backward": "student"}
+    named = first.get(op_name(op).removeprefix("kdq::"), op._schema.arguments[0].name)
+    with pytest.raises(ValueError, match=f"^{named}: expected all tensors on one GPU"):
         op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
 
 
@@ -106,6 +110,14 @@ def test_a_layer_cannot_go_where_there_are_no_kernels(monkeypatch: pytest.Monkey
     _torch_library.check_device(torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"no operators for CUDA tensors.*libkdq_torch_cuda.so.*KDQ_CUDA=ON"):
         _torch_library.check_device(torch.device("cuda"))
+
+
+@pytest.mark.skipif(_torch_library.has_cuda_operators(), reason="this build has operators for CUDA tensors")
+def test_asking_for_cuda_without_the_operators_is_an_error() -> None:
+    command = [sys.executable, "-m", "pytest", "--device", "cuda", "--collect-only", __file__]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--device cuda: device: this build of kdq_kernels has no operators for CUDA tensors" in result.stderr
 
 
 # ---- with a GPU ------------------------------------------------------------------------------------------------------
@@ -155,6 +167,20 @@ def test_products_of_many_shapes(m: int, n: int, k: int) -> None:
         want = kk.int8_linear(x, kk.pack_int8_weight(b), scale, input_scale=input_scale)
         got = kk.int8_linear(x.cuda(), kk.pack_int8_weight(b.cuda()), scale.cuda(), input_scale=input_scale)
         torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+@with_operators
+@with_gpu
+def test_int64_zero_points_are_those_of_int32() -> None:
+    """On the GPU as on the CPU: torch's own quantizers have int64."""
+    x, w, scale = randn(5, 70).cuda(), int8(13, 70).cuda(), torch.full((13,), 0.01).cuda()
+    packed, step = kk.pack_int8_weight(w), torch.tensor(0.03).cuda()
+    zero_point = torch.tensor([101], device="cuda")
+    got = kk.int8_linear(x, packed, scale, input_scale=step, input_zero_point=zero_point)
+    expected = kk.int8_linear(x, packed, scale, input_scale=step, input_zero_point=zero_point.int())
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="input_zero_point: expected one element"):
+        kk.int8_linear(x, packed, scale, input_scale=step, input_zero_point=zero_point.expand(2))
 
 
 @with_operators

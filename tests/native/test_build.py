@@ -150,6 +150,20 @@ def test_cuda_operators_need_a_torch_with_cuda(tmp_path: Path) -> None:
     assert "built without CUDA, so the operators for CUDA tensors are left out" in left_out.stderr
 
 
+def test_a_build_without_cuda_removes_the_operators_of_one_with_it(tmp_path: Path) -> None:
+    """In an editable install they would lie beside the new libraries, and be loaded."""
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not on PATH")
+    left = [tmp_path / f"lib{name}.so" for name in ("kdq_torch", "kdq_cuda", "kdq_torch_cuda")]
+    kept = tmp_path / "libkdq.so"
+    for path in (*left, kept):
+        path.touch()
+    options = (f"-DKDQ_OUTPUT={tmp_path}", f"-DPython_EXECUTABLE={sys.executable}", "-DKDQ_TORCH=OFF", "-DKDQ_CUDA=OFF")
+    require_success(run("cmake", "-S", ROOT, "-B", tmp_path / "build", "-DKDQ_PYTHON=ON", *options))
+    assert [path.exists() for path in left] == [False] * 3
+    assert kept.exists()
+
+
 def test_isa_objects_have_no_weak_symbols(installed: Path) -> None:
     """A weak symbol compiled with ISA flags may replace the same one in a file without: a crash on older CPUs."""
     if shutil.which("nm") is None:

@@ -1,5 +1,5 @@
-// Where an operator runs: on the GPU of its first tensor. Results come from torch's allocator, kernels go on the stream
-// that torch has as current for that GPU.
+// Where an operator runs: on the GPU of the tensor it is made from. Results come from torch's allocator, kernels go on
+// the stream that torch has as current for that GPU.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -15,14 +15,14 @@ namespace kdq::bindings {
 class Cuda {
  public:
   // The dispatcher comes here if any tensor is on a GPU.
-  explicit Cuda(const Tensor& first) : device_(device_of(first)), guard_(device_) {
+  Cuda(const char* name, const Tensor& t) : name_(name), device_(device_of(name, t)), guard_(device_) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cuda::Stream>(stream);
   }
 
   bool has(const Tensor& t) const { return t.is_cuda() && t.get_device_index() == device_; }
-  std::string kind() const { return "a tensor on cuda:" + std::to_string(device_); }
+  std::string kind() const { return "a tensor on cuda:" + std::to_string(device_) + ", like " + name_; }
 
   Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type) const {
     AtenTensorHandle handle = nullptr;
@@ -123,13 +123,14 @@ class Cuda {
   }
 
  private:
-  static int32_t device_of(const Tensor& first) {
-    if (!first.is_cuda()) {
-      invalid("expected all tensors on one GPU: the first is not on any, but another is");
+  static int32_t device_of(const char* name, const Tensor& t) {
+    if (!t.is_cuda()) {
+      invalid(std::string(name) + ": expected all tensors on one GPU, but it is on none");
     }
-    return first.get_device_index();
+    return t.get_device_index();
   }
 
+  const char* name_;
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cuda::Stream stream_ = nullptr;

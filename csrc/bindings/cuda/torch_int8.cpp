@@ -64,7 +64,7 @@ class Int8OnCuda : public Cuda {
       step = *data<float>(expect_scalar(Host(), "input_scale", *input_scale, ScalarType::Float));
     }
     if (input_zero_point && input_zero_point->is_cuda()) {
-      call->input_zero_point = expect_scalar(*this, "input_zero_point", *input_zero_point, ScalarType::Int);
+      call->input_zero_point = zero_point_here(*input_zero_point);
       zero_point = 0;
     } else if (input_zero_point) {
       zero_point = integer_scalar(Host(), "input_zero_point", *input_zero_point);
@@ -82,6 +82,14 @@ class Int8OnCuda : public Cuda {
   Status weight_only(const LinearCall& call) const { return cuda::int8_weight_only_linear(arguments(call), stream()); }
 
  private:
+  // int32, which the kernels read; torch's own quantizers have int64.
+  Tensor zero_point_here(const Tensor& t) const {
+    if (t.scalar_type() != ScalarType::Long) return expect_scalar(*this, "input_zero_point", t, ScalarType::Int);
+    Tensor narrow = empty(*this, sizes_of(t), ScalarType::Int);
+    torch::stable::copy_(narrow, expect_scalar(*this, "input_zero_point", t, ScalarType::Long));
+    return narrow;
+  }
+
   static cuda::Int8Linear arguments(const LinearCall& call) {
     const Int8Linear& from = call.args;
     cuda::Int8Linear args;

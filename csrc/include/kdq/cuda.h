@@ -4,8 +4,9 @@
 // Every pointer is to device memory, and workspaces are multiples of 16 bytes from the start of an allocation.
 // Functions check what they can without reading device memory (shapes, ranges, null), put their kernels on the stream
 // and return; an error while a kernel runs is reported by CUDA later. Not checked, as it would wait for the GPU: that
-// scales are positive and finite, that zero points lie on the grid, that the tail bits of binary rows are zero. Results
-// then are unspecified, but no memory outside the buffers is touched.
+// scales are positive and finite, those of static activations included where they are on the device; that zero points
+// lie on the grid; that codebook entries are finite; that the tail bits of binary rows are zero. Results then are
+// unspecified, but no memory outside the buffers is touched.
 //
 // Any alignment works; rows and buffers that are multiples of 16 bytes are fastest. sm_80 (Ampere) or newer.
 #pragma once
@@ -101,7 +102,7 @@ struct Int8Linear {
   void* workspace = nullptr;  // int8_linear_workspace(m, n, k) bytes
 
   // As in kdq::Int8Linear. A number may also be on the device: input_scale_at, input_zero_point_at, if not null, count
-  // instead.
+  // instead, unchecked.
   bool is_static = false;
   float input_scale = 1.0F;
   int32_t input_zero_point = 0;
