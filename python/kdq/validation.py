@@ -43,15 +43,19 @@ class Validation:
         """By accuracy, if there are labels; then by KL to the teacher."""
         return (self.accuracy or 0.0, -self.teacher_kl) > (other.accuracy or 0.0, -other.teacher_kl)
 
-    def warn_of_worse_teacher(self) -> bool:
-        """Gives a UserWarning where the student is ahead by more than two standard errors; says whether it did."""
+    def warn_of_worse_teacher(self, stacklevel: int = 3) -> bool:
+        """Gives a UserWarning where the student is ahead by more than two standard errors; says whether it did.
+
+        Args:
+            stacklevel: whose line the warning shows: 2, that of who calls this, and 3, the one above.
+        """
         if self.lead is None or self.lead <= 2:
             return False
         warnings.warn(
             f"the teacher is worse than the student on the validation labels: accuracy {self.teacher_accuracy:.2%}, "
             f"the student's {self.accuracy:.2%}; it may hold the student back",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
         return True
 
