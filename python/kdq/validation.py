@@ -76,7 +76,10 @@ def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> V
         for batch in batches_in_step(loader, device):
             tally.add(*compared_outputs(student, teacher, parse_batch(batch, student)))
     reshard(student)
-    return tally.result(device)
+    found = tally.result(device)
+    if found is None:
+        raise ValueError("validation: expected at least one batch with a row that counts, got none")
+    return found
 
 
 class Tally:
@@ -98,16 +101,12 @@ class Tally:
             cases = 2 * (ours.argmax(-1) == target) + (theirs.argmax(-1) == target)
             self.right += torch.bincount(cases.cpu(), minlength=4).view(2, 2)
 
-    def result(self, device: torch.device | None) -> Validation:
-        """Of all ranks, where they train together.
-
-        Raises:
-            ValueError: there was no row.
-        """
+    def result(self, device: torch.device | None) -> Validation | None:
+        """Of all ranks, where they train together; None if there was no row."""
         own = [self.divergence, self.rows, self.unlabelled, *self.right.flatten().tolist()]
         divergence, rows, unlabelled, _, only_teacher, only_student, both = sum_over_ranks(own, device)
         if rows == 0:
-            raise ValueError("validation: expected at least one batch with a row that counts, got none")
+            return None
         if unlabelled:
             return Validation(None, None, divergence / rows, None)
         lead = _lead(only_student, only_teacher, rows)
