@@ -209,7 +209,9 @@ class Distiller:
         """The loss of a batch (`kdq.observe.parse_batch` says of which kinds): a scalar to call `backward()` on.
 
         Raises:
-            ValueError: teacher and student differ in the shape of their logits, or features cannot be compared.
+            ValueError: teacher and student differ in the shape of their logits, features cannot be compared, or there
+                are several processes and neither DDP nor FSDP2 around the student (but within
+                `kdq.distributed.alone`).
             TypeError: the batch or an output is of an unknown kind.
         """
         parsed = parse_batch(batch, self._inner)
