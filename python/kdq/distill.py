@@ -209,7 +209,9 @@ class Distiller:
         """The loss of a batch (`kdq.observe.parse_batch` says of which kinds): a scalar to call `backward()` on.
 
         Raises:
-            ValueError: teacher and student differ in the shape of their logits, or features cannot be compared.
+            ValueError: teacher and student differ in the shape of their logits, features cannot be compared, or there
+                are several processes and neither DDP nor FSDP2 around the student (but within
+                `kdq.distributed.alone`).
             TypeError: the batch or an output is of an unknown kind.
         """
         parsed = parse_batch(batch, self._inner)
@@ -332,9 +334,10 @@ class Distiller:
             progress: False: no bar; a rich Progress: a task is added to it.
 
         Raises:
-            ValueError: the loader gives nothing or in one epoch or rank more than in another, nothing can be trained,
-                the optimizer lacks adapters, learned scales or the teacher that trains, an argument is out of range, or
-                the checkpoint is damaged or of another training.
+            ValueError: the loader gives nothing or in one epoch or rank more than in another, loader or validation can
+                be used only once but there are several epochs, nothing can be trained, the optimizer lacks adapters,
+                learned scales or the teacher that trains, an argument is out of range, or the checkpoint is damaged or
+                of another training.
             RuntimeError: the loss is not finite; the step that would follow is not taken.
         """
         return fit(
@@ -369,6 +372,8 @@ class Distiller:
             raise ValueError("options: each phase makes its own optimizer; call fit for one of yours")
         if len(phases) > 1:
             check_repeatable(loader, f"{len(phases)} phases need all batches each")
+            if options.get("validation") is not None:
+                check_repeatable(options["validation"], f"{len(phases)} phases need all batches each", "validation")
         distillers = [self._for_phase(phase) for phase in phases]  # mistakes show before anything is trained
         for phase in phases:
             if phase.sparsity is not None:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kdq import distributed, ranks
 from kdq.averaging import WeightAverage
-from kdq.observe import training
+from kdq.observe import check_repeatable, training
 from kdq.training import Log, Loop, check_count, check_optimizer, progress_bar, settings_of, taken_up
 from kdq.validation import BestWeights, Validation, validate
 
@@ -66,6 +66,8 @@ def fit(
 ) -> History:
     """Arguments and errors as `Distiller.fit` says."""
     check_together(optimizer, scheduler, validation, patience, checkpoint, checkpoint_every)
+    if validation is not None and epochs > 1:
+        check_repeatable(validation, f"{epochs} epochs need all batches each", "validation")
     start = time.perf_counter()
     student = distributed.unwrapped(distiller.student)
 
@@ -92,7 +94,7 @@ def fit(
                 with nullcontext() if average is None else average.in_place():
                     ranks.broadcast_(student.buffers())
                     best.see(validate(distiller.student, distiller.teacher, validation))
-                warned = warned or best.found[-1].warn_of_worse_teacher()
+                warned = warned or best.found[-1].warn_of_worse_teacher(stacklevel=4)
                 if log is not None:
                     log(loop.steps, best.found[-1].values())
             if saved is not None:

@@ -43,13 +43,13 @@ class Batch:
         return logits
 
 
-def check_repeatable(loader: Iterable[Any], need: str) -> None:
+def check_repeatable(loader: Iterable[Any], need: str, argument: str = "loader") -> None:
     """Raises ValueError if the loader is an iterator, which is used up when it has been gone through; a sized one may
     rewind itself."""
     if isinstance(loader, Iterator) and not isinstance(loader, Sized):
         raise ValueError(
-            f"loader: {need}, but an iterator ({type(loader).__name__}) can be used only once; give a DataLoader, a "
-            "list, or an object whose __iter__ begins anew"
+            f"{argument}: {need}, but an iterator ({type(loader).__name__}) can be used only once; give a DataLoader, "
+            "a list, or an object whose __iter__ begins anew"
         )
 
 

@@ -34,8 +34,9 @@ class CachedTeacher(nn.Module):
     It is of no use where the inputs change every epoch (augmentation, padding to the longest of a batch): then a
     UserWarning says so, once, and nothing more is stored. `Distiller.fit` knows when an epoch repeats another: fewer
     than 10 % known are too few. In any other loop it takes the number of samples to tell: more than twice as many
-    unknown ones cannot be. `DistillationTrainer` and `DistillationModule` look it up, a loop of your own gives it as
-    `samples`. It has no features: feature losses need the teacher itself.
+    unknown ones cannot be. `DistillationTrainer`, `DistillationModule` and `DistillationCallback` look it up (but where
+    the entries of a data set are whole batches), a loop of your own gives it as `samples`. It has no features: feature
+    losses need the teacher itself.
 
     Args:
         teacher: its outputs are logits `[N, ..., C]` or have `.logits`.

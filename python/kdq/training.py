@@ -269,12 +269,13 @@ def _digest(model: nn.Module) -> str:
 
 
 def settings_of(optimizer: Optimizer) -> str:
-    """Its class, and what its groups were made with: learning rates, before a scheduler changed them, and decays."""
+    """Its class, and what its groups were made with: learning rates, before a scheduler changed them, and decays. Each
+    counts once: of sharded models, `parameter_groups` makes two groups of one."""
     each = []
     for group in optimizer.param_groups:
         rate, decay = float(group.get("initial_lr", group["lr"])), group.get("weight_decay", 0)
         each.append(f"lr={rate}" + (f" weight_decay={float(decay)}" if decay else ""))
-    return ", ".join([type(optimizer).__name__, *(each if len(set(each)) > 1 else each[:1])])
+    return ", ".join([type(optimizer).__name__, *dict.fromkeys(each)])
 
 
 def check_count(name: str, count: int) -> None:

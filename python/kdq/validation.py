@@ -43,15 +43,19 @@ class Validation:
         """By accuracy, if there are labels; then by KL to the teacher."""
         return (self.accuracy or 0.0, -self.teacher_kl) > (other.accuracy or 0.0, -other.teacher_kl)
 
-    def warn_of_worse_teacher(self) -> bool:
-        """Gives a UserWarning where the student is ahead by more than two standard errors; says whether it did."""
+    def warn_of_worse_teacher(self, stacklevel: int = 3) -> bool:
+        """Gives a UserWarning where the student is ahead by more than two standard errors; says whether it did.
+
+        Args:
+            stacklevel: whose line the warning shows: 2, that of who calls this, and 3, the one above.
+        """
         if self.lead is None or self.lead <= 2:
             return False
         warnings.warn(
             f"the teacher is worse than the student on the validation labels: accuracy {self.teacher_accuracy:.2%}, "
             f"the student's {self.accuracy:.2%}; it may hold the student back",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
         return True
 
@@ -72,7 +76,10 @@ def validate(student: nn.Module, teacher: nn.Module, loader: Iterable[Any]) -> V
         for batch in batches_in_step(loader, device):
             tally.add(*compared_outputs(student, teacher, parse_batch(batch, student)))
     reshard(student)
-    return tally.result(device)
+    found = tally.result(device)
+    if found is None:
+        raise ValueError("validation: expected at least one batch with a row that counts, got none")
+    return found
 
 
 class Tally:
@@ -94,16 +101,12 @@ class Tally:
             cases = 2 * (ours.argmax(-1) == target) + (theirs.argmax(-1) == target)
             self.right += torch.bincount(cases.cpu(), minlength=4).view(2, 2)
 
-    def result(self, device: torch.device | None) -> Validation:
-        """Of all ranks, where they train together.
-
-        Raises:
-            ValueError: there was no row.
-        """
+    def result(self, device: torch.device | None) -> Validation | None:
+        """Of all ranks, where they train together; None if there was no row."""
         own = [self.divergence, self.rows, self.unlabelled, *self.right.flatten().tolist()]
         divergence, rows, unlabelled, _, only_teacher, only_student, both = sum_over_ranks(own, device)
         if rows == 0:
-            raise ValueError("validation: expected at least one batch with a row that counts, got none")
+            return None
         if unlabelled:
             return Validation(None, None, divergence / rows, None)
         lead = _lead(only_student, only_teacher, rows)

@@ -17,6 +17,7 @@ import kdq
 from kdq import checkpoint
 from kdq.averaging import WeightAverage
 from kdq.losses import Linear
+from kdq.training import settings_of
 from small_models import FOUR, INT8, ONE, TWO, mlp, randn
 
 X = randn(48, 6)
@@ -284,6 +285,23 @@ def test_another_learning_rate_of_ones_own_optimizer_is_refused(tmp_path: Path) 
     anew = made(0.25)
     fit(*anew)  # done already
     same(anew[0].student, first[0].student)
+
+
+def test_settings_of_an_optimizer_are_those_of_any_number_of_processes() -> None:
+    """Where a part of each group is sharded, it has two groups for one."""
+    student = mlp(5, seed=1)
+
+    def made(split: bool, last: float = 0.5) -> torch.optim.Optimizer:
+        groups = [
+            {"params": part, "lr": lr}
+            for layer, lr in ((student[0], 0.25), (student[2], last))
+            for part in ([[layer.weight], [layer.bias]] if split else [[layer.weight, layer.bias]])
+        ]
+        return torch.optim.SGD(groups)
+
+    assert settings_of(made(split=True)) == settings_of(made(split=False)) == "SGD, lr=0.25, lr=0.5"
+    assert settings_of(made(split=True, last=0.25)) == "SGD, lr=0.25"
+    assert settings_of(made(split=True, last=0.125)) != settings_of(made(split=True))
 
 
 def test_a_layer_that_does_not_exist_keeps_the_checkpoint(tmp_path: Path) -> None:

@@ -164,8 +164,9 @@ def test_a_teacher_that_is_worse_is_named(tmp_path) -> None:
         nn.functional.cross_entropy(student(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    with pytest.warns(UserWarning, match="the teacher is worse than the student"):
+    with pytest.warns(UserWarning, match="the teacher is worse than the student") as caught:
         kdq.compress(student, loader(), budget=BUDGET, teacher=model(3), folder=tmp_path, **SETTINGS)
+    assert [w.filename for w in caught if "worse than the student" in str(w.message)] == [__file__]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["teacher"]["accuracy"] < report["before"]["accuracy"]
 

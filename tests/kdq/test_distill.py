@@ -281,6 +281,7 @@ def test_a_teacher_that_is_worse_is_named_once() -> None:
     with pytest.warns(UserWarning, match=r"teacher is worse.*accuracy \d+\.\d+%.*student's 100\.00%") as caught:
         distiller.fit([(x, target)], 3, frozen, validation=[(x, target)], progress=False)
     assert len(caught) == 1
+    assert caught[0].filename == __file__, "the line that called fit"
 
 
 @pytest.mark.parametrize(("ahead", "behind", "warns"), [(9, 2, True), (6, 3, False), (2, 9, False), (1, 0, False)])
@@ -362,14 +363,21 @@ def test_an_iterator_costs_no_training() -> None:
     before = copy.deepcopy(student.state_dict())
     distiller = kdq.Distiller(mlp(3), student, [kdq.SoftTargets()])
     phases = [kdq.Phase(name, 1) for name in ("one", "two")]
-    for train in (
-        lambda: distiller.fit((randn(2, 6) for _ in range(3)), 2, progress=False),
-        lambda: distiller.run((randn(2, 6) for _ in range(3)), phases, progress=False),
+    batches = [randn(2, 6)] * 3
+    for argument, given in (
+        ("loader", lambda: {"loader": iter(batches)}),
+        ("validation", lambda: {"loader": batches, "validation": iter(batches)}),
     ):
-        with pytest.raises(ValueError, match=r"loader: 2 .* need all batches each, but an iterator \(generator\)"):
-            train()
+        for train in (
+            lambda data: distiller.fit(**data, epochs=2, progress=False),
+            lambda data: distiller.run(**data, phases=phases, progress=False),
+        ):
+            with pytest.raises(ValueError, match=rf"{argument}: 2 .* need all batches each, but an iterator \(list_it"):
+                train(given())
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
-    assert distiller.fit(Rewinding(), 3, progress=False).steps == 6
+    assert distiller.fit(Rewinding(), 3, validation=Rewinding(), progress=False).steps == 6
+    once = iter(batches)
+    assert len(distiller.fit(batches, 1, validation=once, progress=False).validation) == 1
 
 
 def test_outputs_of_different_shape_are_named() -> None:

@@ -209,6 +209,56 @@ def test_trainer_puts_the_best_model_and_its_adapters_back(trainer_of: Any) -> N
     assert not torch.equal(*(next(each.own_parameters()) for each in (after[1], after[3])))
 
 
+@pytest.mark.parametrize("hint", [False, True], ids=["nothing beside", "an adapter"])
+def test_trainer_without_the_best_adapters_ends(hint: bool, trainer_of: Any, tmp_path: Path) -> None:
+    """The student is put back; the adapters, whose file is gone, are those of the last step, and a warning says so."""
+    from transformers import TrainerCallback
+
+    distiller = named(hint=hint)
+    scores = iter([0.9, 0.5])
+    after: list[kdq.Distiller] = []
+
+    class Lose(TrainerCallback):
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            after.append(copy.deepcopy(distiller))
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            for file in tmp_path.glob("*/distiller.pt"):
+                file.unlink()
+
+    best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "score", "greater_is_better": True}
+    trainer = trainer_of(
+        distiller, ROWS, ROWS, lambda _: {"score": next(scores)}, num_train_epochs=2, learning_rate=1e-2, **best
+    )
+    trainer.add_callback(Lose())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum("distiller.pt is missing" in str(w.message) for w in caught) == hint
+    same(distiller.student, after[0].student)
+    for module, last in zip(distiller.own_modules(), after[1].own_modules(), strict=True):
+        same(module, last)
+
+
+def test_trainer_leaves_nothing_set_after_an_exception(trainer_of: Any, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    cached, distiller = cached_named(tmp_path / "logits")
+
+    class Fail(TrainerCallback):
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            distiller.within = distiller.student  # as with several processes
+            raise RuntimeError("on purpose")
+
+    trainer = trainer_of(distiller, ROWS)
+    trainer.add_callback(Fail())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.train()
+    assert distiller.within is None
+    assert not warnings_of(lambda: [cached(features=randn(24, 6, seed=s)) for s in range(9)]), "other data, later"
+
+
 def test_trainer_checkpoints_hold_no_teacher_and_go_on(trainer_of: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -588,6 +638,64 @@ def test_lightning_with_loaders_that_have_no_length_tells_nothing(lightning: Any
     cached, distiller = cached_named(tmp_path / "logits")
     assert not warnings_of(lambda: trainer(max_epochs=4).fit(module(distiller), Batches()))
     assert cached.storing
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+def test_lightning_with_a_data_set_of_batches_tells_nothing(lightning: Any, tmp_path: Path) -> None:
+    """Its length is that of the loader, not the number of samples."""
+    trainer, module = lightning
+    batches = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 24, 8)]
+    cached, distiller = cached_named(tmp_path / "logits")
+    loader = DataLoader(batches, batch_size=None)
+    assert not warnings_of(lambda: trainer(max_epochs=2).fit(module(distiller), loader))
+    assert cached.storing
+    assert cached.misses == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("counts", [False, True], ids=["no row counts", "some count later"])
+def test_lightning_logs_nothing_where_no_row_counts(counts: bool, lightning: Any) -> None:
+    """As in the sanity check, which sees the first two batches."""
+    trainer, module = lightning
+    distiller = distiller_of()
+    target = torch.full((24,), -100)
+    target[16:] = Y[16:] if counts else -100
+    used = trainer(max_epochs=1)
+    used.fit(module(distiller), LOADER, DataLoader(TensorDataset(X, target), batch_size=8))
+    assert ("val_teacher_kl" in used.logged_metrics) == ("val_accuracy" in used.logged_metrics) == counts
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+def test_lightning_leaves_nothing_set_after_an_exception(lightning: Any, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    trainer, module = lightning
+    cached, distiller = cached_named(tmp_path / "logits")
+    own = module(distiller)
+
+    def fail(*_: Any) -> None:
+        distiller.within = own  # as with several processes
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(max_epochs=1, callbacks=[LambdaCallback(on_train_epoch_end=fail)]).fit(own, LOADER)
+    assert distiller.within is None
+    assert not warnings_of(lambda: [cached(randn(24, 6, seed=s)) for s in range(9)]), "other data, later"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*no `val_dataloader`")
+def test_lightning_checkpoints_without_the_callback_are_named(lightning: Any, own_module: Any, tmp_path: Path) -> None:
+    from kdq.integrations.lightning import DistillationCallback
+
+    trainer, _ = lightning
+    bare = trainer(max_epochs=1)
+    bare.fit(own_module(distiller_of()), LOADER)
+    bare.save_checkpoint(tmp_path / "bare.ckpt")
+    distiller = distiller_of()
+    with pytest.raises(RuntimeError, match=r"checkpoint: 'distiller' is missing.*without a DistillationCallback"):
+        trainer(max_epochs=2, callbacks=[DistillationCallback(distiller)]).fit(
+            own_module(distiller), LOADER, ckpt_path=tmp_path / "bare.ckpt"
+        )
 
 
 # ---- Accelerate ------------------------------------------------------------------------------------------------------

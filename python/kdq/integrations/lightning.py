@@ -35,7 +35,6 @@ except ImportError as error:
     ) from error
 
 STATE = "distiller"
-NOTHING: dict[str, Any] = {"own": {}, "generators": []}  # of a checkpoint from before there was the callback
 
 
 class DistillationCallback(Callback):
@@ -58,7 +57,8 @@ class DistillationCallback(Callback):
         ValueError: the teacher trains; (when training starts) the module lacks the student or has the teacher, the
             optimizer has the teacher's parameters or lacks those of `distiller.parameters()` beside the student's
             weights, or several processes run by another strategy than DDP.
-        RuntimeError: the adapters do not exist yet; (when a training is resumed) the checkpoint is of others.
+        RuntimeError: the adapters do not exist yet; (when a training is resumed) the checkpoint is of others, or was
+            written without this callback.
     """
 
     def __init__(self, distiller: Distiller, *, with_accuracy: bool = False) -> None:
@@ -97,11 +97,15 @@ class DistillationCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaders = [loader for loader in (trainer.train_dataloader, trainer.val_dataloaders) if loader is not None]
-        datasets = [getattr(loader, "dataset", None) for loader in CombinedLoader(loaders).flattened]
-        expect_samples(self.distiller.teacher, datasets)
+        expect_samples(self.distiller.teacher, map(_samples_of, CombinedLoader(loaders).flattened))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         expect_samples(self.distiller.teacher, [])
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Neither `on_train_end` nor `teardown` is called."""
+        expect_samples(self.distiller.teacher, [])
+        self.distiller.within = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._to_device(pl_module)
@@ -127,6 +131,8 @@ class DistillationCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with together():
             found = self.tally.result(pl_module.device)
+        if found is None:  # the sanity check sees but a few batches, whose labels may all be -100
+            return
         told = {"val_teacher_kl": found.teacher_kl}
         if self.with_accuracy and found.accuracy is not None:
             told["val_accuracy"] = found.accuracy
@@ -136,10 +142,20 @@ class DistillationCallback(Callback):
         checkpoint[STATE] = state_beside_student(self.distiller)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        load_state_beside_student(self.distiller, checkpoint.get(STATE, NOTHING))
+        if STATE not in checkpoint:
+            raise RuntimeError(
+                f"checkpoint: {STATE!r} is missing, what the distiller trains beside its student: it was written "
+                "without a DistillationCallback"
+            )
+        load_state_beside_student(self.distiller, checkpoint[STATE])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.distiller.within = None
+
+
+def _samples_of(loader: Any) -> Any:
+    """The data set of a DataLoader; None, that nobody knows, where its entries are whole batches."""
+    return None if getattr(loader, "batch_sampler", None) is None else loader.dataset
 
 
 def _ids(module: nn.Module) -> set[int]:
@@ -151,7 +167,8 @@ class DistillationModule(LightningModule):
     nats) each validation.
 
     The student is its submodule; the teacher is not: it is in no state dict, checkpoint or optimizer. It brings a
-    `DistillationCallback`. For another optimizer or a schedule, override `configure_optimizers`.
+    `DistillationCallback`. For another optimizer or a schedule, override `configure_optimizers`; where you override
+    `configure_callbacks`, add to those of `super().configure_callbacks()`.
 
     Args:
         distiller: where losses on features need adapters, after `distiller.prepare(batch)`.

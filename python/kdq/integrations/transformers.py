@@ -9,6 +9,7 @@ docs/training-loops.md has more.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -46,10 +47,11 @@ class DistillationTrainer(Trainer):
     """`Trainer` for a `Distiller`; for another kind of Trainer, `class Mine(DistillationTrainer, Seq2SeqTrainer)`.
 
     The loss, in evaluation too, is the distiller's (but where Seq2SeqTrainer evaluates by `predict_with_generate`, the
-    model's own); metrics see the student's logits. Batches have their labels under
-    any name that `parse_batch` knows, and labels of causal language models are shifted as the model would. Checkpoints
-    hold the student alone, and what the distiller trains beside it in a file of its own, `distiller.pt`; the gradients
-    of that are not clipped. Learned scales are not decayed. `load_best_model_at_end` puts both back.
+    model's own); metrics see the student's logits. Batches have their labels under any name that `parse_batch` knows,
+    and labels of causal language models are shifted as the model would. Checkpoints hold the student alone, and what
+    the distiller trains beside it in a file of its own, `distiller.pt`; the gradients of that are not clipped. Learned
+    scales are not decayed. `load_best_model_at_end` puts both back; where that file is missing, the student alone, with
+    a UserWarning if there are adapters or losses that are modules.
 
     Under torchrun the Trainer puts DistributedDataParallel around the student by itself: make the distiller with the
     student as it is, within `kdq.distributed.alone()`. Every process then trains on its part of the data as
@@ -124,13 +126,19 @@ class DistillationTrainer(Trainer):
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
-            _load_beside_student(self.distiller, Path(folder) / STATE, "resume_from_checkpoint")
+            path = Path(folder) / STATE
+            if not path.exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: {path} is missing: the checkpoint is not of a DistillationTrainer"
+                )
+            _load_beside_student(self.distiller, path)
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         expect_samples(self.distiller.teacher, [d for d in (self.train_dataset, *evaluated) if d is not None])
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             expect_samples(self.distiller.teacher, [])
+            self.distiller.within = None
 
 
 class _BesideStudent(TrainerCallback):
@@ -154,15 +162,21 @@ class _BesideStudent(TrainerCallback):
             write_atomically(folder / STATE, lambda path: torch.save(state_beside_student(self.distiller), path))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.distiller.within = None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             args.distributed_state.wait_for_everyone()  # rank 0 may have written it a moment ago
-            _load_beside_student(self.distiller, Path(state.best_model_checkpoint) / STATE, "load_best_model_at_end")
+            path = Path(state.best_model_checkpoint) / STATE
+            if path.exists():
+                _load_beside_student(self.distiller, path)
+            elif self.distiller.own_modules():  # an error would lose the whole training; the student is put back
+                warnings.warn(
+                    f"load_best_model_at_end: {path} is missing, so that the adapters and losses of the distiller stay "
+                    "as they are at the end of the training",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
 
-def _load_beside_student(distiller: Distiller, path: Path, argument: str) -> None:
-    if not path.exists():
-        raise ValueError(f"{argument}: {path} is missing: the checkpoint is not of a DistillationTrainer")
+def _load_beside_student(distiller: Distiller, path: Path) -> None:
     load_state_beside_student(distiller, torch.load(path, map_location="cpu", weights_only=True))
 
 
