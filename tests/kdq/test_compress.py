@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,18 @@ def test_the_error_of_a_layer_is_told_before_and_after(tmp_path) -> None:
     for value in errors.values():
         assert f"{value:.1f}" in text
     assert "only rounded" in text
+
+
+@pytest.mark.parametrize("method", ["pact", "dorefa"])
+def test_methods_of_training_are_rounded_as_lsq(method: str, tmp_path) -> None:
+    candidates = [kdq.LowBit(weight_bits=bits, act_bits=8, method=method) for bits in (4, 2)]
+    result = compressed(tmp_path, candidates=candidates)
+    assert set(result.plan.values()) <= set(candidates)
+    rounded = model()
+    untrained = {name: replace(config, method="lsq") for name, config in result.plan.items()}
+    kdq.quantize_(rounded, untrained, calibration=[data()])
+    assert result.report.rounded.teacher_kl == validate(rounded, model(), [data()]).teacher_kl
+    same(compressed(tmp_path, Interrupted(0), candidates=candidates).model, result.model)
 
 
 @pytest.mark.parametrize("batches", [0, 5, 9, 12, 15])  # epochs have 4: two of distillation, two of the finetune

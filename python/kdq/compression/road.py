@@ -109,7 +109,8 @@ def compress(
         teacher: outputs logits of the model's shape. None: the model itself, which needs no labels.
         validation: batches to choose and to report on; None: the loader's. They are kept in memory.
         folder: of the run; made if missing.
-        candidates: the precisions that the student tries and the plan may use, two or more.
+        candidates: the precisions that the student tries and the plan may use, two or more. The report's row "only
+            rounded" has method "lsq" in the place of those of training.
         losses: None: soft targets at temperature 4; where a teacher is given and a batch has labels, a tenth of them.
         epochs, finetune_epochs: passes over the loader.
         lr: of Adam at the start of both; falls to zero (cosine over the epochs). Small perceptrons gain from 3e-3,
@@ -352,7 +353,7 @@ class _Road:
         before.load_state_dict(self.trained("distil")["distiller"]["student"])
         choices = {short_name(config): extract(before, config) for config in precisions(before)}
         rounded = copy.deepcopy(self.model)
-        quantize_(rounded, plan, calibration=self.held)
+        quantize_(rounded, {name: _untrained(config) for name, config in plan.items()}, calibration=self.held)
         at_plan = {"plan, only rounded": rounded, "plan, not finetuned": extract(before, plan), "compressed": final}
         models = {"float": self.model, **choices, **at_plan}
         if self.teacher is not None:
@@ -381,6 +382,11 @@ class _Road:
         write_atomically(self.folder.path / "report.json", report.save_json)
         write_atomically(self.folder.path / "report.html", report.save_html)
         return {"report": report.to_json()}
+
+
+def _untrained(config: Config) -> Config:
+    """What rounding alone has in the place of a config whose grids are found by training (PACT, DoReFa)."""
+    return replace(config, method="lsq") if isinstance(config, LowBit) else config
 
 
 def seed_of(seed: int, phase: str, epoch: int) -> int:
