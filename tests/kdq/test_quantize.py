@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kdq
 import kdq_kernels as kk
-from kdq.configs import Config, config_from_json, config_to_json
+from kdq.configs import Config, assign, config_from_json, config_to_json
 from kdq.grids import AffineGrid
 from kdq.layers.low_bit_linear import pack_bits, unpack_bits
 
@@ -140,6 +140,13 @@ def test_one_rule_for_names_and_patterns(change: str) -> None:
             applied(m, {"*": wide, wrong: narrow})
     assert str(m) == before
     assert applied(m, {"*": wide, "3.*": wide, "3.0": narrow}) == {"0": wide, "3.0": narrow}
+
+
+def test_an_exact_name_is_no_pattern() -> None:
+    wide, narrow = kdq.Int8Dynamic(), kdq.Int8WeightOnly()
+    assert assign({"a?": narrow, "*": wide}, ["a?", "ab"]) == {"a?": narrow, "ab": wide}
+    assert assign({"a?": narrow}, ["a?", "ab"]) == {"a?": narrow, "ab": None}
+    assert assign({"a?": narrow}, ["aa", "ab"]) == {"aa": narrow, "ab": narrow}
 
 
 def test_names_of_one_layer_get_one_config() -> None:
