@@ -146,6 +146,8 @@ def test_names_are_exact_in_set_precision() -> None:
 
 def test_a_plan_for_another_model_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="plan: 'fc1' is neither the name of a layer"):
+    with pytest.raises(ValueError, match="config: 'fc1' is neither the name of a layer"):
         kdq.quantize_(model, plan())
+    with pytest.raises(ValueError, match="plan: 'fc1' is neither the name of a layer"):
+        kdq.convert_(model, dict(plan()))
     assert type(model[0]) is nn.Linear
