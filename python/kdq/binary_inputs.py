@@ -6,15 +6,20 @@ out.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from kdq.fuse import plain_sequential
 from kdq.layers.base import fused_activation
 
 NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softmax)
+INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))  # folders of code not the user's
 KEEP_SIGNS = (nn.Identity, nn.Dropout, nn.Flatten)
 
 
@@ -38,8 +43,17 @@ def _warn(name: str, found: str) -> None:
         f"{name!r} is a Binary layer and {found}: it sees signs alone, which are then all equal, and puts out the same "
         "for every input; put a batch or layer norm right before it, or give it another config",
         UserWarning,
-        stacklevel=4,
+        stacklevel=_levels_to_user(),
     )
+
+
+def _levels_to_user() -> int:
+    """For `warnings.warn` in the function that asks: the nearest line that is neither kdq's nor torch's. That is the
+    call of `quantize_`, or of a first batch the one of the model or of `fit`."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _backwards(model: nn.Module, name: str) -> Iterator[nn.Module]:

@@ -110,6 +110,10 @@ class LayerConfigs(Mapping[str, Config]):
     """Base of mappings whose keys are layer names, taken as they are: `[`, `*` and `?` mean themselves."""
 
 
+class ExactConfigs(dict[str, Config], LayerConfigs):
+    """A dict of that kind."""
+
+
 # One config for every layer, or configs by layer name or pattern (as in fnmatch: "encoder.*.fc1"); see `assign`.
 ConfigMap: TypeAlias = Config | Mapping[str, Config]
 
@@ -133,7 +137,8 @@ def check_configs(configs: ConfigMap) -> None:
 
 def assign(configs: ConfigMap, names: Collection[str], role: str = "config") -> dict[str, Config | None]:
     """The config of each of the names; None where nothing matches. The one rule of all functions that take a mapping:
-    a layer's exact name counts before patterns, and of these the first that matches.
+    a layer's exact name counts before patterns, and of these the first that matches. A key that is the exact name of a
+    layer is no pattern for others.
 
     Args:
         names: of all layers that configs may speak of.
@@ -147,8 +152,10 @@ def assign(configs: ConfigMap, names: Collection[str], role: str = "config") -> 
     if not isinstance(configs, Mapping):
         return dict.fromkeys(names, normalize(configs))
 
+    exact = set(configs) if isinstance(configs, LayerConfigs) else set(names)  # keys that are no patterns
+
     def covers(key: str, name: str) -> bool:
-        return key == name or (not isinstance(configs, LayerConfigs) and fnmatch.fnmatchcase(name, key))
+        return key == name or (key not in exact and fnmatch.fnmatchcase(name, key))
 
     for key in configs:
         if not any(covers(key, name) for name in names):

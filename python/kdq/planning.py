@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kdq.configs import Config, ConfigMap, LayerConfigs, Pruned, assign
+from kdq.configs import Config, ConfigMap, Pruned, assign
 from kdq.distributed import check_plain
 from kdq.fuse import find_fusions, has_own_code
 from kdq.layers.base import InferenceLayer, InferenceLinear
@@ -105,27 +105,28 @@ def plan_layers(
     filter_fn: FilterFn | None,
     why_not: Callable[[nn.Module], str | None],
     config_of: Callable[[Any], Config | Pruned] | None = None,
+    role: str = "config",
 ) -> LayerPlan:
-    """Decides about every leaf module.
+    """Decides about every leaf module. One that has several names gets what any of them gets, at all of them.
 
     Args:
         configs, filter_fn: as for `quantize_`.
         why_not: the reason why a module cannot be replaced; None if it can.
         config_of: overrides configs: the module says what it becomes.
+        role: the caller's name of configs, for messages.
 
     Raises:
         TypeError: configs are not kdq's.
         ValueError: the model itself is the only layer or wrapped by DDP or FSDP2, a weight is not finite or not on the
             CPU, a training twin has hooks, a name or pattern of configs matches no layer, or a layer that has several
-            names would get several configs.
+            names would get several configs, or filter_fn takes it at some of them alone.
     """
     check_plain(model)
     plan = LayerPlan()
     modules = model.named_modules(remove_duplicate=False)
     leaves = {name: module for name, module in modules if _is_leaf(module) and not _inside_layer(model, name)}
-    role = "plan" if isinstance(configs, LayerConfigs) else "config"
     layers = [name for name, module in leaves.items() if _has_tensors(module)]
-    by_name = assign(configs, layers, role) if config_of is None else {}
+    by_name = _at_all_names(assign(configs, layers, role), leaves) if config_of is None else {}
     for name, module in leaves.items():
         reason = why_not(module)
         config: Config | Pruned | None = None
@@ -151,19 +152,35 @@ def plan_layers(
         if isinstance(module, nn.Linear | PrunedLinear | nn.Embedding):
             _check_weight(name, module)
         plan.chosen[name] = Target(module, config)
-    _check_shared(plan)
+    _check_shared(plan, leaves, role)
     return plan
 
 
-def _check_shared(plan: LayerPlan) -> None:
-    """A layer that has several names is built once: raises ValueError if these have different configs."""
+def _at_all_names(by_name: dict[str, Config | None], leaves: Mapping[str, nn.Module]) -> dict[str, Config | None]:
+    """Gives the config of a layer that is named at one of several places to its other names that have none."""
+    given: dict[int, Config] = {}
+    for name, config in by_name.items():
+        if config is not None:
+            given.setdefault(id(leaves[name]), config)
+    return {name: config or given.get(id(leaves[name])) for name, config in by_name.items()}
+
+
+def _check_shared(plan: LayerPlan, leaves: Mapping[str, nn.Module], role: str) -> None:
+    """A layer that has several names is built once: raises ValueError if these have different configs, or if some of
+    them are left, which is by filter_fn: all other reasons are the layer's own."""
     first: dict[int, str] = {}
     for name, target in plan.chosen.items():
         before = first.setdefault(id(target.module), name)
         if plan.chosen[before].config != target.config:
             raise ValueError(
-                f"config: {before!r} and {name!r} are one layer, but get {plan.chosen[before].config} and "
+                f"{role}: {before!r} and {name!r} are one layer, but get {plan.chosen[before].config} and "
                 f"{target.config}"
+            )
+    for name in plan.left:
+        chosen = first.get(id(leaves[name]))
+        if chosen is not None:
+            raise ValueError(
+                f"filter_fn: {chosen!r} and {name!r} are one layer, but it is true of the first name alone"
             )
 
 

@@ -63,7 +63,7 @@ def quantize_(
             their zeros where 0 is a value of the scheme (not in 1 bit and DoReFa's odd levels).
         config: one config for all linear layers, or a mapping of layer names or patterns (fnmatch) to configs for
             linear layers and embeddings. A layer's exact name counts before patterns, and of these the first that
-            matches.
+            matches. One that has several names needs a match at one of them.
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
         calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed where linear
             layers get `Int8Static` or `LowBit`, whose activation scales are fixed.
@@ -81,7 +81,7 @@ def quantize_(
         TypeError: config or observer is not one of kdq's.
         ValueError: calibration is missing or empty, a name or pattern matches no layer (one that is left, as a norm,
             counts), a config's method is one of training, a weight is not finite, a layer that has several names would
-            get several configs, or the model itself is the only linear layer.
+            get several configs or pass filter_fn at some of them alone, or the model itself is the only linear layer.
     """
     plan = plan_layers(model, config, filter_fn, why_not_for(config))
     static = {name: p.module for name, p in plan.chosen.items() if fixes_input_scale(p)}
@@ -143,7 +143,7 @@ def prepare_switchable_(
         raise ValueError(f"precisions: expected at least two different ones, got {list(precisions)}")
     if any(isinstance(config, Codebook) for config in configs):
         raise ValueError("precisions: a Codebook trains its values, and has no float weight to share with others")
-    plan = plan_layers(model, configs[0], filter_fn, _why_not_switchable)
+    plan = plan_layers(model, configs[0], filter_fn, _why_not_switchable, role="precisions")
     linear_chosen = any(isinstance(target.module, nn.Linear) for target in plan.chosen.values())
     linear_there = any(isinstance(module, SwitchableLinear) for module in model.modules())
     if plan.chosen and not (linear_chosen or linear_there):
@@ -180,7 +180,7 @@ def convert_(
     prepared = plan_layers(model, {}, None, why_not, config_of=lambda module: module.config)
     planned = LayerPlan()
     if plan is not None:
-        planned = plan_layers(model, plan, None, why_not_layer)
+        planned = plan_layers(model, plan, None, why_not_layer, role="plan")
         for name, target in planned.chosen.items():
             if fixes_input_scale(target):
                 raise ValueError(

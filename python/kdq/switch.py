@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from kdq.configs import Config, ConfigMap, assign, normalize
+from kdq.configs import Config, ConfigMap, ExactConfigs, LayerConfigs, assign, normalize
 from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
 from kdq.quantize import convert_
 
@@ -120,11 +120,11 @@ def _layers(model: nn.Module) -> dict[str, SwitchableLinear]:
     return layers
 
 
-def _by_first_name(model: nn.Module, precision: Mapping[str, Config]) -> dict[str, Config]:
+def _by_first_name(model: nn.Module, precision: Mapping[str, Config]) -> Mapping[str, Config]:
     """The mapping with each further name of a shared layer replaced by its first, which alone `_layers` knows."""
     first: dict[nn.Module, str] = {}
     names = {name: first.setdefault(module, name) for name, module in model.named_modules(remove_duplicate=False)}
-    renamed: dict[str, Config] = {}
+    renamed: dict[str, Config] = ExactConfigs() if isinstance(precision, LayerConfigs) else {}
     for name, config in precision.items():
         known = names.get(name, name)
         if renamed.setdefault(known, config) != config:

@@ -38,7 +38,7 @@ class SwitchableDistiller(Distiller):
         sandwich: how many random precisions a step runs between the widest and the narrowest; all, if there are no
             more.
         recursive: False: all precisions learn from the teacher. docs/studies/claim-c.md found recursion better at 1 bit
-            (by 2.5 and 0.5 points of accuracy on its two tasks), and worse or equal from 3 bits up (by up to 0.9).
+            (by 2.5 and 0.5 points of accuracy on its two tasks), and worse or equal from 3 bits up (by up to 0.95).
         seed: of the random choice; ranks that train together take that of rank 0. A student in DDP needs
             `find_unused_parameters=True`: a step does not use the scales of the precisions that it leaves out.
 

@@ -20,6 +20,37 @@ BEHIND_RELU: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
+def test_a_warning_tells_the_users_line() -> None:
+    """Not one of kdq's or torch's, however deep the warning was given."""
+
+    def places(act: Callable[[], object]) -> list[tuple[str, int]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            act()
+        return [(w.filename, w.lineno) for w in caught if "Binary layer" in str(w.message)]
+
+    def line_of(act: Callable[[], object]) -> list[tuple[str, int]]:
+        return [(__file__, act.__code__.co_firstlineno)]
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    def student() -> nn.Module:
+        model = net()
+        kdq.prepare_qat_(model, {"2": ONE})
+        return model
+
+    distiller = kdq.Distiller(net(), student(), [kdq.SoftTargets()])
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    for act in (
+        lambda: kdq.quantize_(net(), {"2": ONE}),
+        lambda: kdq.convert_(net(), {"2": ONE}),
+        lambda: student()(randn(9, 6)),
+        lambda: distiller.fit([randn(9, 6)], 1, optimizer, progress=False),
+    ):
+        assert places(act) == line_of(act)
+
+
 def warned(act: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

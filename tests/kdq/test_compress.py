@@ -1,7 +1,9 @@
 """compress: the whole road in one call, interrupted and taken up again."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,18 @@ def test_the_error_of_a_layer_is_told_before_and_after(tmp_path) -> None:
     assert "only rounded" in text
 
 
+@pytest.mark.parametrize("method", ["pact", "dorefa"])
+def test_methods_of_training_are_rounded_as_lsq(method: str, tmp_path) -> None:
+    candidates = [kdq.LowBit(weight_bits=bits, act_bits=8, method=method) for bits in (4, 2)]
+    result = compressed(tmp_path, candidates=candidates)
+    assert set(result.plan.values()) <= set(candidates)
+    rounded = model()
+    untrained = {name: replace(config, method="lsq") for name, config in result.plan.items()}
+    kdq.quantize_(rounded, untrained, calibration=[data()])
+    assert result.report.rounded.teacher_kl == validate(rounded, model(), [data()]).teacher_kl
+    same(compressed(tmp_path, Interrupted(0), candidates=candidates).model, result.model)
+
+
 @pytest.mark.parametrize("batches", [0, 5, 9, 12, 15])  # epochs have 4: two of distillation, two of the finetune
 def test_a_killed_run_goes_on_to_the_same_result(batches: int, tmp_path) -> None:
     whole = compressed(tmp_path / "whole")
@@ -137,6 +151,7 @@ def test_a_search_that_is_taken_up_stands_on_the_times_of_before(tmp_path, monke
         patch.setattr("kdq.search.run._Search.by_distance", killed)  # the times are there, the plan is not
         with pytest.raises(KeyboardInterrupt):
             compressed(tmp_path, budget=budget)
+    shutil.copytree(tmp_path, tmp_path / "moved")
     resumed = compressed(tmp_path, Interrupted(8), budget=budget)
     assert measured == [0, 1], "once before the training, for the budget, and once in the search"
     assert resumed.plan.fixed_ms == 0.25
@@ -145,6 +160,12 @@ def test_a_search_that_is_taken_up_stands_on_the_times_of_before(tmp_path, monke
     assert measured == [0, 1, 2], "another search measures for itself"
     assert again.plan.layers[0].options[0].latency_ms == 4.0
     assert len(list(tmp_path.glob("search-*.json"))) == 1
+    measured.clear()
+    monkeypatch.setattr("kdq_kernels.cpu_isa", lambda: "another")
+    with pytest.warns(UserWarning, match="measured anew; times: .* is of cpu_isa .*, expected another"):
+        moved = compressed(tmp_path / "moved", Interrupted(8), budget=budget)
+    assert measured == [0]
+    assert moved.plan.layers[0].options[0].latency_ms == 2.0
 
 
 def test_finished_phases_are_not_repeated(tmp_path) -> None:
@@ -154,6 +175,25 @@ def test_finished_phases_are_not_repeated(tmp_path) -> None:
     assert smaller.plan.average_bits <= 2.5
     with pytest.raises(KeyboardInterrupt):
         compressed(tmp_path, Interrupted(0), seed=1)
+
+
+@pytest.mark.parametrize(("narrow", "recursive"), [((2, 8), False), ((1, 8), True), ((1, 1), True)])
+def test_recursive_only_with_one_bit(narrow: tuple[int, int], recursive: bool, tmp_path, monkeypatch) -> None:
+    made = []
+
+    class Noted(kdq.SwitchableDistiller):
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options)
+            made.append(self.recursive)
+
+    monkeypatch.setattr(road, "SwitchableDistiller", Noted)
+    weight_bits, act_bits = narrow
+    compressed(
+        tmp_path,
+        candidates=[kdq.Int8Dynamic(), kdq.LowBit(weight_bits=weight_bits, act_bits=act_bits)],
+        budget=kdq.Budget(average_bits=8),
+    )
+    assert made == [recursive]
 
 
 def test_a_teacher_that_is_worse_is_named(tmp_path) -> None:

@@ -133,8 +133,21 @@ def test_names_are_exact_in_quantize_prepare_and_convert() -> None:
     assert set(kdq.convert_(model, plan()).changed) == {"fc1", "tied", "fc[2]"}
 
 
+def test_names_are_exact_in_set_precision() -> None:
+    model = Odd()
+    kdq.prepare_switchable_(model, [kdq.Int8Static(), kdq.Int8Dynamic(), kdq.LowBit(weight_bits=2, act_bits=8)])
+    before = kdq.precision_of(model)
+    kdq.set_precision_(model, plan())
+    assert kdq.precision_of(model) == {**before, "fc1": plan()["fc1"], "fc[2]": plan()["fc[2]"]}
+    setattr(model, "fc[2]", nn.Identity())
+    with pytest.raises(ValueError, match=r"precision: 'fc\[2\]' is neither the name of a layer"):
+        kdq.set_precision_(model, plan())
+
+
 def test_a_plan_for_another_model_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="plan: 'fc1' is neither the name of a layer"):
+    with pytest.raises(ValueError, match="config: 'fc1' is neither the name of a layer"):
         kdq.quantize_(model, plan())
+    with pytest.raises(ValueError, match="plan: 'fc1' is neither the name of a layer"):
+        kdq.convert_(model, dict(plan()))
     assert type(model[0]) is nn.Linear

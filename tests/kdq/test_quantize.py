@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kdq
 import kdq_kernels as kk
-from kdq.configs import Config, config_from_json, config_to_json
+from kdq.configs import Config, assign, config_from_json, config_to_json
 from kdq.grids import AffineGrid
 from kdq.layers.low_bit_linear import pack_bits, unpack_bits
 
@@ -142,12 +142,36 @@ def test_one_rule_for_names_and_patterns(change: str) -> None:
     assert applied(m, {"*": wide, "3.*": wide, "3.0": narrow}) == {"0": wide, "3.0": narrow}
 
 
+def test_an_exact_name_is_no_pattern() -> None:
+    wide, narrow = kdq.Int8Dynamic(), kdq.Int8WeightOnly()
+    assert assign({"a?": narrow, "*": wide}, ["a?", "ab"]) == {"a?": narrow, "ab": wide}
+    assert assign({"a?": narrow}, ["a?", "ab"]) == {"a?": narrow, "ab": None}
+    assert assign({"a?": narrow}, ["aa", "ab"]) == {"aa": narrow, "ab": narrow}
+
+
 def test_names_of_one_layer_get_one_config() -> None:
     m = nn.ModuleDict({"a": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
     m["b"] = m["a"]
     with pytest.raises(ValueError, match="'a' and 'b' are one layer, but get Int8Dynamic.* and Int8WeightOnly"):
         kdq.quantize_(m, {"*": kdq.Int8Dynamic(), "b": kdq.Int8WeightOnly()})
+    with pytest.raises(
+        ValueError, match="filter_fn: 'a' and 'b' are one layer, but it is true of the first name alone"
+    ):
+        kdq.quantize_(m, kdq.Int8Dynamic(), lambda _, name: name != "b")
+    with pytest.raises(ValueError, match="filter_fn: 'b' and 'a' are one layer"):
+        kdq.prune_(m, 0.5, lambda _, name: name == "b")
     assert type(m["a"]) is nn.Linear
+
+
+@pytest.mark.parametrize("named", ["a", "b", "[b]"])
+def test_a_layer_named_once_is_changed_at_all_its_names(named: str) -> None:
+    for change in (kdq.quantize_, kdq.prepare_qat_, kdq.convert_):
+        m = nn.ModuleDict({"a": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
+        m["b"] = m["a"]
+        assert dict(change(m, {named: kdq.Int8Dynamic()}).changed) == dict.fromkeys("ab", kdq.Int8Dynamic())
+        assert m["a"] is m["b"]
+        assert type(m["a"]) is not nn.Linear
+        assert type(m["c"]) is nn.Linear
 
 
 def test_the_title_speaks_of_fused_activations_where_there_are_some() -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from kdq.compression.evaluate import count_samples, describe_layers, evaluate
 from kdq.compression.folder import RunFolder, fingerprint
 from kdq.compression.repeatable import seeded
 from kdq.compression.report import CompressionReport, Model, Training
-from kdq.configs import Config, Int8Dynamic, LowBit, config_to_json, normalize, short_name
+from kdq.configs import Config, Int8Dynamic, LowBit, bits_of, config_to_json, normalize, short_name
 from kdq.distill import Distiller, History
 from kdq.io import load, save
 from kdq.losses import Loss, SoftTargets
@@ -35,6 +36,7 @@ from kdq.observe import check_repeatable, evaluating, parse_batch
 from kdq.quantize import prepare_switchable_, quantizable_layers, quantize_
 from kdq.reporting import ROUNDS
 from kdq.search import Budget, Plan, search_precision
+from kdq.search.cost import OtherTimes
 from kdq.switch import extract, float_copy, keeping_precision, precisions, set_precision_
 from kdq.switchable_distill import SwitchableDistiller
 from kdq.teacher_cache import CachedTeacher
@@ -86,7 +88,8 @@ def compress(
         small = kdq.compress(model, loader, budget=kdq.Budget(size_bytes=size / 8), teacher=teacher)
         print(small.report)
 
-    1. *distil*: a switchable student tries every precision under the teacher (`SwitchableDistiller`).
+    1. *distil*: a switchable student tries every precision under the teacher (`SwitchableDistiller`; each
+       from the next wider one where a candidate has 1-bit weights, else all from the teacher).
     2. *search*: an exact plan under the budget, by teacher-KL and by sizes and times measured here
        (`search_precision`).
     3. *finetune*: the plan is trained on.
@@ -109,7 +112,8 @@ def compress(
         teacher: outputs logits of the model's shape. None: the model itself, which needs no labels.
         validation: batches to choose and to report on; None: the loader's. They are kept in memory.
         folder: of the run; made if missing.
-        candidates: the precisions that the student tries and the plan may use, two or more.
+        candidates: the precisions that the student tries and the plan may use, two or more. The report's row "only
+            rounded" has method "lsq" in the place of those of training.
         losses: None: soft targets at temperature 4; where a teacher is given and a batch has labels, a tenth of them.
         epochs, finetune_epochs: passes over the loader.
         lr: of Adam at the start of both; falls to zero (cosine over the epochs). Small perceptrons gain from 3e-3,
@@ -211,7 +215,8 @@ class _Road:
         student = self.switchable()
         if not self.folder.is_done("distil", distilled):
             self.check_budget()
-        distiller = SwitchableDistiller(self.goal, student, self.losses, seed=self.seed)
+        recursive = any(bits_of(config)[0] == 1 for config in self.precisions)
+        distiller = SwitchableDistiller(self.goal, student, self.losses, recursive=recursive, seed=self.seed)
         self.make_adapters(distiller)
         self.phase("distil", distilled, partial(self.train, "distil", distiller, self.epochs))
         distiller.load_state_dict(self.trained("distil")["distiller"])
@@ -330,15 +335,14 @@ class _Road:
         return state
 
     def search(self, student: nn.Module) -> dict[str, Any]:
-        plan = search_precision(
-            student,
-            self.goal,
-            self.held,
-            budget=self.budget,
-            refine=self.refine,
-            times=self.folder.file("search", ".json"),  # a resumed search is to see the same
-            progress=self.progress,
-        )
+        times = self.folder.file("search", ".json")  # a resumed search is to see the same
+        find = partial(search_precision, student, self.goal, self.held, budget=self.budget, refine=self.refine)
+        try:
+            plan = find(times=times, progress=self.progress)
+        except OtherTimes as error:
+            warnings.warn(f"a search was broken off, and is measured anew; {error}", UserWarning, stacklevel=2)
+            times.unlink()
+            plan = find(times=times, progress=self.progress)
         write_atomically(self.folder.path / "plan.json", plan.save)
         return {"plan": plan.to_json()}
 
@@ -352,7 +356,7 @@ class _Road:
         before.load_state_dict(self.trained("distil")["distiller"]["student"])
         choices = {short_name(config): extract(before, config) for config in precisions(before)}
         rounded = copy.deepcopy(self.model)
-        quantize_(rounded, plan, calibration=self.held)
+        quantize_(rounded, {name: _untrained(config) for name, config in plan.items()}, calibration=self.held)
         at_plan = {"plan, only rounded": rounded, "plan, not finetuned": extract(before, plan), "compressed": final}
         models = {"float": self.model, **choices, **at_plan}
         if self.teacher is not None:
@@ -381,6 +385,11 @@ class _Road:
         write_atomically(self.folder.path / "report.json", report.save_json)
         write_atomically(self.folder.path / "report.html", report.save_html)
         return {"report": report.to_json()}
+
+
+def _untrained(config: Config) -> Config:
+    """What rounding alone has in the place of a config whose grids are found by training (PACT, DoReFa)."""
+    return replace(config, method="lsq") if isinstance(config, LowBit) else config
 
 
 def seed_of(seed: int, phase: str, epoch: int) -> int:

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+import kdq_kernels as kk
+from kdq.checkpoint import write_atomically
 from kdq.configs import Binary, Codebook, Config, Int8Static, LowBit, config_from_json, config_to_json
 from kdq.observe import Batch
 from kdq.reporting import ROUND_SECONDS
@@ -69,21 +72,56 @@ class Timing:
         return cls({None if c is None else config_from_json(c): dict(ms) for c, ms in data["layers"]}, data["fixed"])
 
 
-def kept_timing(path: Path | None, names: Sequence[str], candidates: Sequence[Config | None]) -> Timing | None:
+class OtherTimes(ValueError):
+    """A file of times that were measured of something else, or in other circumstances."""
+
+
+def circumstances(layers: Mapping[str, nn.Linear], rows: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What times depend on besides the candidates, ready for JSON: the layers, the rows of each of their calls, and how
+    this process computes. The processor itself is not known."""
+    return {
+        "layers": {name: [*layers[name].weight.shape, str(layers[name].weight.dtype), *rows[name]] for name in rows},
+        "cpu_isa": kk.cpu_isa(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def keep_timing(path: Path, timing: Timing, of: Mapping[str, Any]) -> None:
+    """Writes a file for `kept_timing`, of these `circumstances`."""
+    text = json.dumps({**timing.to_json(), "of": of}, indent=1) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def kept_timing(path: Path, candidates: Sequence[Config | None], of: Mapping[str, Any]) -> Timing | None:
     """What `measure` gave and a file has; None where there is no file.
 
     Raises:
-        ValueError: the file is damaged, or of other layers or candidates.
+        OtherTimes: the file is of other candidates or `circumstances`.
+        ValueError: it is damaged.
     """
-    if path is None or not path.exists():
+    if not path.exists():
         return None
     try:
-        timing = Timing.from_json(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
+        data = json.loads(path.read_text())
+        timing, before = Timing.from_json(data), _by_word(data["of"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"times: {path} is not a file of times; delete it to measure anew: {error}") from error
-    if timing.layers.keys() != set(candidates) or any(ms.keys() != set(names) for ms in timing.layers.values()):
-        raise ValueError(f"times: {path} is of other layers or candidates; choose another file")
+    names = of["layers"].keys()
+    if timing.layers.keys() != set(candidates) or any(ms.keys() != names for ms in timing.layers.values()):
+        raise OtherTimes(f"times: {path} is of other layers or candidates; choose another file")
+    now = _by_word(of)
+    for what in now:
+        if before.get(what) != now[what]:
+            raise OtherTimes(
+                f"times: {path} is of {what} {before.get(what)}, expected {now[what]}; choose another file"
+            )
     return timing
+
+
+def _by_word(of: Mapping[str, Any]) -> dict[str, Any]:
+    """`circumstances` by what a message calls them."""
+    layers = {f"layer {name!r} (sides, dtype, rows)": known for name, known in of["layers"].items()}
+    return {**layers, "cpu_isa": of["cpu_isa"], "threads": of["threads"]}
 
 
 def input_rows(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, list[int]]:

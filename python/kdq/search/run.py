@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +12,22 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from kdq.checkpoint import write_atomically
 from kdq.configs import Binary, Config, Int8Dynamic, LowBit, normalize
 from kdq.layers.switchable import SwitchableLinear
 from kdq.observe import Batch, evaluating, parse_batch
 from kdq.reporting import ROUNDS
 from kdq.search.budget import Budget
-from kdq.search.cost import input_rows, kept_timing, layer_bytes, measure, tensor_bytes, weight_bits, whole_ms
+from kdq.search.cost import (
+    circumstances,
+    input_rows,
+    keep_timing,
+    kept_timing,
+    layer_bytes,
+    measure,
+    tensor_bytes,
+    weight_bits,
+    whole_ms,
+)
 from kdq.search.plan import Option, Plan, PlannedLayer
 from kdq.search.precision import BuiltLayers, Precision, SwitchableLayers, all_at, unfused
 from kdq.search.sensitivity import SENSITIVITIES, Distance, Sensitivity, Table, finite, increases, weight_noise
@@ -75,13 +83,15 @@ def search_precision(
         rounds: of timing; the medians count.
         precision: how to set a layer's precision, for models that can do it by themselves; None builds the layers.
         times: a JSON file for the layers' times, written when they are measured, and read instead if it exists: a
-            search that was broken off, or one with another budget, stands on the same ones. For one model and machine.
+            search that was broken off, or one with another budget, stands on the same ones. Its folder is made. For one
+            model and machine: the layers' shapes, the rows that they get, the kernels' instruction set and the number
+            of threads are compared.
         progress: whether to show a bar.
 
     Raises:
         ValueError: the loader is empty, labels are missing, no layer can be quantized, the outputs do not match, a
-            distance is NaN or infinite, the times are of other layers or candidates, or no plan meets the budget (the
-            message names the smallest value reachable).
+            distance is NaN or infinite, the times are of other layers, rows, candidates, kernels or threads, or no plan
+            meets the budget (the message names the smallest value reachable).
         TypeError: a candidate or a batch is of an unknown kind.
     """
     switchable = precision is None and any(isinstance(module, SwitchableLinear) for module in student.modules())
@@ -155,15 +165,17 @@ class _Search:
             same = tuple(n for n, other in self.linears.items() if other is linear)
             self.aliases[same[0]] = same
         self.names = list(self.aliases)
-        timing = kept_timing(times, self.names, candidates)
+        with all_at(built, dict.fromkeys(self.names)):
+            rows = input_rows(costed, self.names, batch)
+        of = circumstances(self.linears, rows)
+        if times is not None:
+            times.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before it is measured
+        timing = None if times is None else kept_timing(times, candidates, of)
         if timing is None:
             timing = measure(costed, built, self.names, candidates, batch, rounds)
             if times is not None:
-                text = json.dumps(timing.to_json(), indent=1) + "\n"
-                write_atomically(times, lambda path: path.write_text(text))
+                keep_timing(times, timing, of)
         self.fixed_ms = timing.fixed
-        with all_at(built, dict.fromkeys(self.names)):
-            rows = input_rows(costed, self.names, batch)
         in_float = sum(len(self.aliases[n]) * layer_bytes(self.linears[n], None) for n in self.names)
         self.fixed_bytes = tensor_bytes(costed) - in_float
         self.layers = [
