@@ -89,25 +89,32 @@ Tensor binary_matmul_op(const Tensor& a_in, const Tensor& b_in, int64_t k) {
   return out;
 }
 
-template <class On>
-Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits_in, const Tensor& weight_scale_in,
-                        const OptionalTensor& bias_in, OptionalInt k) {
-  const On on("x", x);
-  const BinaryInput in = parse_binary_input(on, x, k);
-  const Tensor weight_bits = expect_bits(on, "weight_bits", weight_bits_in, in.k, 2);
-  BinaryLinear args;
+// What BinaryLinear and BinaryThreshold have in common.
+template <class Layer>
+Layer layer_of(const BinaryInput& in, const Tensor& weight_bits) {
+  Layer args;
   args.dtype = in.dtype;
   args.x = in.values;
   args.x_bits = in.bits;
   args.m = in.m;
   args.n = weight_bits.size(0);
   args.k = in.k;
+  args.weight_bits = data<uint64_t>(weight_bits);
+  return args;
+}
+
+template <class On>
+Tensor binary_linear_op(const Tensor& x, const Tensor& weight_bits_in, const Tensor& weight_scale_in,
+                        const OptionalTensor& bias_in, OptionalInt k) {
+  const On on("x", x);
+  const BinaryInput in = parse_binary_input(on, x, k);
+  const Tensor weight_bits = expect_bits(on, "weight_bits", weight_bits_in, in.k, 2);
+  auto args = layer_of<BinaryLinear>(in, weight_bits);
   const Tensor weight_scale = expect_vector(on, "weight_scale", weight_scale_in, args.n);
   OptionalTensor bias;
   if (bias_in) bias = expect_vector(on, "bias", *bias_in, args.n);
   const Tensor y = empty(on, in.sizes(args.n), in.bits == nullptr ? x.scalar_type() : ScalarType::Float);
   args.y = y.mutable_data_ptr();
-  args.weight_bits = data<uint64_t>(weight_bits);
   args.weight_scale = data<float>(weight_scale);
   args.bias = bias ? data<float>(*bias) : nullptr;
   check(on.binary_linear(args));
@@ -119,17 +126,10 @@ Tensor binary_threshold_op(const Tensor& x, const Tensor& weight_bits_in, const 
   const On on("x", x);
   const BinaryInput in = parse_binary_input(on, x, k);
   const Tensor weight_bits = expect_bits(on, "weight_bits", weight_bits_in, in.k, 2);
-  BinaryThreshold args;
-  args.dtype = in.dtype;
-  args.x = in.values;
-  args.x_bits = in.bits;
-  args.m = in.m;
-  args.n = weight_bits.size(0);
-  args.k = in.k;
+  auto args = layer_of<BinaryThreshold>(in, weight_bits);
   const Tensor threshold = expect_vector(on, "threshold", threshold_in, args.n, ScalarType::Int);
   const Tensor y_bits = empty(on, in.sizes(binary_words(args.n)), ScalarType::Long);
   args.y_bits = mutable_data<uint64_t>(y_bits);
-  args.weight_bits = data<uint64_t>(weight_bits);
   args.threshold = data<int32_t>(threshold);
   check(on.binary_threshold(args));
   return y_bits;

@@ -56,7 +56,8 @@ inline __attribute__((always_inline)) void put_pair(T* p, Vec::Pair v) {
 }
 
 // Asks for what a loop that reads memory and writes past the caches will read 4 KiB from p on, where p has count
-// elements: the CPU's own prefetching starts anew in every page. Worth a tenth on Zen 4 and 5.
+// elements: the CPU's own prefetching starts anew in every page. Worth a tenth on Zen 4; on Zen 5 nothing, and 2 KiB
+// cost 4 %.
 template <class T>
 inline __attribute__((always_inline)) void prefetch_ahead(const T* p, int count) {
   constexpr int64_t kAhead = 4096;

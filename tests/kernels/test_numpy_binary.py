@@ -103,7 +103,7 @@ def test_linear(isa: str, shape: tuple[int, ...], dtype: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products_beyond_the_caches(isa: str, threads: int) -> None:
-    """x of more than 1 MiB, several blocks of rows: what kernels ask for ahead is asked for."""
+    """x of more than 1 MiB, several blocks of rows: the code that asks ahead runs."""
     rng = np.random.default_rng(14)
     x, w = rng.normal(size=(300, 1100)).astype("f4"), rng.normal(size=(600, 1100)).astype("f4")
     before = kn.num_threads()

@@ -59,7 +59,7 @@ def test_matmul_is_exact_on_larger_shapes(isa: str, shape: tuple[int, int, int])
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products_beyond_the_caches(isa: str, threads: int) -> None:
-    """Input, weights and result of more than 1 MiB, several blocks of rows: what kernels ask for ahead is asked for."""
+    """Input, weights and result of more than 1 MiB, several blocks of rows: the code that asks ahead runs."""
     rng = np.random.default_rng(13)
     x, w = rng.normal(size=(300, 1100)).astype("f4"), full_range(rng, (1100, 1100))
     q, row_scale = kn.quantize_rows(x)
