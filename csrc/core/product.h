@@ -36,8 +36,11 @@ inline int result_bytes(Result type) {
   return type == Result::kFloat32 || type == Result::kInt32 ? 4 : 2;
 }
 
-// Of a whole buffer. As measured with 1 MiB of L2 and 32 MiB of L3.
-constexpr int64_t kFarBytes = int64_t{1} << 20;
+// Of a whole buffer. Operands and results of a layer share L2 (1 MiB here) with those of the layers around it, so that
+// they are taken to lie in L3 (32 MiB) long before they would fill L2 alone: the layers of a model, one after the
+// other, take up to 10 % less time so, and one called again and again no longer than before.
+constexpr int64_t kFarBytes = int64_t{128} << 10;
+constexpr int64_t kFarResultBytes = int64_t{256} << 10;
 constexpr int64_t kMemoryBytes = int64_t{8} << 20;
 
 // Writing past the caches takes whole vectors at aligned addresses.
@@ -45,7 +48,7 @@ inline Place place_of(const void* y, int64_t rows, int64_t row_bytes) {
   const int64_t bytes = rows * row_bytes;
   const bool aligned = reinterpret_cast<uintptr_t>(y) % 64 == 0 && row_bytes % 64 == 0;
   if (bytes >= kMemoryBytes && aligned) return Place::kMemory;
-  return bytes >= kFarBytes ? Place::kFar : Place::kNear;
+  return bytes >= kFarResultBytes ? Place::kFar : Place::kNear;
 }
 
 struct ProductShape {

@@ -92,31 +92,20 @@ struct Loops {
   }
 
   // sums: rows of `width`, of the channels from `first` on.
-  static void finish(const float* sums, int first, int width, const CodebookTileCall& call) {
-    switch (call.out.type) {
-      case Result::kFloat32:
-        return put<float>(sums, first, width, call);
-      case Result::kBFloat16:
-        return put<BFloat16>(sums, first, width, call);
-      case Result::kFloat16:
-        return put<Float16>(sums, first, width, call);
-      case Result::kInt32:
-      case Result::kBits:
-        return;  // no such results here
-    }
+  static void finish(float* sums, int first, int width, const CodebookTileCall& call) {
+    TileOutput out = call.out;
+    out.y = static_cast<char*>(out.y) + first * out.element_bytes;
+    out.cols = out.cols - first < width ? out.cols - first : width;
+    if (call.bias != nullptr) add_bias(sums, width, call.bias + first, out);
+    activate(sums, out.rows * width / kLanes, call.activation);
+    store_values(sums, width, out);
   }
 
-  template <class T>
-  static void put(const float* sums, int first, int width, const CodebookTileCall& call) {
-    const int left = call.out.cols - first;
-    for (int r = 0; r < call.out.rows; ++r) {
-      T* y = static_cast<T*>(call.out.y) + r * call.out.y_stride + first;
-      for_each_vector(left < width ? left : width, [&](int64_t i, int n) __attribute__((always_inline)) {
-        F value = load(sums + r * width + i, n);
-        if (call.bias != nullptr) value = Vec::add(value, load(call.bias + first + i, n));
-        store(y + i, activate(value, call.activation), n);
-      });
-    }
+  static void add_bias(float* sums, int width, const float* bias, const TileOutput& out) {
+    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+      const F b = load(bias + i, n);
+      for (int r = 0; r < out.rows; ++r) Vec::store(sums + r * width + i, Vec::add(Vec::load(sums + r * width + i), b));
+    });
   }
 };
 

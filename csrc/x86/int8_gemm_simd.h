@@ -331,54 +331,40 @@ struct Loops {
   }
 
   // The sums of channels i ... of one row, as floats: exact ones are corrected first.
-  static F sums_at(const int32_t* sums, I off, int64_t i, int n) {
-    return Vec::to_float(Vec::int_sub(load_int(sums + i, n), off));
+  static F sums_at(const int32_t* sums, I off, int64_t i) {
+    return Vec::to_float(Vec::int_sub(Vec::int_load(sums + i), off));
   }
-  static F sums_at(const float* sums, I, int64_t i, int n) { return load(sums + i, n); }
+  static F sums_at(const float* sums, I, int64_t i) { return Vec::load(sums + i); }
 
-  // spilled: rows of `width` sums.
-  template <class Sum>
-  static void store_spilled(const Sum* spilled, int width, const Int8TileCall& call) {
-    switch (call.out.type) {
-      case Result::kFloat32:
-        return store_linear<float>(spilled, width, call);
-      case Result::kBFloat16:
-        return store_linear<BFloat16>(spilled, width, call);
-      case Result::kFloat16:
-        return store_linear<Float16>(spilled, width, call);
-      case Result::kInt32:
-        return store_int32(spilled, width, call);
-      case Result::kBits:  // the binary family's alone
-        return;
-    }
-  }
-
-  static void store_int32(const int32_t* spilled, int width, const Int8TileCall& call) {
+  static void store_int32(const int32_t* sums, int width, const Int8TileCall& call) {
     const TileOutput& out = call.out;
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
       const I off = correction(call.epilogue, i, n);
       for (int r = 0; r < out.rows; ++r) {
         int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
-        store_integers(y + i, Vec::int_sub(load_int(spilled + r * width + i, n), off), n);
+        store_integers(y + i, Vec::int_sub(load_int(sums + r * width + i, n), off), n);
       }
     });
   }
 
   static void store_int32(const float*, int, const Int8TileCall&) {}  // a weight-only product has no such result
 
-  template <class T, class Sum>
-  static void store_linear(const Sum* spilled, int width, const Int8TileCall& call) {
+  // sums: rows of `width`, integers or floats; floats take their places.
+  template <class Sum>
+  static void store_spilled(Sum* sums, int width, const Int8TileCall& call) {
     const TileOutput& out = call.out;
-    const Int8Epilogue& e = call.epilogue;
+    if (out.type == Result::kInt32) return store_int32(sums, width, call);
+    float* values = reinterpret_cast<float*>(sums);
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const I off = correction(e, i, n);
-      const Channels c = channels_at(e, i, n);
+      const I off = correction(call.epilogue, i, n);
+      const Channels c = channels_at(call.epilogue, i, n);
       for (int r = 0; r < out.rows; ++r) {
-        const F sum = sums_at(spilled + r * width, off, i, n);
-        store(static_cast<T*>(out.y) + r * out.y_stride + i, activate(scaled(sum, call.row_scale[r], c), e.activation),
-              n);
+        const int64_t at = r * width + i;
+        Vec::store(values + at, scaled(sums_at(sums, off, at), call.row_scale[r], c));
       }
     });
+    activate(values, out.rows * width / kLanes, call.epilogue.activation);
+    store_values(values, width, out);
   }
 };
 

@@ -184,6 +184,16 @@ def test_activations_at_the_extremes(isa: str) -> None:
         np.testing.assert_allclose(got[0], expected, rtol=3e-6, atol=1e-6, err_msg=str(name))
 
 
+def test_gelu_over_its_whole_range(isa: str) -> None:
+    """Phi to 2e-7, at every number of rows that a tile may have: it is computed for several vectors at once."""
+    values = np.linspace(-9, 9, 20011, dtype=np.float32)
+    packed = kn.pack_int8_weight(np.ones((len(values), 8), np.int8))
+    expected = ACTIVATIONS["gelu"](values.astype(np.float64))
+    for rows in range(1, 8):
+        got = kn.int8_linear(np.zeros((rows, 8), "f4"), packed, np.ones(len(values), "f4"), values, activation="gelu")
+        assert (np.abs(got - expected) <= 2e-7 * np.abs(values) + 1e-9).all()
+
+
 def test_nonfinite_rows_stay_in_their_rows(isa: str) -> None:
     rng = np.random.default_rng(7)
     x = rng.normal(size=(20, 70)).astype("f4")
