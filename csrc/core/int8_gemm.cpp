@@ -69,6 +69,7 @@ struct Call {
   int64_t m = 0;
   int64_t k = 0;
   int64_t x_row_bytes = 0;
+  int64_t mr = 0;  // rows of a full tile
 
   Status open(const void* packed, size_t packed_bytes) {
     Status status = int8_kernels(&kernels);
@@ -94,6 +95,8 @@ struct Call {
   Int8RowsCall rows_at(int64_t first, int count, const PreparedRows& to) const {
     return {x + first * x_row_bytes, k, count, to.rows, to.stride, to.scales};
   }
+
+  int tile_rows() const { return kdq::tile_rows(kernels->size, weight.panel_channels); }
 
   // Rows x `count` panels from the given one on.
   Int8TileCall tile(const RowTile& rows, int64_t panel, int count) const {
@@ -133,7 +136,7 @@ struct Call {
     if (rows.next_prepared >= 0) {
       if (!is_far(m * x_row_bytes)) return;
       call->ahead = x + rows.next_prepared * x_row_bytes;
-      call->ahead_step = std::min(kernels->ahead_step, kernels->size.mr * x_row_bytes / weight.units);
+      call->ahead_step = std::min(kernels->ahead_step, mr * x_row_bytes / weight.units);
     } else if (rows.next_group >= 0 && rows.tiles >= kTilesWorthAsking && is_far(weight.panels * weight.panel_bytes)) {
       const int64_t asked = rows.tile_in_group * kernels->ahead_step * weight.units;  // while those before were made
       if (asked >= weight.panel_bytes) return;
@@ -143,20 +146,21 @@ struct Call {
   }
 };
 
-// element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
+// mr: rows of a full tile. element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
 // prepare(Int8RowsCall)
 template <class Prepare>
-Status run(Call& call, int64_t element_bytes, int (*at_once)(int, int), void (*tile)(const Int8TileCall&),
+Status run(Call& call, int64_t mr, int64_t element_bytes, int (*at_once)(int, int), void (*tile)(const Int8TileCall&),
            const ParallelFor& parallel_for, Prepare&& prepare) {
   const Int8Tile& size = call.kernels->size;
   const PackedWeight& weight = call.weight;
   const int64_t m = call.m;
   const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
+  call.mr = mr;
   call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
   ProductShape shape;
   shape.m = m;
   shape.row_bytes = weight.units * size.ku * element_bytes;
-  shape.mr = size.mr;
+  shape.mr = mr;
   shape.groups = (weight.panels + panels - 1) / panels;
   shape.row_work = panels * weight.panel_channels * weight.k;
   const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
@@ -186,7 +190,8 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
   call.epilogue.offset = kernels.size.signed_offset;
   call.y = out;
   call.set_input(a, m, k, sizeof(int8_t));
-  return run(call, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for, kernels.prepare_int8);
+  return run(call, call.tile_rows(), kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
+             kernels.prepare_int8);
 }
 
 Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
@@ -203,7 +208,7 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
                            static_cast<float>(args.input_quant_max)};
   call.set_linear(args);
   call.epilogue.offset = args.is_static ? args.input_zero_point : kernels.size.signed_offset;
-  return run(call, kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
+  return run(call, call.tile_rows(), kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
              [&](const Int8RowsCall& rows) {
                args.is_static ? kernels.prepare_static[dtype](rows, grid, args.input_scale)
                               : kernels.prepare_dynamic[dtype](rows);
@@ -217,7 +222,7 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
   if (!status.ok()) return status;
   const Int8Kernels& kernels = *call.kernels;
   call.set_linear(args);
-  return run(call, sizeof(float), float_panels_at_once, kernels.weight_only_tile, parallel_for,
+  return run(call, kernels.size.mr, sizeof(float), float_panels_at_once, kernels.weight_only_tile, parallel_for,
              [&](const Int8RowsCall& rows) {
                std::fill_n(rows.scales, rows.count, 1.0F);
                kernels.widen[static_cast<int>(args.dtype)](rows);

@@ -2,8 +2,9 @@
 // validation, blocking and threads, and knows nothing else of the ISA.
 //
 // A product runs in two steps. *Prepare* turns rows of activations into the form that the dot-product instruction
-// reads (u8 for VNNI, s16 for pmaddwd), quantizing on the way. *Tile* multiplies up to `mr` prepared rows by panels of
-// `nr` output channels into exact int32, and turns these into results before they leave the registers.
+// reads (u8 for VNNI, s16 for pmaddwd), quantizing on the way. *Tile* multiplies up to `mr` prepared rows (or twice as
+// many) by panels of `nr` output channels into exact int32, and turns these into results before they leave the
+// registers.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +43,12 @@ struct Int8Tile {
   int32_t signed_offset;  // added to int8 activations to make them u8: 128, or 0
 };
 
+// Rows of a full tile, if panels have so many channels. Half a panel leaves registers for the sums of twice as many
+// rows, and a step of 6 x 1 products would be bound by their latency and by its loads.
+constexpr int tile_rows(const Int8Tile& size, int64_t panel_channels) {
+  return panel_channels <= size.nr / 2 ? 2 * size.mr : size.mr;
+}
+
 // Panels side by side: `count` of them, each `stride` bytes after the one before, with `step` bytes for each step along
 // k.
 struct PanelGroup {
@@ -61,8 +68,8 @@ constexpr int panels_at_once(int mr, int rows) {
 // In a weight-only tile each vector of weights takes two registers more, on its way from integer to float.
 constexpr int float_panels_at_once(int mr, int rows) { return panels_at_once(mr, 3 * rows); }
 
-// A tile: out.rows prepared rows (at most size.mr) times the panels. panels.count is 1 or what the functions above say,
-// and no panel lies wholly beyond out.cols.
+// A tile: out.rows prepared rows (at most tile_rows(), or size.mr if weight-only) times the panels. panels.count is 1
+// or what the functions above say, and no panel lies wholly beyond out.cols.
 struct Int8TileCall {
   const void* rows;
   int64_t row_stride;  // bytes

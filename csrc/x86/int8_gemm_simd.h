@@ -252,7 +252,16 @@ struct Loops {
     Instances::template run<kRows, kVectors>(call);
   }
 
-  static void tile(const Int8TileCall& call) { choose_rows<Int8Instances>(call); }
+  // More rows than a whole panel has registers for: see tile_rows().
+  template <int kRows = 2 * Dot::kRows>
+  static void choose_many_rows(const Int8TileCall& call) {
+    if (call.out.rows == kRows) return choose_vectors<Int8Instances, kRows, kCols / 2>(call);
+    if constexpr (kRows > Dot::kRows + 1) choose_many_rows<kRows - 1>(call);
+  }
+
+  static void tile(const Int8TileCall& call) {
+    call.out.rows > Dot::kRows ? choose_many_rows(call) : choose_rows<Int8Instances>(call);
+  }
   static void weight_only_tile(const Int8TileCall& call) { choose_rows<FloatInstances>(call); }
 
   // ---- epilogue ----
