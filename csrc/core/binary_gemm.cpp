@@ -158,14 +158,22 @@ Status run_tiled(const Call& call, const Input& input, const ParallelFor& parall
     const auto prepare_rows = [&](int64_t row, int rows, const PreparedRows& to) {
       for (int r = 0; r < rows; ++r) prepare(row + r, to.rows + r * to.stride);
     };
-    Status status = run_product(shape, parallel_for, prepare_rows, [&](const RowTile& rows, int64_t group) {
+    Status status = run_product(shape, parallel_for, prepare_rows, [&](int64_t group) {
       const int64_t channel = (first + group) * size.nr;
       const char* panel = shared.get(group, [&](char* made) {
         const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
         call.kernels->interleave(call.weight_bits + channel * call.words, call.words, channels, made);
       });
-      call.kernels->tile({rows.rows, rows.stride, panel, steps, call.epilogue_at(channel),
-                          call.output_at(rows.first, rows.count, channel, size.nr), input.ahead(rows, steps, call.m)});
+      const TileOutput out = call.output_at(0, 0, channel, size.nr);
+      BinaryTileCall tile = {nullptr, 0, panel, steps, call.epilogue_at(channel), out, nullptr};
+      return [&, y = static_cast<char*>(out.y), tile](const RowTile& rows) mutable {
+        tile.rows = rows.rows;
+        tile.row_stride = rows.stride;
+        tile.out.rows = rows.count;
+        tile.out.y = y + rows.first * tile.out.y_stride * tile.out.element_bytes;
+        tile.ahead = input.ahead(rows, steps, call.m);
+        call.kernels->tile(tile);
+      };
     });
     if (!status.ok()) return status;
   }

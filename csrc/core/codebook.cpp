@@ -66,13 +66,11 @@ struct Call {
   Place place;
   float table[kCodebookTable];
 
-  CodebookTileCall tile(const RowTile& rows, int64_t panel, int count) const {
-    const int element = result_bytes(static_cast<Result>(args.dtype));
+  // Of `count` panels from the given one on; set_rows() adds what belongs to the rows.
+  CodebookTileCall tile(int64_t panel, int count) const {
     const int64_t channel = panel * kCodebookLanes;
     const int64_t stride = steps * kCodebookLanes;
     CodebookTileCall call;
-    call.rows = reinterpret_cast<const float*>(rows.rows);
-    call.row_stride = rows.stride / static_cast<int64_t>(sizeof(float));
     call.panels = {args.packed + panel * stride, stride, count};
     call.steps = steps;
     call.bits = args.bits;
@@ -80,13 +78,18 @@ struct Call {
     call.bias = args.bias == nullptr ? nullptr : args.bias + channel;
     call.activation = args.activation;
     call.out.type = static_cast<Result>(args.dtype);
-    call.out.element_bytes = element;
+    call.out.element_bytes = result_bytes(call.out.type);
     call.out.place = place;
-    call.out.rows = rows.count;
     call.out.cols = static_cast<int>(std::min<int64_t>(count * kCodebookLanes, args.n - channel));
-    call.out.y = static_cast<char*>(args.y) + (rows.first * args.n + channel) * element;
     call.out.y_stride = args.n;
     return call;
+  }
+
+  void set_rows(const RowTile& rows, int64_t panel, CodebookTileCall* call) const {
+    call->rows = reinterpret_cast<const float*>(rows.rows);
+    call->row_stride = rows.stride / static_cast<int64_t>(sizeof(float));
+    call->out.rows = rows.count;
+    call->out.y = static_cast<char*>(args.y) + (rows.first * args.n + panel * kCodebookLanes) * call->out.element_bytes;
   }
 };
 
@@ -170,10 +173,13 @@ Status codebook_linear(const CodebookLinear& args, const ParallelFor& parallel_f
                 reinterpret_cast<float*>(to.rows + r * to.stride));
         }
       },
-      [&](const RowTile& rows, int64_t group) {
+      [&](int64_t group) {
         const int64_t panel = group * at_once;
         const int count = static_cast<int>(std::min<int64_t>(at_once, panels - panel));
-        kernels->tile(call.tile(rows, panel, count));
+        return [&, panel, tile = call.tile(panel, count)](const RowTile& rows) mutable {
+          call.set_rows(rows, panel, &tile);
+          kernels->tile(tile);
+        };
       });
 }
 

@@ -98,13 +98,10 @@ struct Call {
 
   int tile_rows() const { return kdq::tile_rows(kernels->size, weight.panel_channels); }
 
-  // Rows x `count` panels from the given one on.
-  Int8TileCall tile(const RowTile& rows, int64_t panel, int count) const {
+  // Of `count` panels from the given one on; set_rows() adds what belongs to the rows.
+  Int8TileCall tile(int64_t panel, int count) const {
     const int64_t channel = panel * kernels->size.nr;
     Int8TileCall call;
-    call.rows = rows.rows;
-    call.row_stride = rows.stride;
-    call.row_scale = rows.scales;
     call.panels = {weight.panel + panel * weight.panel_bytes, weight.panel_bytes,
                    weight.panel_channels * kernels->size.ku, count};
     call.units = weight.units;
@@ -114,13 +111,19 @@ struct Call {
     if (epilogue.bias != nullptr) call.epilogue.bias += channel;
     call.out.type = result;
     call.out.element_bytes = result_bytes(result);
-    call.out.rows = rows.count;
     call.out.cols = static_cast<int>(std::min<int64_t>(count * kernels->size.nr, weight.n - channel));
-    call.out.y = static_cast<char*>(y) + (rows.first * weight.n + channel) * result_bytes(result);
     call.out.y_stride = weight.n;
     call.out.place = place;
-    set_ahead(rows, &call);
     return call;
+  }
+
+  void set_rows(const RowTile& rows, int64_t panel, Int8TileCall* call) const {
+    call->rows = rows.rows;
+    call->row_stride = rows.stride;
+    call->row_scale = rows.scales;
+    call->out.rows = rows.count;
+    call->out.y = static_cast<char*>(y) + (rows.first * weight.n + panel * kernels->size.nr) * call->out.element_bytes;
+    set_ahead(rows, call);
   }
 
   // So many tiles have one panel to each group: with several, there is but one tile.
@@ -168,10 +171,19 @@ Status run(Call& call, int64_t mr, int64_t element_bytes, int (*at_once)(int, in
   return run_product(
       shape, parallel_for,
       [&](int64_t first, int count, const PreparedRows& to) { prepare(call.rows_at(first, count, to)); },
-      [&](const RowTile& rows, int64_t group) {
-        int64_t panel = group * panels;
-        if (panel + panels <= weight.panels) return tile(call.tile(rows, panel, panels));
-        for (; panel < weight.panels; ++panel) tile(call.tile(rows, panel, 1));
+      [&](int64_t group) {
+        const int64_t panel = group * panels;
+        const bool together = panel + panels <= weight.panels;
+        const int64_t end = together ? panel + 1 : weight.panels;
+        return [&, panel, end, of_group = call.tile(panel, together ? panels : 1)](const RowTile& rows) mutable {
+          call.set_rows(rows, panel, &of_group);
+          tile(of_group);
+          for (int64_t p = panel + 1; p < end; ++p) {
+            Int8TileCall other = call.tile(p, 1);
+            call.set_rows(rows, p, &other);
+            tile(other);
+          }
+        };
       });
 }
 
