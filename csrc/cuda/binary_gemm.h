@@ -25,6 +25,19 @@ struct DotOutput {
   KDQ_DEVICE void store(Thread& thread, int64_t row, int64_t col, int32_t different) const {
     thread.store(out + row * cols + col, dot_of(k, different));
   }
+  template <class Thread>
+  KDQ_DEVICE Nothing row(Thread&, int64_t) const {
+    return {};
+  }
+  template <class Thread>
+  KDQ_DEVICE Nothing column(Thread&, int64_t) const {
+    return {};
+  }
+  KDQ_DEVICE int32_t value(Nothing, Nothing, int32_t different) const { return dot_of(k, different); }
+  template <class Body>
+  KDQ_DEVICE void with_elements(const Body& body) const {
+    body(out);
+  }
 };
 
 // dot * weight_scale + bias, cast.
@@ -37,11 +50,31 @@ struct ScaledDotOutput {
   const float* weight_scale;
   const float* bias;  // or nullptr
 
-  // Not inlined: a thread stores 64 results.
+  struct Column {
+    float scale;
+    float bias;
+  };
+
+  // One result, not inlined: Tile::store() is for many.
   template <class Thread>
   KDQ_DEVICE_CALL void store(Thread& thread, int64_t row, int64_t col, int32_t different) const {
-    const float scaled = static_cast<float>(dot_of(k, different)) * thread.load(weight_scale + col);
-    store_as(thread, dtype, y, row * cols + col, scaled + (bias == nullptr ? 0.0F : thread.load(bias + col)));
+    store_as(thread, dtype, y, row * cols + col, value({}, column(thread, col), different));
+  }
+  template <class Thread>
+  KDQ_DEVICE Nothing row(Thread&, int64_t) const {
+    return {};
+  }
+  template <class Thread>
+  KDQ_DEVICE Column column(Thread& thread, int64_t col) const {
+    if (col >= cols) return {0.0F, 0.0F};
+    return {thread.load(weight_scale + col), bias == nullptr ? 0.0F : thread.load(bias + col)};
+  }
+  KDQ_DEVICE float value(Nothing, const Column& column, int32_t different) const {
+    return static_cast<float>(dot_of(k, different)) * column.scale + column.bias;
+  }
+  template <class Body>
+  KDQ_DEVICE void with_elements(const Body& body) const {
+    cuda::with_elements(dtype, y, body);
   }
 };
 

@@ -26,7 +26,8 @@ KDQ_DEVICE float float_of(uint32_t bits) {
 KDQ_DEVICE bool is_nan(float value) { return value != value; }
 KDQ_DEVICE bool is_finite(float value) { return (bits_of(value) & 0x7F800000U) != 0x7F800000U; }
 
-// widen: exact. narrow: half-to-even, a NaN stays a NaN.
+// widen: exact. narrow: half-to-even, a NaN stays a NaN. Where the GPU has an instruction, the other branch computes
+// the same for the tests.
 template <class T>
 struct Element;
 
@@ -42,13 +43,18 @@ struct Element<BFloat16> {
   using Bits = uint16_t;
   static KDQ_DEVICE float widen(Bits bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
   static KDQ_DEVICE Bits narrow(float value) {
+#if defined(__CUDA_ARCH__)
+    Bits bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
     const uint32_t bits = bits_of(value);
     const uint32_t rounded = is_nan(value) ? bits | 0x400000U : bits + 0x7FFFU + ((bits >> 16) & 1U);
     return static_cast<Bits>(rounded >> 16);
+#endif
   }
 };
 
-// The GPU has instructions for these two; the other branch computes the same for the tests.
 template <>
 struct Element<Float16> {
   using Bits = uint16_t;
@@ -80,6 +86,13 @@ struct Element<Float16> {
     return static_cast<Bits>(sign | ((magnitude - 0x38000000U + 0xFFFU + ((magnitude >> 13) & 1U)) >> 13));
 #endif
   }
+};
+
+// Integers are stored as they are.
+template <>
+struct Element<int32_t> {
+  using Bits = int32_t;
+  static KDQ_DEVICE Bits narrow(int32_t value) { return value; }
 };
 
 // kBytes (4, 8 or 16) that are read or written at once.
@@ -139,6 +152,18 @@ KDQ_DEVICE void store_as(Thread& thread, DType dtype, void* y, int64_t at, float
   } else {
     const uint16_t bits = dtype == DType::kFloat16 ? Element<Float16>::narrow(value) : Element<BFloat16>::narrow(value);
     thread.store(static_cast<uint16_t*>(y) + at, bits);
+  }
+}
+
+// body(y) with y a pointer to elements of dtype.
+template <class Body>
+KDQ_DEVICE void with_elements(DType dtype, void* y, const Body& body) {
+  if (dtype == DType::kFloat32) {
+    body(static_cast<float*>(y));
+  } else if (dtype == DType::kBFloat16) {
+    body(static_cast<BFloat16*>(y));
+  } else {
+    body(static_cast<Float16*>(y));
   }
 }
 

@@ -1,10 +1,10 @@
-// Linear layers with x in floating point on a GPU: products and sums in float32, weights made into floats as they are
-// read. With few rows reading the weights decides, and a warp computes a column; with many, a block a tile, on the
-// float32 units and not on tensor cores. The order of a sum depends on the shape alone.
+// Linear layers with x in floating point on a GPU: sums in float32, weights made into floats as they are read. With few
+// rows reading the weights decides, and a warp computes a column; with many, a block a tile, on tensor cores
+// (float_product.h) or, where a float32 is multiplied by a float32, on the float32 units. The order of a sum depends on
+// the shape alone.
 #pragma once
 
-#include "cuda/linear_output.h"
-#include "cuda/product.h"
+#include "cuda/float_product.h"
 #include "cuda/reduce.h"
 
 namespace kdq::cuda {
@@ -12,9 +12,14 @@ namespace kdq::cuda {
 constexpr int64_t kFewRows = 16;
 constexpr int kWeightsAtOnce = 16;
 
-// Where weights come from. Members: cols, k, and load(thread, col, at, values): kWeightsAtOnce weights of a column from
-// `at` on; what lies outside is 0.
+// Where weights come from. Members: cols, k, load(thread, col, at, values): kWeightsAtOnce weights of a column from
+// `at` on, what lies outside being 0; and those of FloatProduct.
 struct Int8Weights {
+  static constexpr int kTerms = 1;
+  static constexpr bool kHasTable = false;
+  using Piece = Words<kPieceHalves>;
+  struct Table {};
+
   int64_t cols;
   int64_t k;
   Operand weight;
@@ -27,6 +32,24 @@ struct Int8Weights {
       values[i] = static_cast<float>(static_cast<int8_t>(words.word[i / 4] >> (8 * (i % 4)) & 255U));
     }
   }
+
+  template <class Thread>
+  KDQ_DEVICE Piece piece(Thread& thread, int64_t col, int64_t at) const {
+    return weight.piece<kPieceHalves>(thread, col, at, k);
+  }
+
+  template <class Half>
+  KDQ_DEVICE void words(const Table&, const Piece& piece, Words<16> (&words)[kTerms]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t pairs[2];
+      Pairs<Half>::from_int8(piece.word[i], pairs);
+      words[0].word[2 * i] = pairs[0];
+      words[0].word[2 * i + 1] = pairs[1];
+    }
+  }
+
+  KDQ_DEVICE float scale(const Table&) const { return 1.0F; }
 };
 
 template <class T, class Weights>
@@ -62,11 +85,13 @@ struct FloatRows {
         if (row + r < rows) sums[r] = add_products(thread, x + (row + r) * k + at, k - at, w, sums[r]);
       }
     }
+    float own = 0.0F;  // the sum of row `lane`
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float sum = reduce_warp(thread, sums[r], Sum());
-      if (lane == r && row + r < rows) to.store(thread, row + r, col, sum, 1.0F);
+      if (lane == r) own = sum;
     }
+    if (lane < kRows && row + lane < rows) to.store(thread, row + lane, col, own, 1.0F);
   }
 
  private:
@@ -84,7 +109,8 @@ struct FloatRows {
   }
 };
 
-template <class T, class Weights>
+// For float32 x.
+template <class Weights>
 struct FloatTile {
   static constexpr int kThreads = 256;
   static constexpr int kSide = 64;  // of the tile
@@ -96,7 +122,7 @@ struct FloatTile {
     alignas(16) float weight[kStep][kPitch];
   };
 
-  const T* x;
+  const float* x;
   int64_t rows;
   bool wide;  // rows of x are multiples of 16
   Weights weights;
@@ -132,15 +158,15 @@ struct FloatTile {
  private:
   template <class Thread>
   KDQ_DEVICE void load_x(Thread& thread, int64_t row, int64_t at, Shared& shared) const {
-    constexpr int kChunks = kStep / kChunk<T>;  // of a row
+    constexpr int kChunks = kStep / kChunk<float>;  // of a row
     for (int i = thread.index(); i < kSide * kChunks; i += kThreads) {
       const int local = i / kChunks;
-      const int first = i % kChunks * kChunk<T>;
-      float values[kChunk<T>] = {};
+      const int first = i % kChunks * kChunk<float>;
+      float values[kChunk<float>] = {};
       const int64_t left = weights.k - at - first;
       if (row + local < rows) load_chunk(thread, x + (row + local) * weights.k + at + first, wide, left, values);
 #pragma unroll
-      for (int e = 0; e < kChunk<T>; ++e) shared.x[first + e][local] = values[e];
+      for (int e = 0; e < kChunk<float>; ++e) shared.x[first + e][local] = values[e];
     }
   }
 
@@ -172,6 +198,19 @@ struct FloatTile {
   }
 };
 
+// Of a tile of float_product.h: the larger one where it leaves no multiprocessor without work.
+inline int float_tile_side(int64_t m, int64_t n) {
+  constexpr int64_t kBlocks = 128;
+  return m > 64 && ceil_div(m, 128) * ceil_div(n, 128) >= kBlocks ? 128 : 64;
+}
+
+template <int kSide, class Y, class T, class Launcher, class Weights>
+Status launch_float_product(const Launcher& launcher, const T* x, int64_t m, const Weights& weights,
+                            const LinearOutput& to) {
+  const FloatProduct<T, Y, Weights, kSide> kernel = {{x, m, weights.k}, m, weights, to};
+  return launcher.run(kernel, kernel.blocks());
+}
+
 template <class Launcher, class Weights>
 Status launch_float_linear(const Launcher& launcher, const void* x_in, int64_t m, const Weights& weights,
                            const LinearOutput& to) {
@@ -184,8 +223,13 @@ Status launch_float_linear(const Launcher& launcher, const void* x_in, int64_t m
       const FloatRows<T, Weights> kernel = {x, m, wide, weights, to};
       return launcher.run(kernel, kernel.blocks());
     }
-    const FloatTile<T, Weights> kernel = {x, m, wide, weights, to};
-    return launcher.run(kernel, kernel.blocks());
+    if constexpr (RowPieces<T>::kTerms > 1 && Weights::kTerms > 1) {
+      const FloatTile<Weights> kernel = {x, m, wide, weights, to};
+      return launcher.run(kernel, kernel.blocks());
+    } else {
+      return float_tile_side(m, weights.cols) == 128 ? launch_float_product<128, T>(launcher, x, m, weights, to)
+                                                     : launch_float_product<64, T>(launcher, x, m, weights, to);
+    }
   });
 }
 

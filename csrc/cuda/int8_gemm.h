@@ -17,6 +17,10 @@ struct StaticInt8Product {
   static KDQ_DEVICE void mma(Thread& thread, int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     thread.mma_int8(c, a, b);
   }
+  template <class Thread, class Sums>
+  static KDQ_DEVICE void wgmma(Thread& thread, Sums& sums, uint64_t a, uint64_t b, bool accumulate) {
+    thread.wgmma_int8(sums, a, b, accumulate);
+  }
   template <class Thread>
   static KDQ_DEVICE uint32_t count(Thread& thread, uint32_t word) {
     return static_cast<uint32_t>(thread.byte_sum(word));
@@ -38,6 +42,21 @@ struct ScaledOutput {
   template <class Thread>
   KDQ_DEVICE void store(Thread& thread, int64_t row, int64_t col, int32_t sum) const {
     to.store(thread, row, col, static_cast<float>(sum), thread.load(row_scale + row));
+  }
+  template <class Thread>
+  KDQ_DEVICE float row(Thread& thread, int64_t row) const {
+    return thread.load(row_scale + row);
+  }
+  template <class Thread>
+  KDQ_DEVICE LinearOutput::Column column(Thread& thread, int64_t col) const {
+    return to.column(thread, col);
+  }
+  KDQ_DEVICE float value(float scale, const LinearOutput::Column& column, int32_t sum) const {
+    return to.value(scale, column, static_cast<float>(sum));
+  }
+  template <class Body>
+  KDQ_DEVICE void with_elements(const Body& body) const {
+    to.with_elements(body);
   }
 };
 

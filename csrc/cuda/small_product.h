@@ -5,6 +5,7 @@
 // are so in another order than mma's own, but in the same one for a and for b, and the sums are exact in any order.
 #pragma once
 
+#include "cuda/hopper_product.h"
 #include "cuda/product.h"
 
 namespace kdq::cuda {
@@ -175,6 +176,19 @@ struct Int32Output {
   KDQ_DEVICE void store(Thread& thread, int64_t row, int64_t col, int32_t result) const {
     thread.store(out + row * cols + col, result);
   }
+  template <class Thread>
+  KDQ_DEVICE Nothing row(Thread&, int64_t) const {
+    return {};
+  }
+  template <class Thread>
+  KDQ_DEVICE Nothing column(Thread&, int64_t) const {
+    return {};
+  }
+  KDQ_DEVICE int32_t value(Nothing, Nothing, int32_t result) const { return result; }
+  template <class Body>
+  KDQ_DEVICE void with_elements(const Body& body) const {
+    body(out);
+  }
 };
 
 // ---- for launching -------------------------------------------------------------------------------------------------
@@ -203,6 +217,7 @@ Status launch_small_or_tiled(const Launcher& launcher, const Product& product, c
     const SmallProduct<Product, Output> kernel = {a, b, product, output};
     return launcher.run(kernel, kernel.blocks());
   }
+  if (kUseHopper && launcher.is_hopper() && fits_hopper(a, b)) return launch_hopper(launcher, product, a, b, output);
   const TiledProduct<Product, Output> kernel = {a, b, product, output, 1, a.row_bytes};
   return launcher.run(kernel, kernel.blocks());
 }

@@ -101,9 +101,11 @@ void run_all() {
       test_packing(37, 71, bits, setting);
       test_linear<float>(3, 19, 70, bits, Activation::kNone, true, setting);
       test_linear<BFloat16>(18, 70, 37, bits, Activation::kRelu, false, setting);
+      test_linear<Float16>(21, 30, 80, bits, Activation::kGelu, true, setting);
     }
     test_packing(3, 0, 2, setting);
     test_linear<Float16>(5, 9, 600, 4, Activation::kSilu, true, setting);
+    test_linear<float>(70, 66, 100, 5, Activation::kNone, false, setting);
     test_linear<float>(20, 3, 0, 3, Activation::kNone, true, setting);
   }
 }

@@ -2,21 +2,24 @@
 // block a fiber of its own that stops at barriers and at exchanges within its warp.
 //
 // What it checks beside results: alignment of every access, that all threads of a block (lanes of a warp) meet at each
-// barrier (exchange), and, for buffers handed to watch(), that every byte is written exactly once. It runs the threads
-// in ascending or descending order, so that a missing barrier shows in one of the two. It has no weak memory model:
-// what only the hardware can show, it does not.
+// barrier (exchange), that somebody can go on, and, for buffers handed to watch(), that every byte is written exactly
+// once. It runs the threads in ascending or descending order, so that a missing barrier shows in one of the two; a
+// third order lets the lanes of warps drift apart. It has no weak memory model: what only the hardware can show, it
+// does not.
 #pragma once
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <vector>
 
-#include "cuda/thread.h"
+#include "cuda/elements.h"
 #include "kdq/status.h"
 
 namespace kdq::emulator {
@@ -59,7 +62,10 @@ inline Watch& watch() {
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
-enum class State { kReady, kAtBarrier, kAtExchange, kDone };
+enum class Order { kAscending, kDescending, kByLane };
+constexpr Order kOrders[] = {Order::kAscending, Order::kDescending, Order::kByLane};
+
+enum class State { kReady, kAtBarrier, kAtExchange, kBlocked, kYielded, kDone };
 
 // What the lanes of a warp show each other. Two slots, used in turn: a lane may be one exchange ahead of another.
 struct Exchange {
@@ -70,6 +76,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   State state = State::kDone;
+  const std::function<bool()>* can_go_on = nullptr;  // while blocked
   int turn = 0;
 };
 
@@ -111,9 +118,12 @@ class Thread {
 
   void mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
   void mma_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+  void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+  void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
- private:
-  friend class Block;
+ protected:
+  template <class Half>
+  void mma_pairs(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
   int lane() const { return index_ % cuda::kWarp; }
 
@@ -125,6 +135,18 @@ class Thread {
     fiber_->state = state;
     swapcontext(&fiber_->context, scheduler_);
   }
+
+  void wait_until(const std::function<bool()>& can_go_on) {
+    if (can_go_on()) return;
+    fiber_->can_go_on = &can_go_on;
+    wait(State::kBlocked);
+  }
+
+  // Everyone else who can goes on first.
+  void yield() { wait(State::kYielded); }
+
+ private:
+  friend class Block;
 
   // Lays `bytes` open to the warp and returns what its lanes lay open.
   const char (*show(const void* value, size_t bytes))[32] {
@@ -144,7 +166,7 @@ class Thread {
 };
 
 // ---- mma, by PTX's description of the fragments --------------------------------------------------------------------
-// Element i of a lane's fragment (i counts bytes, or bits), where `unit` of them make a word of 4 bytes:
+// Element i of a lane's fragment (i counts bytes, bits, or halves), where `unit` of them make a word of 4 bytes:
 //   a: row lane / 4 (+ 8 in words 1 and 3), k (lane % 4) * unit + i % unit (+ 4 unit in words 2 and 3)
 //   b: column lane / 4, k likewise (+ 4 unit in word 1)
 //   c: row lane / 4 (+ 8 for i >= 2), column (lane % 4) * 2 + i % 2
@@ -161,8 +183,8 @@ inline uint32_t b_word(const Fragments (&warp)[cuda::kWarp], int col, int k_word
   return warp[col * 4 + k_word % 4].b[k_word >= 4 ? 1 : 0];
 }
 
-template <class WordProduct>
-void multiply(const Fragments (&warp)[cuda::kWarp], int lane, int32_t (&c)[4], WordProduct product) {
+template <class Sum, class WordProduct>
+void multiply(const Fragments (&warp)[cuda::kWarp], int lane, Sum (&c)[4], WordProduct product) {
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + (i >= 2 ? 8 : 0);
     const int col = lane % 4 * 2 + i % 2;
@@ -196,8 +218,40 @@ inline void Thread::mma_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint3
   multiply(warp, lane(), c, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
 }
 
-// ---- blocks
-// ------------------------------------------------------------------------------------------------------------
+template <class Half>
+double pair_product(uint32_t a, uint32_t b) {
+  const auto widen = [](uint32_t half) { return double{cuda::Element<Half>::widen(static_cast<uint16_t>(half))}; };
+  return widen(a & 0xFFFFU) * widen(b & 0xFFFFU) + widen(a >> 16) * widen(b >> 16);
+}
+
+// The next float32 towards zero, as the hardware was seen to cut; what PTX promises is less.
+inline float cut(double sum) {
+  const auto nearest = static_cast<float>(sum);
+  const bool is_too_large = std::isfinite(nearest) && std::fabs(double{nearest}) > std::fabs(sum);
+  return is_too_large ? std::nextafterf(nearest, 0.0F) : nearest;
+}
+
+template <class Half>
+void Thread::mma_pairs(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Fragments own;
+  std::memcpy(own.a, a, sizeof(own.a));
+  std::memcpy(own.b, b, sizeof(own.b));
+  Fragments warp[cuda::kWarp];
+  const auto* shown = show(&own, sizeof(own));
+  for (int lane = 0; lane < cuda::kWarp; ++lane) std::memcpy(&warp[lane], shown[lane], sizeof(own));
+  double sums[4] = {c[0], c[1], c[2], c[3]};
+  multiply(warp, lane(), sums, pair_product<Half>);
+  for (int i = 0; i < 4; ++i) c[i] = cut(sums[i]);
+}
+
+inline void Thread::mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_pairs<BFloat16>(c, a, b);
+}
+inline void Thread::mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_pairs<Float16>(c, a, b);
+}
+
+// ---- blocks ---------------------------------------------------------------------------------------------------------
 
 class Block {
  public:
@@ -205,14 +259,16 @@ class Block {
     for (Fiber& fiber : fibers_) fiber.stack.reset(new char[kStack]);
   }
 
-  // body(thread) by every thread of block number `block`.
-  template <class Body>
-  void run(int64_t block, bool descending, const Body& body) {
+  // body(thread) by every thread of block number `block`. idle(): called when nobody can go on; false if that will not
+  // change.
+  template <class Body, class Idle>
+  void run(int64_t block, Order order, const Body& body, const Idle& idle) {
     for (size_t i = 0; i < fibers_.size(); ++i) start(static_cast<int>(i), block, body);
-    const int warps = static_cast<int>(exchanges_.size());
     while (!is_done()) {
-      for (int w = 0; w < warps; ++w) run_warp(descending ? warps - 1 - w : w, descending);
-      release(0, static_cast<int>(fibers_.size()), State::kAtBarrier, "some threads of a block miss a barrier");
+      bool moved = order == Order::kByLane ? run_lanes() : run_warps(order == Order::kDescending);
+      moved |= release(0, threads(), State::kAtBarrier, "some threads of a block miss a barrier");
+      moved |= wake_yielded(0, 1);
+      if (!moved && !idle()) fail("deadlock: no thread can go on");
     }
   }
 
@@ -254,27 +310,77 @@ class Block {
     begin->thread.fiber_->state = State::kDone;
   }
 
-  // Until every lane is at a barrier or done.
-  void run_warp(int warp, bool descending) {
-    const int first = warp * cuda::kWarp;
-    bool exchanged = true;
-    while (exchanged) {
-      for (int i = 0; i < cuda::kWarp; ++i) {
-        Fiber& fiber = fibers_[static_cast<size_t>(first + (descending ? cuda::kWarp - 1 - i : i))];
-        if (fiber.state == State::kReady) swapcontext(&scheduler_, &fiber.context);
-      }
-      exchanged = release(first, first + cuda::kWarp, State::kAtExchange, "some lanes of a warp miss an exchange");
-    }
+  int threads() const { return static_cast<int>(fibers_.size()); }
+  int warps() const { return threads() / cuda::kWarp; }
+
+  // Whether it could.
+  bool run_thread(int i) {
+    Fiber& fiber = fibers_[static_cast<size_t>(i)];
+    const bool can = fiber.state == State::kReady || (fiber.state == State::kBlocked && (*fiber.can_go_on)());
+    if (can) swapcontext(&scheduler_, &fiber.context);
+    return can;
   }
 
-  // Lets the threads of a range go on if all wait in that state; if only some do, the kernel is wrong.
+  bool release_warp(int warp) {
+    return release(warp * cuda::kWarp, (warp + 1) * cuda::kWarp, State::kAtExchange,
+                   "some lanes of a warp miss an exchange");
+  }
+
+  // Each warp until none of its lanes can go on. Whether any did.
+  bool run_warps(bool descending) {
+    bool moved = false;
+    for (int w = 0; w < warps(); ++w) {
+      const int warp = descending ? warps() - 1 - w : w;
+      do {
+        for (int i = 0; i < cuda::kWarp; ++i) {
+          moved |= run_thread(warp * cuda::kWarp + (descending ? cuda::kWarp - 1 - i : i));
+        }
+      } while (release_warp(warp));
+    }
+    return moved;
+  }
+
+  // The same lane of all warps until none of them can go on, then the next.
+  bool run_lanes() {
+    bool moved = false;
+    for (int lane = 0; lane < cuda::kWarp; ++lane) {
+      bool again = true;
+      while (again) {
+        again = false;
+        for (int i = lane; i < threads(); i += cuda::kWarp) again |= run_thread(i);
+        again |= wake_yielded(lane, cuda::kWarp);
+        moved |= again;
+      }
+    }
+    for (int warp = 0; warp < warps(); ++warp) moved |= release_warp(warp);
+    return moved;
+  }
+
+  // Lets the threads of a range go on if all wait in that state; if some are done or wait elsewhere, the kernel is
+  // wrong.
   bool release(int begin, int end, State state, const char* otherwise) {
     int waiting = 0;
-    for (int i = begin; i < end; ++i) waiting += fibers_[static_cast<size_t>(i)].state == state ? 1 : 0;
-    if (waiting == 0) return false;
+    int later = 0;
+    for (int i = begin; i < end; ++i) {
+      const State own = fibers_[static_cast<size_t>(i)].state;
+      waiting += own == state ? 1 : 0;
+      later += own == State::kBlocked || own == State::kYielded ? 1 : 0;
+    }
+    if (waiting == 0 || later > 0) return false;
     if (waiting != end - begin) fail(otherwise);
     for (int i = begin; i < end; ++i) fibers_[static_cast<size_t>(i)].state = State::kReady;
     return true;
+  }
+
+  bool wake_yielded(int first, int step) {
+    bool any = false;
+    for (int i = first; i < threads(); i += step) {
+      Fiber& fiber = fibers_[static_cast<size_t>(i)];
+      if (fiber.state != State::kYielded) continue;
+      fiber.state = State::kReady;
+      any = true;
+    }
+    return any;
   }
 
   bool is_done() const {
@@ -287,26 +393,6 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<Exchange> exchanges_;
   ucontext_t scheduler_;
-};
-
-// Takes the place of StreamLauncher.
-class Launcher {
- public:
-  explicit Launcher(bool descending) : descending_(descending) {}
-
-  template <class Kernel>
-  Status run(const Kernel& kernel, int64_t blocks) const {
-    Block block(Kernel::kThreads);
-    auto shared = std::make_unique<typename Kernel::Shared>();
-    for (int64_t b = 0; b < blocks; ++b) {
-      std::memset(static_cast<void*>(shared.get()), 0xA5, sizeof(*shared));  // GPUs leave rubbish there too
-      block.run(descending_ ? blocks - 1 - b : b, descending_, [&](Thread& thread) { kernel(thread, *shared); });
-    }
-    return {};
-  }
-
- private:
-  bool descending_;
 };
 
 }  // namespace kdq::emulator

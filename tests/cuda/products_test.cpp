@@ -1,30 +1,10 @@
 // Signs, binary products and int8 products for GPUs against the reference.
+#include "products.h"
 #include "cuda/binary_gemm.h"
-#include "cuda/float_linear.h"
 #include "cuda/int8_gemm.h"
-#include "support.h"
 
 namespace kdq::test {
 namespace {
-
-struct Size {
-  int64_t m;
-  int64_t n;
-  int64_t k;
-};
-
-std::string name(const Size& s) {
-  return std::to_string(s.m) + " x " + std::to_string(s.n) + " x " + std::to_string(s.k);
-}
-
-size_t words(int64_t rows, int64_t k) { return static_cast<size_t>(rows * binary_words(k)); }
-
-template <class T>
-std::vector<uint64_t> packed(const std::vector<T>& x, int64_t rows, int64_t k) {
-  std::vector<uint64_t> bits(words(rows, k));
-  require(pack_signs(dtype_of<T>(), x.data(), rows, k, bits.data(), serial_executor()));
-  return bits;
-}
 
 template <class T>
 void test_signs(int64_t k, const Setting& setting) {
@@ -111,21 +91,6 @@ void test_binary_layers(const Size& s, bool bits, const Setting& setting) {
   CHECK_SAME(out_bits.values(), y_bits, name(s));
 }
 
-std::vector<int8_t> integers(int64_t n) {
-  std::vector<int8_t> values(static_cast<size_t>(n));
-  for (int8_t& value : values) value = static_cast<int8_t>(generator()());
-  for (size_t i = 0; i < values.size(); i += 5) values[i] = -128;
-  return values;
-}
-
-std::vector<char> packed_weight(const std::vector<int8_t>& w, int64_t n, int64_t k) {
-  size_t bytes = 0;
-  require(int8_packed_bytes(n, k, &bytes));
-  std::vector<char> result(bytes);
-  require(pack_int8_weight(w.data(), n, k, result.data(), bytes, serial_executor()));
-  return result;
-}
-
 void test_int8(const Size& s, const Setting& setting) {
   const std::vector<int8_t> a = integers(s.m * s.k);
   const std::vector<int8_t> b = integers(s.n * s.k);
@@ -151,55 +116,6 @@ bool close(const T& got, const T& expected) {
   const double b = reference::load(&expected);
   const double step = step_of<T>(1e-6);
   return same(got, expected) || std::fabs(a - b) <= step * std::fabs(b) + 1e-6;
-}
-
-// Floats against the reference's, whose sums have another order.
-template <class T>
-void test_weight_only(const Size& s, Activation activation, bool has_bias, const Setting& setting) {
-  const std::vector<T> x = narrowed<T>(normals(static_cast<size_t>(s.m * s.k)));
-  const std::vector<int8_t> w = integers(s.n * s.k);
-  const std::vector<char> weight = packed_weight(w, s.n, s.k);
-  const std::vector<float> scale(static_cast<size_t>(s.n), 0.01F);
-  const std::vector<float> bias = normals(static_cast<size_t>(s.n));
-  std::vector<T> expected(static_cast<size_t>(s.m * s.n));
-  Int8Linear on_cpu;
-  on_cpu.dtype = dtype_of<T>();
-  on_cpu.x = x.data();
-  on_cpu.y = expected.data();
-  on_cpu.m = s.m;
-  on_cpu.k = s.k;
-  on_cpu.packed = weight.data();
-  on_cpu.packed_bytes = weight.size();
-  on_cpu.weight_scale = scale.data();
-  on_cpu.bias = has_bias ? bias.data() : nullptr;
-  on_cpu.activation = activation;
-  require(int8_weight_only_linear(on_cpu, serial_executor()));
-
-  Buffer<T> in(x, setting.place);
-  Buffer<float> of_scale(scale, setting.place);
-  Buffer<float> of_bias(bias, setting.place);
-  Buffer<int8_t> of_w(w, setting.place);
-  Buffer<T> out(expected.size(), setting.place);
-  cuda::Int8Linear args;
-  args.dtype = dtype_of<T>();
-  args.x = in.data();
-  args.y = out.data();
-  args.m = s.m;
-  args.n = s.n;
-  args.k = s.k;
-  args.weight = of_w.data();
-  args.weight_scale = of_scale.data();
-  args.bias = has_bias ? of_bias.data() : nullptr;
-  args.activation = activation;
-  run_watched(out, [&] { return cuda::launch_weight_only_linear(Launcher(setting.descending), args); });
-  const std::vector<T> got = out.values();
-  const double step = step_of<T>(0.0);
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double a = static_cast<double>(reference::load(&got[i]));
-    const double b = static_cast<double>(reference::load(&expected[i]));
-    const double of_sum = 1e-6 * 1.28 * static_cast<double>(s.k + 1);  // 0.01 * 128 a product
-    CHECK(std::fabs(a - b) <= of_sum + step * std::fabs(b), "%s at %zu: %g, expected %g", name(s).c_str(), i, a, b);
-  }
 }
 
 // Dynamic activations, static ones by numbers, or by numbers in device memory.
@@ -362,13 +278,6 @@ void test_linears(const Setting& setting) {
     test_linear<Float16>({3, 130, 48}, Activation::kRelu, true, input, setting);
     test_linear<BFloat16>({21, 9, 2110}, Activation::kRelu, true, input, setting);
   }
-  for (const Size& size : {Size{1, 1, 1}, Size{5, 19, 100}, Size{16, 9, 1000}, Size{17, 3, 31}, Size{70, 66, 96}}) {
-    test_weight_only<float>(size, Activation::kNone, true, setting);
-    test_weight_only<BFloat16>(size, Activation::kRelu, false, setting);
-    test_weight_only<Float16>(size, Activation::kSilu, true, setting);
-  }
-  test_weight_only<float>({2, 3, 0}, Activation::kNone, true, setting);
-  test_weight_only<float>({20, 3, 0}, Activation::kNone, true, setting);
 }
 
 void run_all() {

@@ -22,7 +22,7 @@
 #if defined(__CUDACC__)
 #include "cuda/launch.h"
 #else
-#include "emulator.h"
+#include "launcher.h"
 #endif
 
 namespace kdq::test {
@@ -58,9 +58,21 @@ class Launcher {
 
   template <class Kernel>
   Status run(const Kernel& kernel, int64_t blocks) const {
-    const Status status = cuda::StreamLauncher(nullptr).run(kernel, blocks);
-    return status.ok() ? cuda::status_of(cudaDeviceSynchronize()) : status;
+    return waited(stream_.run(kernel, blocks));
   }
+  bool is_hopper() const { return stream_.is_hopper(); }
+  Status tensor_map(const cuda::Operand& rows, int box_rows, cuda::TensorMap* map) const {
+    return stream_.tensor_map(rows, box_rows, map);
+  }
+  template <class Kernel>
+  Status run_resident(const Kernel& kernel, int64_t most) const {
+    return waited(stream_.run_resident(kernel, most));
+  }
+
+ private:
+  static Status waited(const Status& status) { return status.ok() ? cuda::status_of(cudaDeviceSynchronize()) : status; }
+
+  cuda::StreamLauncher stream_ = cuda::StreamLauncher(nullptr);
 };
 
 // Memory that both sides see.

@@ -77,7 +77,7 @@ def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> No
 def test_cuda_kernels_agree_with_the_reference_on_the_emulator(installed: Path) -> None:
     """tests/cuda: the kernels' own bodies, run on the CPU; needs neither nvcc nor a GPU."""
     output = require_success(run("ctest", "--test-dir", installed / "build", "--output-on-failure"))
-    assert re.search(r"100% tests passed.* out of 5\n", output)
+    assert re.search(r"100% tests passed.* out of 8\n", output)
 
 
 def test_cuda_library_needs_no_toolkit(installed: Path) -> None:
@@ -114,17 +114,29 @@ def instructions_by_kernel(library: Path, cuobjdump: str) -> dict[tuple[str, str
 
 
 def test_cuda_products_are_on_tensor_cores(installed: Path) -> None:
-    """IMMA and BMMA in the machine code, and nothing spilled to local memory."""
+    """IMMA, BMMA and HMMA in the machine code, for Hopper IGMMA and BGMMA too, and nothing spilled to local memory."""
     cuobjdump = disassembler()
     if shutil.which("nvcc") is None or cuobjdump is None:
         pytest.skip("nvcc and cuobjdump are not both here: libkdq_cuda is not built, or cannot be disassembled")
     (library,) = (installed / "prefix").rglob("libkdq_cuda.so")
     kernels = instructions_by_kernel(library, cuobjdump)
     assert {architecture for architecture, _ in kernels} == {"sm_80", "sm_90a"}
-    for instruction, product in (("IMMA", "Int8Product"), ("BMMA", "BinaryProduct")):
+    for warp, warpgroup, product in (("IMMA", "IGMMA", "Int8Product"), ("BMMA", "BGMMA", "BinaryProduct")):
         meant = {key: counts for key, counts in kernels.items() if product in key[1]}
-        assert len(meant) >= 2 * 4  # tiled and small, two results, on two architectures
-        assert not [key for key, counts in meant.items() if counts[instruction] == 0]
+        for_any = [counts for key, counts in meant.items() if "HopperProduct" not in key[1]]
+        assert len(for_any) >= 2 * 4  # tiled and small, two results, on two architectures
+        assert all(counts[warp] > 0 for counts in for_any)
+        for_hopper = {key: counts for key, counts in meant.items() if "HopperProduct" in key[1]}
+        on_hopper = [counts for (architecture, _), counts in for_hopper.items() if architecture == "sm_90a"]
+        assert len(on_hopper) == 3
+        assert all(counts[warpgroup] > 0 and counts["UTMALDG"] == 2 for counts in on_hopper)
+        # Fences and waits: where ptxas makes wgmma wait for each product, there are more of them than products.
+        assert all(counts["WARPGROUP"] <= counts[warpgroup] for counts in on_hopper)
+        elsewhere = [counts for (architecture, _), counts in for_hopper.items() if architecture == "sm_80"]
+        assert all(set(counts) <= {"LDC", "MOV", "EXIT", "BRA", "NOP"} for counts in elsewhere)  # empty
+    floats = [counts for key, counts in kernels.items() if "FloatProduct" in key[1]]
+    assert len(floats) == 2 * 10  # two tiles; int8 with three types of x, codebooks with two; on two architectures
+    assert all(counts["HMMA"] > 0 for counts in floats)
     assert not [key for key, counts in kernels.items() if counts["LDL"] + counts["STL"]]
 
 

@@ -126,7 +126,8 @@ KDQ_API Status pack_indices(const uint8_t* indices, int64_t n, int64_t k, int bi
 
 KDQ_API Status unpack_indices(const uint32_t* packed, int64_t n, int64_t k, int bits, uint8_t* indices, Stream stream);
 
-// The order of the float32 sums depends on the shape alone, and is not the CPU's.
+// The order of the float32 sums depends on the shape alone, and is not the CPU's. With more than 16 rows of 16-bit
+// x, an infinity in x may make the results of its row NaN; with bfloat16, an entry counts to 16 bits.
 KDQ_API Status codebook_linear(const CodebookLinear& args, Stream stream);
 
 // ---- distillation.h -------------------------------------------------------------------------------------------------
