@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kdq.bench.case import Case, Contender, check
+from kdq.bench.target import Target
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,13 +32,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def run_family(
     request: pytest.FixtureRequest, benchmark: Any
-) -> Callable[[Callable[[bool], Iterable[Case]], str], None]:
+) -> Callable[[Callable[[Target], Iterable[Case]], str], None]:
     """Benchmarks the contender of that name on every case of a family that has it."""
 
-    def run(family: Callable[[bool], Iterable[Case]], name: str) -> None:
-        quick = not request.config.getoption("--full")
+    def run(family: Callable[[Target], Iterable[Case]], name: str) -> None:
+        target = Target(quick=not request.config.getoption("--full"))
         found: list[tuple[Case, Contender]] = [
-            (case, contender) for case in family(quick) for contender in case.contenders if contender.name == name
+            (case, contender) for case in family(target) for contender in case.contenders if contender.name == name
         ]
         if not found:
             pytest.skip(f"{name} does not run here")

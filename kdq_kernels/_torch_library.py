@@ -52,6 +52,21 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def check_gpu(device: torch.device) -> None:
+    """Raises where kernels cannot run on a device that should be a GPU.
+
+    Raises:
+        ValueError: it is no GPU by its name.
+        RuntimeError: this build has no operators for it, or torch does not find it.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"device: expected cuda or cuda:N, got {device}")
+    check_device(device)
+    count = torch.cuda.device_count()
+    if count <= (device.index or 0):
+        raise RuntimeError(f"device: torch finds {count} CUDA GPUs, so there is no {device}")
+
+
 def _load_library(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))

@@ -6,7 +6,7 @@ from typing import Literal, TypedDict
 
 from kdq_kernels import _C
 
-PeakName = Literal["int8_gops", "binary_gops", "float32_gflops", "copy_gbps", "read_gbps"]
+PeakName = Literal["int8_gops", "binary_gops", "bfloat16_gflops", "float32_gflops", "copy_gbps", "read_gbps"]
 
 
 class BuildInfo(TypedDict):
@@ -64,7 +64,9 @@ def build_info() -> BuildInfo:
     return _C.build_info()
 
 
-def machine_peak(name: PeakName, threads: int = 1, *, buffer_bytes: int = 64 << 20, seconds: float = 0.2) -> float:
+def machine_peak(
+    name: PeakName, threads: int = 1, *, buffer_bytes: int = 64 << 20, seconds: float = 0.2, device: str = "cpu"
+) -> float:
     """Measures, now, one limit that kernels on this machine run against, in units of 1e9 a second.
 
     The arithmetic peaks come from loops that keep their operands in registers, on the instruction set in force or one
@@ -77,11 +79,22 @@ def machine_peak(name: PeakName, threads: int = 1, *, buffer_bytes: int = 64 << 
         buffer_bytes: size of the buffer that is read, or of each of the two of the copy, for all threads together;
             below the cache size it measures the cache.
         seconds: how long it takes, about.
+        device: "cpu", or a GPU as torch names it, "cuda" or "cuda:1".
 
     Raises:
         ValueError: an unknown name, or a number out of range.
+        RuntimeError: there is no such GPU, or this build has no operators for it.
     """
-    return _C.machine_peak(name, threads, buffer_bytes, seconds)
+    if device == "cpu":
+        return _C.machine_peak(name, threads, buffer_bytes, seconds)
+    if threads != 1:
+        raise ValueError(f"threads: expected 1 for device {device}, got {threads}")
+    import torch
+
+    from kdq_kernels.gpu_peaks import peak_rates
+
+    rates = peak_rates(name, torch.device(device), buffer_bytes=buffer_bytes, seconds=seconds)
+    return max(rates.values())
 
 
 def machine_peaks(

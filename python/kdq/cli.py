@@ -115,6 +115,8 @@ def bench(
     families: Annotated[bool, typer.Option(help="Run the families; --no-families leaves --scaling alone.")] = True,
     update: Annotated[bool, typer.Option(help="Keep what --json's file has of families that are not run now.")] = False,
     quick: Annotated[bool, typer.Option(help="Small shapes, few rounds: no figures to quote.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda or cuda:N for a GPU.")] = "cpu",
+    keep_going: Annotated[bool, typer.Option(help="Note what is wrong or does not run, and fail at the end.")] = False,
 ) -> None:
     """Time every kernel against its best peer and the machine's limit, interleaved, results checked first."""
     from kdq.bench import plot as drawing
@@ -126,8 +128,12 @@ def bench(
         raise ValueError("update: expected --json with the file to update")
     if not families and (family or plot is not None):
         raise ValueError("families: --no-families leaves nothing for --family and --plot")
+    if scaling is not None and device != "cpu":
+        raise ValueError(f"scaling: expected device cpu, got {device}")
     counts = threads or [1]
-    measurements, machine = run_bench(family if families else [], threads=counts, quick=quick)
+    measurements, machine = run_bench(
+        family if families else [], threads=counts, quick=quick, device=device, keep_going=keep_going
+    )
     for _, _, rows in table.sections(measurements):
         console.print(table.rich_table(rows))
     points = scales.run_scaling(counts, quick) if scaling is not None else []
@@ -144,6 +150,10 @@ def bench(
         markdown.write_text(text + (scales.markdown(results.scaling) if results.scaling else ""))
     if plot is not None:
         drawing.plot(results.measurements, plot)
+    failures: Any = machine["failures"]
+    if failures:
+        console.print("\n".join(table.describe_failures(failures)), markup=False)
+        raise RuntimeError(f"{len(failures)} failures, listed above; everything else was timed")
 
 
 @app.command()

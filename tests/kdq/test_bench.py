@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import kdq_kernels
 from kdq.bench import Case, Contender, plot, run_bench, scaling, table
 from kdq.bench.case import check
+from kdq.bench.clocks import HostClock
 from kdq.bench.families import FAMILIES
 from kdq.bench.limits import LimitMeter, copying, int8_products, reading
 from kdq.bench.results import SAME, Results
@@ -90,14 +92,15 @@ def test_bandwidth_is_measured_with_as_many_bytes_as_the_case_moves() -> None:
 
 def test_slow_contenders_run_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("kdq.bench.runner.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("kdq.bench.clocks.time.perf_counter", lambda: now[0])
 
     def taking(seconds: float) -> None:
         now[0] += seconds
 
-    assert plan(lambda: taking(0.001), 9) == (20, 9)
-    assert plan(lambda: taking(0.25), 9) == (1, 4)
-    assert plan(lambda: taking(7.0), 9) == (1, 2)
+    clock = HostClock()
+    assert plan(clock, lambda: taking(0.001), 9) == (20, 9)
+    assert plan(clock, lambda: taking(0.25), 9) == (1, 4)
+    assert plan(clock, lambda: taking(7.0), 9) == (1, 2)
 
 
 def measurement(contender: str, role: str, ratio: float | None, share: float) -> Measurement:
@@ -157,7 +160,7 @@ def measured(family: str, threads: int, median: float) -> Measurement:
 def found(measurements: list[Measurement], cpu: str = "some") -> Results:
     machine = dict.fromkeys(SAME, "same") | {"cpu": cpu}
     limits = [{"family": m.family, "threads": m.threads, "rate": m.median} for m in measurements]
-    return Results({**machine, "limits": limits}, measurements, [Point("int8_linear", "M", 64, 1, 1.0)])
+    return Results({**machine, "limits": limits, "failures": []}, measurements, [Point("int8_linear", "M", 64, 1, 1.0)])
 
 
 def test_update_replaces_what_was_measured_anew(tmp_path: Path) -> None:
@@ -171,3 +174,13 @@ def test_update_replaces_what_was_measured_anew(tmp_path: Path) -> None:
     assert sorted(limit["rate"] for limit in after.machine["limits"]) == [1.0, 1.0, 7.0, 9.0]
     with pytest.raises(ValueError, match="update: the file's cpu is 'some', this run's 'other'"):
         before.updated(found([measured("b", 1, 9.0)], cpu="other"))
+
+
+def test_the_published_results_are_still_read() -> None:
+    published = Results.load(Path(__file__).parents[2] / "benchmarks" / "results.json")
+    assert published.machine["device"] == "cpu"
+    assert {m.timing for m in published.measurements} == {"cpu"}
+    newer = replace(published, measurements=[replace(m, median=1.0) for m in published.measurements[:1]])
+    assert published.updated(newer).measurements[0].median == 1.0
+    with pytest.raises(ValueError, match="update: the file's device is 'cpu', this run's 'a GPU'"):
+        published.updated(replace(newer, machine={**newer.machine, "device": "a GPU"}))

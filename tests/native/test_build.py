@@ -77,7 +77,7 @@ def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> No
 def test_cuda_kernels_agree_with_the_reference_on_the_emulator(installed: Path) -> None:
     """tests/cuda: the kernels' own bodies, run on the CPU; needs neither nvcc nor a GPU."""
     output = require_success(run("ctest", "--test-dir", installed / "build", "--output-on-failure"))
-    assert re.search(r"100% tests passed.* out of 8\n", output)
+    assert re.search(r"100% tests passed.* out of 9\n", output)
 
 
 def test_cuda_library_needs_no_toolkit(installed: Path) -> None:
@@ -137,6 +137,11 @@ def test_cuda_products_are_on_tensor_cores(installed: Path) -> None:
     floats = [counts for key, counts in kernels.items() if "FloatProduct" in key[1]]
     assert len(floats) == 2 * 10  # two tiles; int8 with three types of x, codebooks with two; on two architectures
     assert all(counts["HMMA"] > 0 for counts in floats)
+    loops = [("IMMA", "Int8Loop"), ("BMMA", "BinaryLoop"), ("HMMA", "BFloat16Loop"), ("FFMA", "Float32Loop")]
+    for instruction, name in loops:
+        meant = [counts for key, counts in kernels.items() if name in key[1]]
+        assert len(meant) >= 2  # on two architectures
+        assert all(counts[instruction] > 0 for counts in meant)
     assert not [key for key, counts in kernels.items() if counts["LDL"] + counts["STL"]]
 
 

@@ -144,4 +144,20 @@ KDQ_API Status distillation_kept(const int64_t* target, int64_t rows, float* kep
 KDQ_API Status distillation_loss_backward(const DistillationLoss& args, const DistillationRow* statistics,
                                           const float* kept, const float* grad_loss, void* grad_student, Stream stream);
 
+// ---- what a GPU can do at most: work to be timed --------------------------------------------------------------------
+
+// Instructions on registers: mma.sync m16n8k32 on int8, m16n8k256 on bits (and), m16n8k16 on bfloat16, and float32
+// fused multiply-add. On Hopper and newer, mma.sync does not reach what wgmma can.
+enum class PeakLoop { kInt8, kBinary, kBFloat16, kFloat32 };
+
+constexpr int kPeakThreads = 256;  // of a block
+
+// `steps` steps by each of the blocks; some four blocks a multiprocessor keep it busy. operations: how many the launch
+// does, a multiply-accumulate counting two. out: [blocks, kPeakThreads], of no use but to keep the loop.
+KDQ_API Status arithmetic_peak(PeakLoop loop, int64_t blocks, int64_t steps, float* out, int64_t* operations,
+                               Stream stream);
+
+// Reads all of source, a multiple of 16 bytes, once; out: [blocks, kPeakThreads].
+KDQ_API Status read_peak(const void* source, int64_t bytes, int64_t blocks, uint32_t* out, Stream stream);
+
 }  // namespace kdq::cuda

@@ -26,26 +26,26 @@ from kdq.bench.fake_quant import (
     learnable_tensor,
 )
 from kdq.bench.limits import copying
+from kdq.bench.target import Target
 
 AXES = {"per tensor": None, "axis 0": 0}
 learnable_tensor_backward = torch.ops.aten._fake_quantize_learnable_per_tensor_affine_backward
 learnable_channel_backward = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward
 
 
-def inputs(quick: bool) -> Iterator[tuple[str, Tensor, Tensor, Tensor, int | None]]:
+def inputs(target: Target) -> Iterator[tuple[str, Tensor, Tensor, Tensor, int | None]]:
     """Shape, x, gradient of y, scale, axis of each case."""
-    generator = torch.Generator().manual_seed(5)
-    for size in QUICK_SIZES if quick else [MILLION, SIXTEEN]:
-        x = torch.randn(size, generator=generator)
-        grad = torch.randn(size, generator=generator)
+    generator = target.generator(5)
+    for size in QUICK_SIZES if target.quick else [MILLION, SIXTEEN]:
+        x, grad = (torch.randn(size, generator=generator, device=target.device) for _ in range(2))
         for kind, axis in AXES.items():
-            scale = torch.full((1 if axis is None else size[axis],), SCALE)
+            scale = torch.full((1 if axis is None else size[axis],), SCALE, device=target.device)
             yield f"{size[0]}x{size[1]} {kind}", x, grad, scale, axis
 
 
-def fake_quantize_backward_cases(quick: bool) -> Iterator[Case]:
+def fake_quantize_backward_cases(target: Target) -> Iterator[Case]:
     """Gradients of x, scale and zero point from one pass."""
-    for shape, x, grad, scale, axis in inputs(quick):
+    for shape, x, grad, scale, axis in inputs(target):
         zero_point = torch.zeros_like(scale)
         contenders = [
             Contender("kdq backward", our_backward(grad, x, scale, zero_point, axis), "ours", 1e-3),
@@ -55,9 +55,9 @@ def fake_quantize_backward_cases(quick: bool) -> Iterator[Case]:
         yield Case("fake_quantize_backward", shape, [copying(3.0 * 4 * x.numel())], reference, contenders)
 
 
-def fake_quantize_training_cases(quick: bool) -> Iterator[Case]:
+def fake_quantize_training_cases(target: Target) -> Iterator[Case]:
     """Forward and backward."""
-    for shape, x, grad, scale, axis in inputs(quick):
+    for shape, x, grad, scale, axis in inputs(target):
         with torch.inference_mode(False):
             x, grad, scale = x.clone().requires_grad_(), grad.clone(), scale.clone().requires_grad_()
             contenders = [

@@ -12,10 +12,11 @@ from kdq.bench.fake_quant import fake_quantize_cases, fake_quantize_out_cases
 from kdq.bench.fake_quant_gradients import fake_quantize_backward_cases, fake_quantize_training_cases
 from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
 from kdq.bench.models import model_cases
+from kdq.bench.target import Target
 from kdq.bench.training import training_step_cases
 from kdq.bench.weight_only import weight_only_cases
 
-FAMILIES: dict[str, Callable[[bool], Iterable[Case]]] = {
+FAMILIES: dict[str, Callable[[Target], Iterable[Case]]] = {
     "int8_matmul": int8_matmul_cases,
     "int8_linear": int8_linear_cases,
     "int8_weight_only_linear": weight_only_cases,

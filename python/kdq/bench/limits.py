@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 import kdq_kernels
+from kdq.bench.target import CPU, Target
 from kdq_kernels.cpu import PeakName
+from kdq_kernels.gpu_peaks import peak_rates
 
 SMALLEST_BUFFER = 4096  # bytes a thread; smaller ones measure the call
+GPU_BUFFER = 1 << 30  # bytes: far beyond any cache, as a GPU's bandwidth is that of its memory
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,13 @@ def float32_products(operations: float) -> Limit:
     return Limit("float32 products", "float32_gflops", operations)
 
 
+def activation_products(operations: float, target: Target) -> Limit:
+    """In the dtype of the target's activations."""
+    if target.activations == torch.bfloat16:
+        return Limit("bfloat16 products", "bfloat16_gflops", operations)
+    return float32_products(operations)
+
+
 def reading(n_bytes: float) -> Limit:
     """Weights and activations must be read once; with few rows that takes longer than the arithmetic."""
     return Limit("reading operands", "read_gbps", n_bytes)
@@ -62,20 +74,40 @@ def copying(n_bytes: float) -> Limit:
 
 
 class LimitMeter:
-    """Measures the rates of some limits, as often as it is asked to, and keeps the largest of each."""
+    """Measures the rates of some limits, as often as it is asked to, and keeps the largest of each.
 
-    def __init__(self, limits: Sequence[Limit], threads: int, seconds: float) -> None:
+    Attributes:
+        ways: how a GPU reached that rate.
+    """
+
+    def __init__(self, limits: Sequence[Limit], threads: int, seconds: float, device: torch.device = CPU) -> None:
         self.threads = threads
         self.seconds = seconds
+        self.device = device
         self.rates: dict[Limit, float] = dict.fromkeys(limits, 0.0)
+        self.ways: dict[Limit, str] = {}
 
     def measure(self) -> None:
         for limit, best in self.rates.items():
-            rate = kdq_kernels.machine_peak(
-                limit.peak, self.threads, buffer_bytes=limit.buffer_bytes(self.threads), seconds=self.seconds
-            )
+            if self.device.type != "cpu":
+                rates = peak_rates(limit.peak, self.device, buffer_bytes=GPU_BUFFER, seconds=self.seconds)
+                way, rate = max(rates.items(), key=lambda item: item[1])
+                if rate > best:
+                    self.ways[limit] = way
+            else:
+                rate = kdq_kernels.machine_peak(
+                    limit.peak, self.threads, buffer_bytes=limit.buffer_bytes(self.threads), seconds=self.seconds
+                )
             self.rates[limit] = max(best, rate)
 
     def binding(self) -> tuple[Limit, float]:
         """The limit that takes the longest, and its rate."""
         return max(self.rates.items(), key=lambda item: item[0].amount / item[1])
+
+    def describe(self) -> list[dict[str, object]]:
+        """For JSON."""
+        found: list[dict[str, object]] = []
+        for limit, rate in self.rates.items():
+            way = {"way": self.ways[limit]} if limit in self.ways else {}
+            found.append({"limit": limit.name, "peak": limit.peak, "rate": rate, "unit": limit.unit, **way})
+        return found

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kdq.bench.case import Case, Contender
 from kdq.bench.compiled import compiled
 from kdq.bench.limits import int8_products, reading
+from kdq.bench.target import Target
 from kdq.configs import Int8Dynamic
 from kdq.quantize import quantize_
 
@@ -69,46 +70,50 @@ def linear_operations(model: nn.Module, rows: int) -> float:
     return 2.0 * rows * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
 
-def model_cases(quick: bool) -> Iterator[Case]:
+def model_cases(target: Target) -> Iterator[Case]:
     """float32 in, float32 out."""
     torch.manual_seed(7)
-    if quick:
-        yield model_case("mlp 32-64-8, batch 4", mlp(32, 64, 8), torch.randn(4, 32), peers=False)
+    if target.quick:
+        yield model_case("mlp 32-64-8, batch 4", mlp(32, 64, 8), torch.randn(4, 32), target)
         return
     wide = mlp(512, 2048, 2048, 512)
     for batch in (1, 64):
-        yield model_case(f"mlp 512-2048-2048-512, batch {batch}", wide, torch.randn(batch, 512), peers=True)
+        yield model_case(f"mlp 512-2048-2048-512, batch {batch}", wide, torch.randn(batch, 512), target)
     deep = encoder(6, 384, 6)
     for batch in (1, 16):
         name = f"encoder of 6 layers, 384 wide, batch {batch} x 128"
-        yield model_case(name, deep, torch.randn(batch, 128, 384), peers=True)
+        yield model_case(name, deep, torch.randn(batch, 128, 384), target)
 
 
 @torch.inference_mode(False)
-def model_case(shape: str, model: nn.Module, x: Tensor, *, peers: bool) -> Case:
+def model_case(shape: str, model: nn.Module, x: Tensor, target: Target) -> Case:
+    """Quantized on the CPU, then moved."""
     model = model.eval().requires_grad_(False)
-    reference = copy.deepcopy(model).double()(x.double())
     ours = copy.deepcopy(model)
     quantize_(ours, Int8Dynamic())
+    ours, model, x = ours.to(target.device), copy.deepcopy(model).to(target.device), x.to(target.device)
+    reference = copy.deepcopy(model).double()(x.double())
     contenders = [
         Contender("kdq Int8Dynamic", partial(ours, x), "ours", TOLERANCE),
         Contender("torch float32", partial(model, x), "peer", 1e-4),
     ]
-    if peers:
-        contenders += list(peer_models(model, x))
+    if not target.quick:
+        contenders += list(peer_models(model, x, target))
     weights = linear_operations(model, 1) / 2
     limits = [int8_products(linear_operations(model, x.numel() // x.shape[-1])), reading(weights)]
     return Case("model", shape, limits, reference, contenders)
 
 
-def peer_models(model: nn.Module, x: Tensor) -> Iterator[Contender]:
+def peer_models(model: nn.Module, x: Tensor, target: Target) -> Iterator[Contender]:
     half, half_x = copy.deepcopy(model).bfloat16(), x.bfloat16()
     yield Contender("torch bfloat16", partial(half, half_x), "peer", TOLERANCE)
-    dynamic = torch_dynamic(model)
-    yield Contender("torch quantize_dynamic", partial(dynamic, x), "peer", TOLERANCE)
+    if target.gpu:
+        yield Contender("torch bfloat16, compiled", partial(compiled(copy.deepcopy(half)), half_x), "peer", TOLERANCE)
+    else:
+        yield Contender("torch quantize_dynamic", partial(torch_dynamic(model), x), "peer", TOLERANCE)
     if importlib.util.find_spec("torchao"):
         yield Contender("torchao int8, compiled", partial(torchao_dynamic(model), x), "peer", TOLERANCE)
-    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
+    if not target.gpu and all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
         yield Contender("ONNX Runtime dynamic", onnxruntime_dynamic(model, x), "peer", TOLERANCE)
 
 

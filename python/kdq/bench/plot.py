@@ -6,23 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdq.bench.runner import Measurement
-from kdq.bench.table import heading, sections
+from kdq.bench.table import sections
 
 
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
-    """A row of panels a family, a column a number of threads: the share of the machine's limit, shape by shape."""
+    """A row of panels a family, a column a number of threads, or a clock on a GPU: the share of the machine's limit,
+    shape by shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {(family, threads): bars(rows) for family, threads, rows in sections(measurements)}
+    panels = {(family, how): bars(rows) for family, how, rows in sections(measurements)}
     families = list(dict.fromkeys(family for family, _ in panels))
-    threads = list(dict.fromkeys(count for _, count in panels))
-    size = (9 * len(threads), 3.2 * len(families))
-    figure, axes = plt.subplots(len(families), len(threads), figsize=size, squeeze=False, layout="constrained")
-    for (family, count), series in panels.items():
-        axis = axes[families.index(family), threads.index(count)]
+    manners = list(dict.fromkeys(how for _, how in panels))
+    size = (9 * len(manners), 3.2 * len(families))
+    figure, axes = plt.subplots(len(families), len(manners), figsize=size, squeeze=False, layout="constrained")
+    for (family, how), series in panels.items():
+        axis = axes[families.index(family), manners.index(how)]
         shapes = list(dict.fromkeys(shape for values in series.values() for shape in values))
         width = 0.8 / len(series)
         for i, (name, values) in enumerate(series.items()):
@@ -32,7 +33,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
         axis.set_xticks(range(len(shapes)), shapes, fontsize=7, rotation=30, ha="right")
         axis.axhline(100, color="black", linewidth=0.8)
         axis.set_ylabel("% of the binding limit")
-        axis.set_title(heading(family, count), loc="left")
+        axis.set_title(f"{family}, {how}", loc="left")
         axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), frameon=False)
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=80)

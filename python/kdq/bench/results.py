@@ -11,7 +11,7 @@ from typing import Any
 from kdq.bench.runner import Measurement
 from kdq.bench.scaling import Point
 
-SAME = ("cpu", "cpu_features", "isa", "torch", "version", "compiler", "peers")  # what results must share
+SAME = ("device", "cpu", "cpu_features", "isa", "torch", "version", "compiler", "peers")  # what results must share
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """The inverse of `save`."""
+        """The inverse of `save`. Files from before there were others are of a CPU."""
         content = json.loads(path.read_text())
+        machine = {"device": "cpu", "failures": [], **content["machine"]}
         measurements = [Measurement(**m) for m in content["measurements"]]
-        return cls(content["machine"], measurements, [Point(**p) for p in content["scaling"]])
+        return cls(machine, measurements, [Point(**p) for p in content["scaling"]])
 
     def updated(self, newer: Results) -> Results:
         """These results, with each family and number of threads that the newer ones have taken from them.
@@ -53,5 +54,11 @@ class Results:
             elif not any((n.family, n.threads) == (m.family, m.threads) for n in merged):
                 merged += [n for n in newer.measurements if (n.family, n.threads) == (m.family, m.threads)]
         limits = [p for p in self.machine["limits"] if (p["family"], p["threads"]) not in taken]
-        machine = {**newer.machine, "limits": [*limits, *newer.machine["limits"]]}
+        again = {family for family, _ in taken} | {f["family"] for f in newer.machine["failures"]}
+        failures = [f for f in self.machine["failures"] if f["family"] not in again]
+        machine = {
+            **newer.machine,
+            "limits": [*limits, *newer.machine["limits"]],
+            "failures": [*failures, *newer.machine["failures"]],
+        }
         return replace(self, machine=machine, measurements=merged, scaling=newer.scaling or self.scaling)

@@ -1,9 +1,9 @@
 """Checks, then times, the contenders of each case, interleaved so that noise hits all alike.
 
 Each round runs every contender for about the same short time, in an order that is shuffled from round to round, after
-a pause in which the thread pool of the one before goes to sleep and after one call that is not timed. A contender's
-time is the median over the rounds, with the smallest and the largest beside it. The machine's limits are measured in
-the same process, before, between and after the rounds.
+a pause and after one call that is not timed. A contender's time is the median over the rounds, with the smallest and
+the largest beside it. The machine's limits are measured in the same process, before, between and after the rounds. On
+a GPU all this is done with each of two clocks, see `clocks.py`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 import kdq_kernels
 from kdq.bench.case import Case, Contender, Role, check
+from kdq.bench.clocks import Clock, DeviceClock, Timing, clocks_of
 from kdq.bench.limits import LimitMeter
+from kdq.bench.target import Target
+from kdq_kernels import _torch_library
 
-ROUND_SECONDS = 0.02
-PAUSE_SECONDS = 0.01
 LIMIT_SECONDS = 0.05  # each time that a limit is measured
+GPU_LIMIT_SECONDS = 0.01
 ROUNDS_PER_LIMIT = 3  # the limits are measured again after so many rounds
 CONTENDER_SECONDS = 1.0  # a contender whose calls take longer in all than this is made to run fewer rounds
 FEWEST_ROUNDS = 2
@@ -34,8 +37,8 @@ FEWEST_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender on one case. Times are seconds a call; `limited_by`, `rate` and `percent_of_limit` belong to the
-    limit that binds the case; `error` is relative to the reference."""
+    """One contender on one case. Times are seconds a call by the clock `timing`; `limited_by`, `rate` and
+    `percent_of_limit` belong to the limit that binds the case; `error` is relative to the reference."""
 
     family: str
     shape: str
@@ -51,60 +54,84 @@ class Measurement:
     percent_of_limit: float
     ratio_to_best_peer: float | None
     error: float
+    timing: Timing = "cpu"
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 
 
-def time_round(run: Callable[[], object], calls: int) -> float:
-    """Seconds a call, averaged over `calls` calls."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+@dataclass(frozen=True)
+class Failure:
+    """A contender, or a whole family, that is left out, and why."""
+
+    family: str
+    shape: str
+    contender: str
+    message: str
 
 
-def plan(run: Callable[[], object], rounds: int) -> tuple[int, int]:
+def plan(clock: Clock, run: Callable[[], object], rounds: int) -> tuple[int, int]:
     """How many calls a round, and how many rounds: fewer where calls are so slow that they would hold up the rest."""
-    warm = time_round(run, 1)
+    warm = clock.time_round(run, 1)
     if warm < CONTENDER_SECONDS / 2:
-        warm = min(warm, time_round(run, 1))
-    calls = max(1, round(ROUND_SECONDS / max(warm, 1e-7)))
-    affordable = round(CONTENDER_SECONDS / (warm * calls))
+        warm = min(warm, clock.time_round(run, 1))
+    calls = min(clock.most_calls, max(1, round(clock.round_seconds / max(warm, 1e-7))))
+    affordable = round(CONTENDER_SECONDS / (max(warm, 1e-7) * calls))
     return calls, min(rounds, max(FEWEST_ROUNDS, affordable))
 
 
-def time_interleaved(contenders: Sequence[Contender], rounds: int, meter: LimitMeter) -> list[list[float]]:
+def time_interleaved(
+    clock: Clock, contenders: Sequence[Contender], rounds: int, meter: LimitMeter
+) -> list[list[float]]:
     """A list of times for each contender, one a round; the limits are measured in between."""
-    plans = [plan(contender.run, rounds) for contender in contenders]
+    plans = [plan(clock, contender.run, rounds) for contender in contenders]
     times: list[list[float]] = [[] for _ in contenders]
     shuffle = random.Random(0)
     for r in range(rounds):
         if r % ROUNDS_PER_LIMIT == 0:
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(clock.pause)
             meter.measure()
         for which in shuffle.sample(range(len(contenders)), len(contenders)):
             calls, limit = plans[which]
             if r < limit:
-                time.sleep(PAUSE_SECONDS)
+                time.sleep(clock.pause)
                 if calls > 1:
-                    time_round(contenders[which].run, 1)
-                times[which].append(time_round(contenders[which].run, calls))
-    time.sleep(PAUSE_SECONDS)
+                    clock.time_round(contenders[which].run, 1)
+                times[which].append(clock.time_round(contenders[which].run, calls))
+    time.sleep(clock.pause)
     meter.measure()
     return times
 
 
-def measure(case: Case, meter: LimitMeter, rounds: int) -> list[Measurement]:
-    """Checks and times one case."""
-    errors = [check(case, contender) for contender in case.contenders]
-    times = time_interleaved(case.contenders, rounds, meter)
+def checked(case: Case, keep_going: bool) -> tuple[list[tuple[Contender, float]], list[Failure]]:
+    """The contenders whose results are right, with their errors, and the others.
+
+    Raises:
+        RuntimeError, ValueError: one is wrong, or does not run, and that is not to be gone on from.
+    """
+    right: list[tuple[Contender, float]] = []
+    failures: list[Failure] = []
+    for contender in case.contenders:
+        try:
+            right.append((contender, check(case, contender)))
+        except (RuntimeError, ValueError) as error:
+            if not keep_going:
+                raise
+            failures.append(Failure(case.family, case.shape, contender.name, str(error)))
+    return right, failures
+
+
+def measure(
+    case: Case, contenders: Sequence[tuple[Contender, float]], clock: Clock, meter: LimitMeter, rounds: int
+) -> list[Measurement]:
+    """Times the contenders of a case, given with their errors."""
+    times = time_interleaved(clock, [contender for contender, _ in contenders], rounds, meter)
     limit, limit_rate = meter.binding()
     medians = [statistics.median(t) for t in times]
-    peer_times = [m for m, c in zip(medians, case.contenders, strict=True) if c.role == "peer"]
+    peer_times = [m for m, (c, _) in zip(medians, contenders, strict=True) if c.role == "peer"]
     results = []
-    for contender, error, samples, median in zip(case.contenders, errors, times, medians, strict=True):
+    for (contender, error), samples, median in zip(contenders, times, medians, strict=True):
         rate = limit.amount / median / 1e9
         ours = contender.role == "ours"
         results.append(
@@ -123,18 +150,54 @@ def measure(case: Case, meter: LimitMeter, rounds: int) -> list[Measurement]:
                 percent_of_limit=100 * rate / limit_rate,
                 ratio_to_best_peer=min(peer_times) / median if ours and peer_times else None,
                 error=error,
+                timing=clock.timing,
             )
         )
     return results
 
 
-def run_case(case: Case, threads: int, rounds: int, quick: bool) -> tuple[list[Measurement], list[dict[str, object]]]:
-    """One case's measurements, and the limits found beside it."""
-    meter = LimitMeter(case.limits, threads, LIMIT_SECONDS / 5 if quick else LIMIT_SECONDS)
-    results = measure(case, meter, rounds)
-    about = {"family": case.family, "shape": case.shape, "threads": threads}
-    limits = [{**about, "limit": k.name, "peak": k.peak, "rate": r, "unit": k.unit} for k, r in meter.rates.items()]
-    return results, limits
+@dataclass
+class Runner:
+    """Runs families on a target, and collects what they give beside their measurements."""
+
+    target: Target
+    clocks: Sequence[Clock]
+    rounds: int
+    keep_going: bool
+    on_result: Callable[[list[Measurement]], None] | None
+    limits: list[dict[str, object]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def run_family(
+        self, name: str, cases: Callable[[Target], Iterable[Case]], threads: int, tell: Callable[[str], None]
+    ) -> list[Measurement]:
+        """All cases by one clock, then by the next. tell: gets the shape of the case that is run."""
+        by_clock: dict[Timing, list[Measurement]] = {clock.timing: [] for clock in self.clocks}
+        try:
+            for case in cases(self.target):
+                tell(case.shape)
+                for clock, results in zip(self.clocks, self.run_case(case, threads), strict=True):
+                    by_clock[clock.timing] += results
+                    if self.on_result is not None:
+                        self.on_result(results)
+        except (RuntimeError, ValueError) as error:
+            if not self.keep_going:
+                raise
+            self.failures.append(Failure(name, "", "", str(error)))
+        return list(itertools.chain.from_iterable(by_clock.values()))
+
+    def run_case(self, case: Case, threads: int) -> list[list[Measurement]]:
+        """By each clock; keeps the limits found beside it."""
+        contenders, failures = checked(case, self.keep_going)
+        self.failures += failures
+        seconds = LIMIT_SECONDS if self.target.device.type == "cpu" else GPU_LIMIT_SECONDS
+        about = {"family": case.family, "shape": case.shape, "threads": threads}
+        results = []
+        for clock in self.clocks:
+            meter = LimitMeter(case.limits, threads, seconds / 5 if self.target.quick else seconds, self.target.device)
+            results.append(measure(case, contenders, clock, meter, self.rounds))
+            self.limits += [{**about, **found} for found in meter.describe()]
+        return results
 
 
 def run_bench(
@@ -143,17 +206,25 @@ def run_bench(
     threads: Sequence[int] = (1,),
     rounds: int = 9,
     quick: bool = False,
+    device: str = "cpu",
+    keep_going: bool = False,
     on_result: Callable[[list[Measurement]], None] | None = None,
 ) -> tuple[list[Measurement], dict[str, object]]:
     """Runs the benchmark families by name (None: all).
 
     Args:
-        threads: one run of every family for each of these, for torch and for our kernels alike.
+        threads: one run of every family for each of these, for torch and for our kernels alike; of a CPU.
         quick: small shapes and few rounds, to see that everything works; not for figures.
-        on_result: called after each case.
+        device: "cpu", or a GPU as torch names it.
+        keep_going: notes what is wrong or does not run, and goes on.
+        on_result: called after each case, on a GPU with the results of each clock.
 
     Returns:
-        All measurements, and the machine: build info, torch version, the limits measured beside each case.
+        All measurements, and the machine: build info, torch version, the limits measured beside each case, failures.
+
+    Raises:
+        ValueError: a family is unknown, a number out of range, or a contender refuses its arguments.
+        RuntimeError: a contender is wrong or does not run, or there is no such GPU or no operators for it.
     """
     from kdq.bench.families import FAMILIES
 
@@ -162,21 +233,31 @@ def run_bench(
     if unknown:
         raise ValueError(f"family: expected some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
     check_threads(threads)
+    target = Target.of(torch.device(device), quick)
+    if target.gpu:
+        _torch_library.check_gpu(target.device)
+        if list(threads) != [1]:
+            raise ValueError(f"threads: expected none with device {device}, got {list(threads)}")
     measurements: list[Measurement] = []
-    limits: list[dict[str, object]] = []
-    with torch_threads(), torch.inference_mode(), Progress(transient=True) as progress:
+    with torch_threads(), torch.inference_mode(), current(target), Progress(transient=True) as progress:
+        clocks = clocks_of(target.device)
+        runner = Runner(target, clocks, min(rounds, 3) if quick else rounds, keep_going, on_result)
         task = progress.add_task("benchmarks", total=len(names) * len(threads))
         for name, count in itertools.product(names, threads):
             torch.set_num_threads(count)
-            for case in FAMILIES[name](quick):
-                progress.update(task, description=f"{name} {case.shape}, threads: {count}")
-                results, found = run_case(case, count, min(rounds, 3) if quick else rounds, quick)
-                measurements += results
-                limits += found
-                if on_result is not None:
-                    on_result(results)
+            tell = partial(describe_task, progress, task, name, count)
+            measurements += runner.run_family(name, FAMILIES[name], count, tell)
             progress.advance(task)
-    return measurements, describe_machine(limits)
+        return measurements, describe_machine(runner)
+
+
+def describe_task(progress: Progress, task: TaskID, family: str, threads: int, shape: str) -> None:
+    progress.update(task, description=f"{family} {shape}, threads: {threads}")
+
+
+def current(target: Target) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the one on which torch works."""
+    return torch.cuda.device(target.device) if target.gpu else contextlib.nullcontext()
 
 
 def check_threads(threads: Sequence[int]) -> None:
@@ -194,14 +275,32 @@ def torch_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def describe_machine(limits: list[dict[str, object]]) -> dict[str, object]:
+def describe_machine(runner: Runner) -> dict[str, object]:
     return {
         **kdq_kernels.build_info(),
         "isa": kdq_kernels.cpu_isa(),
         "best_isa": kdq_kernels.available_isas()[-1],
         "torch": torch.__version__,
         "peers": peer_versions(),
-        "limits": limits,
+        "limits": runner.limits,
+        "failures": [asdict(failure) for failure in runner.failures],
+        **describe_device(runner),
+    }
+
+
+def describe_device(runner: Runner) -> dict[str, object]:
+    if runner.target.device.type == "cpu":
+        return {"device": "cpu"}
+    found = torch.cuda.get_device_properties(runner.target.device)
+    (empty,) = (clock.empty() for clock in runner.clocks if isinstance(clock, DeviceClock))
+    return {
+        "device": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "empty_kernel_seconds": empty,
     }
 
 

@@ -21,7 +21,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 import kdq_kernels as kk
-from kdq.bench.runner import PAUSE_SECONDS, check_threads, plan, time_round, torch_threads
+from kdq.bench.clocks import HostClock
+from kdq.bench.runner import check_threads, plan, torch_threads
 from kdq.bench.shapes import Shape
 from kdq.bench.table import format_time, markdown_table
 
@@ -96,12 +97,13 @@ def run_scaling(threads: Sequence[int], quick: bool = False) -> list[Point]:
 
 
 def median_time(run: Callable[[], Tensor], rounds: int) -> float:
-    calls, _ = plan(run, rounds)
+    clock = HostClock()
+    calls, _ = plan(clock, run, rounds)
     samples = []
     for _ in range(rounds):
-        time.sleep(PAUSE_SECONDS)
-        time_round(run, 1)
-        samples.append(time_round(run, calls))
+        time.sleep(clock.pause)
+        clock.time_round(run, 1)
+        samples.append(clock.time_round(run, calls))
     return statistics.median(samples)
 
 

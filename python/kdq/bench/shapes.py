@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from kdq.bench.target import Target
+
 Shape = tuple[int, int, int]
 
 QUICK: list[Shape] = [(16, 64, 64)]
+GPU_QUICK: list[Shape] = [*QUICK, (17, 72, 40)]  # with few rows some peers are left out
 INT8: list[Shape] = [
     (1, 64, 64),
     (1, 1000, 2048),
@@ -47,6 +50,22 @@ BINARY: list[Shape] = [
     (1024, 1024, 1024),
     (2048, 2048, 2048),
 ]
+# Llama 3 8B: attention's output, its three inputs, one and both of the first two of the feed-forward, its last. N, K.
+LLAMA = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]
+ROWS = [1, 16, 128, 512, 4096]
+CUBES: list[Shape] = [(4096, 4096, 4096), (8192, 8192, 8192)]
+
+
+def on_gpu(shapes: list[Shape]) -> list[Shape]:
+    """Those of a CPU, the layers of a language model, and what is large enough for every GPU."""
+    layers = [(m, n, k) for n, k in LLAMA for m in ROWS]
+    return list(dict.fromkeys([*shapes, *layers, *CUBES]))
+
+
+def products(target: Target, cpu: list[Shape]) -> list[Shape]:
+    if target.quick:
+        return GPU_QUICK if target.gpu else QUICK
+    return on_gpu(cpu) if target.gpu else cpu
 
 
 def name(shape: Shape) -> str:
