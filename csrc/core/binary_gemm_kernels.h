@@ -38,8 +38,7 @@ struct BinaryTileCall {
   int64_t steps;
   BinaryEpilogue epilogue;
   TileOutput out;
-  const char*
-      ahead;  // what is read later, for a kernel that asks meanwhile: a line at each step from here on; or nullptr
+  const char* ahead;  // what is read later, for kernels that ask meanwhile: a line a step from here on; or nullptr
 };
 
 constexpr int kDirectChannels = 64;

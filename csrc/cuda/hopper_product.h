@@ -220,15 +220,6 @@ struct HopperProduct {
   }
 
   template <class Thread>
-  KDQ_DEVICE int32_t result(Thread& thread, const Shared& shared, int row, int col, int32_t sum) const {
-    if constexpr (Product::kCounts) {
-      return product.result(thread, sum, shared.a_count[row], shared.b_count[col]);
-    } else {
-      return product.result(thread, sum, 0, 0);
-    }
-  }
-
-  template <class Thread>
   KDQ_DEVICE void store(Thread& thread, const TilePlace& place, const Shared& shared,
                         const int32_t (&sums)[kWgmmaSums]) const {
     const int64_t row = place.down * kHopperRows;
@@ -238,7 +229,7 @@ struct HopperProduct {
       const int i = first_row(thread) + wgmma_row(consumer(thread) % kWarpgroup, s);
       const int j = wgmma_col(consumer(thread), s);
       if (row + i >= rows || col + j >= cols) continue;
-      output.store(thread, row + i, col + j, result(thread, shared, i, j, sums[s]));
+      output.store(thread, row + i, col + j, tile_result(thread, product, shared, i, j, sums[s]));
     }
   }
 
@@ -259,7 +250,7 @@ struct HopperProduct {
           for (int e = 0; e < 2; ++e) {
             const int own = 16 * w + 4 * c + half + e;
             const int j = wgmma_col(consumer(thread), own);
-            word |= output.bit(thread, col + j, result(thread, shared, i, j, sums[own])) << (j - 32 * w);
+            word |= output.bit(thread, col + j, tile_result(thread, product, shared, i, j, sums[own])) << (j - 32 * w);
           }
         }
         word |= thread.shuffle_xor(word, 1);

@@ -53,6 +53,17 @@ struct BinaryProduct {
   }
 };
 
+// Of a sum in row i and column j of a tile, whose counts are in shared memory if there are any.
+template <class Thread, class Product, class Shared>
+KDQ_DEVICE int32_t tile_result(Thread& thread, const Product& product, const Shared& shared, int i, int j,
+                               int32_t sum) {
+  if constexpr (Product::kCounts) {
+    return product.result(thread, sum, shared.a_count[i], shared.b_count[j]);
+  } else {
+    return product.result(thread, sum, 0, 0);
+  }
+}
+
 template <class Product, class Thread>
 KDQ_DEVICE uint32_t count_words(Thread& thread, const Words<16>& words) {
   uint32_t sum = 0;
@@ -189,20 +200,11 @@ struct TiledProduct {
   }
 
   template <class Thread>
-  KDQ_DEVICE int32_t result(Thread& thread, const Shared& shared, int i, int j, int32_t sum) const {
-    if constexpr (Product::kCounts) {
-      return product.result(thread, sum, shared.a_count[i], shared.b_count[j]);
-    } else {
-      return product.result(thread, sum, 0, 0);
-    }
-  }
-
-  template <class Thread>
   KDQ_DEVICE void store(Thread& thread, int64_t first_row, int64_t row, int64_t col, const Shared& shared,
                         const int32_t (&sums)[kRowFragments][kColFragments][4]) const {
     const int rows = a.rows - row < kTile ? static_cast<int>(a.rows - row) : kTile;
     Places::store(thread, output, first_row + row, rows, col, b.rows, sums,
-                  [&](int i, int j, int32_t sum) { return result(thread, shared, i, j, sum); });
+                  [&](int i, int j, int32_t sum) { return tile_result(thread, product, shared, i, j, sum); });
   }
 
   // A warp's 32 columns are one word of a row; the four lanes of a group have 8 of them each.
@@ -218,7 +220,7 @@ struct TiledProduct {
       for (int c = 0; c < kColFragments; ++c) {
         for (int e = 0; e < 2; ++e) {
           const int j = Places::col_of(thread, c, e);
-          const int32_t value = result(thread, shared, i, j, sums[half / 2][c][half % 2 * 2 + e]);
+          const int32_t value = tile_result(thread, product, shared, i, j, sums[half / 2][c][half % 2 * 2 + e]);
           word |= output.bit(thread, col + j, value) << (j - Places::warp_col(thread));
         }
       }

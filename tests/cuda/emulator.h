@@ -10,6 +10,7 @@
 
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -80,6 +81,13 @@ struct Fiber {
   int turn = 0;
 };
 
+// What one lane has of the factors of an mma.
+struct Fragments {
+  uint32_t a[4];
+  uint32_t b[2];
+};
+using WarpFragments = std::array<Fragments, cuda::kWarp>;
+
 class Thread {
  public:
   int64_t block() const { return block_; }
@@ -122,6 +130,7 @@ class Thread {
   void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
  protected:
+  WarpFragments fragments(const uint32_t (&a)[4], const uint32_t (&b)[2]);
   template <class Half>
   void mma_pairs(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -171,25 +180,31 @@ class Thread {
 //   b: column lane / 4, k likewise (+ 4 unit in word 1)
 //   c: row lane / 4 (+ 8 for i >= 2), column (lane % 4) * 2 + i % 2
 
-struct Fragments {
-  uint32_t a[4];
-  uint32_t b[2];
-};
-
-inline uint32_t a_word(const Fragments (&warp)[cuda::kWarp], int row, int k_word) {
+inline uint32_t a_word(const WarpFragments& warp, int row, int k_word) {
   return warp[row % 8 * 4 + k_word % 4].a[(row >= 8 ? 1 : 0) + (k_word >= 4 ? 2 : 0)];
 }
-inline uint32_t b_word(const Fragments (&warp)[cuda::kWarp], int col, int k_word) {
+inline uint32_t b_word(const WarpFragments& warp, int col, int k_word) {
   return warp[col * 4 + k_word % 4].b[k_word >= 4 ? 1 : 0];
 }
 
 template <class Sum, class WordProduct>
-void multiply(const Fragments (&warp)[cuda::kWarp], int lane, Sum (&c)[4], WordProduct product) {
+void multiply(const WarpFragments& warp, int lane, Sum (&c)[4], WordProduct product) {
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + (i >= 2 ? 8 : 0);
     const int col = lane % 4 * 2 + i % 2;
     for (int w = 0; w < 8; ++w) c[i] += product(a_word(warp, row, w), b_word(warp, col, w));
   }
+}
+
+// Of all lanes, each of which shows its own.
+inline WarpFragments Thread::fragments(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Fragments own;
+  std::memcpy(own.a, a, sizeof(own.a));
+  std::memcpy(own.b, b, sizeof(own.b));
+  WarpFragments warp;
+  const auto* shown = show(&own, sizeof(own));
+  for (size_t lane = 0; lane < warp.size(); ++lane) std::memcpy(&warp[lane], shown[lane], sizeof(own));
+  return warp;
 }
 
 inline int32_t int8_product(uint32_t a, uint32_t b) {
@@ -199,23 +214,11 @@ inline int32_t int8_product(uint32_t a, uint32_t b) {
 }
 
 inline void Thread::mma_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Fragments own;
-  std::memcpy(own.a, a, sizeof(own.a));
-  std::memcpy(own.b, b, sizeof(own.b));
-  Fragments warp[cuda::kWarp];
-  const auto* shown = show(&own, sizeof(own));
-  for (int lane = 0; lane < cuda::kWarp; ++lane) std::memcpy(&warp[lane], shown[lane], sizeof(own));
-  multiply(warp, lane(), c, int8_product);
+  multiply(fragments(a, b), lane(), c, int8_product);
 }
 
 inline void Thread::mma_and(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Fragments own;
-  std::memcpy(own.a, a, sizeof(own.a));
-  std::memcpy(own.b, b, sizeof(own.b));
-  Fragments warp[cuda::kWarp];
-  const auto* shown = show(&own, sizeof(own));
-  for (int lane = 0; lane < cuda::kWarp; ++lane) std::memcpy(&warp[lane], shown[lane], sizeof(own));
-  multiply(warp, lane(), c, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
+  multiply(fragments(a, b), lane(), c, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
 }
 
 template <class Half>
@@ -233,14 +236,8 @@ inline float cut(double sum) {
 
 template <class Half>
 void Thread::mma_pairs(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Fragments own;
-  std::memcpy(own.a, a, sizeof(own.a));
-  std::memcpy(own.b, b, sizeof(own.b));
-  Fragments warp[cuda::kWarp];
-  const auto* shown = show(&own, sizeof(own));
-  for (int lane = 0; lane < cuda::kWarp; ++lane) std::memcpy(&warp[lane], shown[lane], sizeof(own));
   double sums[4] = {c[0], c[1], c[2], c[3]};
-  multiply(warp, lane(), sums, pair_product<Half>);
+  multiply(fragments(a, b), lane(), sums, pair_product<Half>);
   for (int i = 0; i < 4; ++i) c[i] = cut(sums[i]);
 }
 

@@ -184,15 +184,7 @@ void check_weight_only(const Size& s, const std::vector<T>& x, const std::vector
   const std::vector<float> scale(static_cast<size_t>(s.n), 0.01F);
   const std::vector<float> bias = normals(static_cast<size_t>(s.n));
   std::vector<T> expected(static_cast<size_t>(s.m * s.n));
-  Int8Linear on_cpu;
-  on_cpu.dtype = dtype_of<T>();
-  on_cpu.x = x.data();
-  on_cpu.y = expected.data();
-  on_cpu.m = s.m;
-  on_cpu.k = s.k;
-  on_cpu.packed = weight.data();
-  on_cpu.packed_bytes = weight.size();
-  on_cpu.weight_scale = scale.data();
+  Int8Linear on_cpu = linear_on_cpu(s, x, weight, scale, &expected);
   on_cpu.bias = has_bias ? bias.data() : nullptr;
   on_cpu.activation = activation;
   require(int8_weight_only_linear(on_cpu, serial_executor()));

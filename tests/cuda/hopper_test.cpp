@@ -171,14 +171,7 @@ void test_static_linear(const Size& s, const Launcher& launcher) {
   const std::vector<char> weight = packed_weight(w, s.n, s.k);
   const std::vector<float> scale(static_cast<size_t>(s.n), 0.003F);
   std::vector<float> expected(static_cast<size_t>(s.m * s.n));
-  Int8Linear on_cpu;
-  on_cpu.x = x.data();
-  on_cpu.y = expected.data();
-  on_cpu.m = s.m;
-  on_cpu.k = s.k;
-  on_cpu.packed = weight.data();
-  on_cpu.packed_bytes = weight.size();
-  on_cpu.weight_scale = scale.data();
+  Int8Linear on_cpu = linear_on_cpu(s, x, weight, scale, &expected);
   on_cpu.is_static = true;
   on_cpu.input_scale = kInputScale;
   on_cpu.input_zero_point = kZeroPoint;

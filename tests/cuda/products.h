@@ -39,4 +39,20 @@ inline std::vector<char> packed_weight(const std::vector<int8_t>& w, int64_t n, 
   return result;
 }
 
+// Arguments of the CPU's linear layers, whose result the GPU's must have.
+template <class T>
+Int8Linear linear_on_cpu(const Size& s, const std::vector<T>& x, const std::vector<char>& weight,
+                         const std::vector<float>& scale, std::vector<T>* y) {
+  Int8Linear args;
+  args.dtype = dtype_of<T>();
+  args.x = x.data();
+  args.y = y->data();
+  args.m = s.m;
+  args.k = s.k;
+  args.packed = weight.data();
+  args.packed_bytes = weight.size();
+  args.weight_scale = scale.data();
+  return args;
+}
+
 }  // namespace kdq::test

@@ -135,15 +135,7 @@ void test_linear(const Size& s, Activation activation, bool has_bias, Input inpu
   for (size_t i = 0; i < scale.size(); ++i) scale[i] = 0.001F + 1e-5F * static_cast<float>(i);
   const std::vector<float> bias = normals(static_cast<size_t>(s.n));
   std::vector<T> expected(static_cast<size_t>(s.m * s.n));
-  Int8Linear on_cpu;
-  on_cpu.dtype = dtype_of<T>();
-  on_cpu.x = x.data();
-  on_cpu.y = expected.data();
-  on_cpu.m = s.m;
-  on_cpu.k = s.k;
-  on_cpu.packed = weight.data();
-  on_cpu.packed_bytes = weight.size();
-  on_cpu.weight_scale = scale.data();
+  Int8Linear on_cpu = linear_on_cpu(s, x, weight, scale, &expected);
   on_cpu.bias = has_bias ? bias.data() : nullptr;
   on_cpu.activation = activation;
   on_cpu.is_static = input != Input::kDynamic;
