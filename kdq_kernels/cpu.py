@@ -26,6 +26,7 @@ class MachinePeaks(TypedDict):
     int8_gops: float
     binary_gops: float
     float32_gflops: float
+    bfloat16_gflops: float
     copy_gbps: float
     copy_bytes: int
     read_gbps: float
@@ -106,6 +107,7 @@ def machine_peaks(
         "int8_gops": machine_peak("int8_gops", threads, seconds=seconds),
         "binary_gops": machine_peak("binary_gops", threads, seconds=seconds),
         "float32_gflops": machine_peak("float32_gflops", threads, seconds=seconds),
+        "bfloat16_gflops": machine_peak("bfloat16_gflops", threads, seconds=seconds),
         "copy_gbps": machine_peak("copy_gbps", threads, buffer_bytes=copy_bytes, seconds=seconds),
         "copy_bytes": copy_bytes,
         "read_gbps": machine_peak("read_gbps", threads, buffer_bytes=read_bytes, seconds=seconds),

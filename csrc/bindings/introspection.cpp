@@ -27,8 +27,8 @@ py::dict build_info() {
 // The peaks by the names that `kdq_kernels.machine_peaks()` gives them.
 Peak peak_of(const std::string& name) {
   const std::pair<const char*, Peak> peaks[] = {
-      {"int8_gops", Peak::kInt8}, {"binary_gops", Peak::kBinary}, {"float32_gflops", Peak::kFloat32},
-      {"copy_gbps", Peak::kCopy}, {"read_gbps", Peak::kRead},
+      {"int8_gops", Peak::kInt8},           {"binary_gops", Peak::kBinary}, {"float32_gflops", Peak::kFloat32},
+      {"bfloat16_gflops", Peak::kBFloat16}, {"copy_gbps", Peak::kCopy},     {"read_gbps", Peak::kRead},
   };
   std::string expected;
   for (const auto& [known, peak] : peaks) {

@@ -51,6 +51,7 @@ CpuFeatures detect() {
   features.avx512vpopcntdq = os_saves_zmm && bit(ecx, 14);
   if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return features;
   features.avxvnni = os_saves_ymm && bit(eax, 4);
+  features.avx512bf16 = os_saves_zmm && bit(eax, 5);
   return features;
 }
 
@@ -83,6 +84,7 @@ std::string cpu_features_string() {
       {f.avx512dq, "avx512dq"},
       {f.avx512vnni, "avx512_vnni"},
       {f.avx512vpopcntdq, "avx512_vpopcntdq"},
+      {f.avx512bf16, "avx512_bf16"},
   };
   std::string text;
   for (const auto& feature : all) {

@@ -16,6 +16,7 @@ struct CpuFeatures {
   bool avx512dq = false;
   bool avx512vnni = false;
   bool avx512vpopcntdq = false;
+  bool avx512bf16 = false;
 };
 
 // Read once; the same for the life of the process.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 
@@ -92,6 +93,11 @@ struct Call {
     y = args.y;
   }
 
+  int64_t grain() const {
+    const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
+    return is_shared ? kProductsWorthAThread : std::numeric_limits<int64_t>::max() - 1;
+  }
+
   Int8RowsCall rows_at(int64_t first, int count, const PreparedRows& to) const {
     return {x + first * x_row_bytes, k, count, to.rows, to.stride, to.scales};
   }
@@ -166,8 +172,7 @@ Status run(Call& call, int64_t mr, int64_t element_bytes, int (*at_once)(int, in
   shape.mr = mr;
   shape.groups = (weight.panels + panels - 1) / panels;
   shape.row_work = panels * weight.panel_channels * weight.k;
-  const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
-  shape.grain = is_shared ? kProductsWorthAThread : std::numeric_limits<int64_t>::max() - 1;
+  shape.grain = call.grain();
   return run_product(
       shape, parallel_for,
       [&](int64_t first, int count, const PreparedRows& to) { prepare(call.rows_at(first, count, to)); },
@@ -183,6 +188,59 @@ Status run(Call& call, int64_t mr, int64_t element_bytes, int (*at_once)(int, in
             call.set_rows(rows, p, &other);
             tile(other);
           }
+        };
+      });
+}
+
+// Most rows of a block of bfloat16 rows: panels are widened once for each block, so that these are as large as leaves
+// some pieces for each thread. Tiles read a row once for each panel: it may as well come from L3.
+int64_t bf16_block_rows(int64_t m, int64_t panels) {
+  constexpr int64_t kPieces = 64;
+  return std::clamp<int64_t>(m * panels / kPieces, 128, 512);
+}
+
+// bfloat16 rows as they are, copied only where k ends within a unit.
+Status run_bf16(Call& call, const Int8Bf16Kernels& bf16, const ParallelFor& parallel_for) {
+  const PackedWeight& weight = call.weight;
+  const int64_t padded_k = weight.units * call.kernels->size.ku;
+  const bool is_padded = padded_k != weight.k;
+  const bool is_widened = call.m > 2 * bf16.mr;  // two tiles widen weights as they read them
+  call.mr = bf16.mr;
+  call.place = place_of(call.y, call.m, weight.n * result_bytes(call.result));
+  ProductShape shape;
+  shape.m = call.m;
+  shape.row_bytes = is_padded ? padded_k * static_cast<int64_t>(sizeof(BFloat16)) : 0;
+  shape.mr = bf16.mr;
+  shape.groups = weight.panels;
+  shape.row_work = weight.panel_channels * weight.k;
+  shape.grain = call.grain();
+  shape.block_rows = bf16_block_rows(call.m, weight.panels);
+  shape.block_bytes = int64_t{4} << 20;
+  shape.panel_bytes = is_widened ? 2 * weight.panel_bytes : 0;
+  return run_product(
+      shape, parallel_for,
+      [&](int64_t first, int count, const PreparedRows& to) {
+        std::fill_n(to.scales, count, 1.0F);
+        for (int r = 0; is_padded && r < count; ++r) {
+          char* row = to.rows + r * to.stride;
+          std::memcpy(row, call.x + (first + r) * call.x_row_bytes, static_cast<size_t>(call.x_row_bytes));
+          std::memset(row + call.x_row_bytes, 0, static_cast<size_t>(shape.row_bytes - call.x_row_bytes));
+        }
+      },
+      [&](int64_t panel) {
+        return [&, panel, of_panel = call.tile(panel, 1)](const RowTile& rows) mutable {
+          call.set_rows(rows, panel, &of_panel);
+          if (!is_padded) {
+            of_panel.rows = call.x + rows.first * call.x_row_bytes;
+            of_panel.row_stride = call.x_row_bytes;
+          }
+          if (!is_widened) return bf16.tile(of_panel);
+          int8_t* widened = reinterpret_cast<int8_t*>(rows.panel);
+          if (rows.tile_in_group == 0) {
+            bf16.widen_panel(of_panel.panels.first, weight.panel_bytes, of_panel.panels.step, widened);
+          }
+          of_panel.panels.first = widened;
+          bf16.widened_tile(of_panel);
         };
       });
 }
@@ -234,6 +292,8 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
   if (!status.ok()) return status;
   const Int8Kernels& kernels = *call.kernels;
   call.set_linear(args);
+  const Int8Bf16Kernels* bf16 = args.dtype == DType::kBFloat16 ? int8_bf16_kernels(kernels) : nullptr;
+  if (bf16 != nullptr) return run_bf16(call, *bf16, parallel_for);
   return run(call, kernels.size.mr, sizeof(float), float_panels_at_once, kernels.weight_only_tile, parallel_for,
              [&](const Int8RowsCall& rows) {
                std::fill_n(rows.scales, rows.count, 1.0F);

@@ -109,6 +109,20 @@ struct Int8Kernels {
   void (*weight_only_tile)(const Int8TileCall& call);  // rows of float32; no int32 result
 };
 
+// The weight-only product of bfloat16 rows on a CPU that multiplies bfloat16 natively, twice as fast as float32. int8
+// values are exact in bfloat16 and products of two in float32: only the order of the sums, and what becomes of numbers
+// below FLT_MIN, differs from weight_only_tile.
+struct Int8Bf16Kernels {
+  int mr;  // rows of a full tile
+
+  // A panel of so many bytes, `step` to each of its units, [units][channels][4] -> [units][2][channels][2] of bfloat16.
+  void (*widen_panel)(const int8_t* panel, int64_t bytes, int64_t step, int8_t* widened);
+
+  // Rows of bfloat16 times one panel.
+  void (*tile)(const Int8TileCall& call);
+  void (*widened_tile)(const Int8TileCall& call);  // the same of a panel that has been widened
+};
+
 // The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has
 // external linkage.
 template <class L>
@@ -130,5 +144,6 @@ extern const Int8Kernels kInt8Avx2;
 extern const Int8Kernels kInt8AvxVnni;
 extern const Int8Kernels kInt8Avx512;
 extern const Int8Kernels kInt8Avx512Vnni;
+extern const Int8Bf16Kernels kInt8Avx512Bf16;
 
 }  // namespace kdq

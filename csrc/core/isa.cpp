@@ -129,6 +129,8 @@ bool cpu_has(CpuExtra extra) {
       return cpu_features().avx512vpopcntdq;
     case CpuExtra::kAvxVnni:
       return cpu_features().avxvnni;
+    case CpuExtra::kBf16:
+      return cpu_features().avx512bf16;
   }
   return false;
 }

@@ -7,7 +7,7 @@
 namespace kdq {
 
 // Extensions that a table may need beyond its level.
-enum class CpuExtra : int { kNone = 0, kVpopcntdq = 1, kAvxVnni = 2 };
+enum class CpuExtra : int { kNone = 0, kVpopcntdq = 1, kAvxVnni = 2, kBf16 = 3 };
 
 bool cpu_has(CpuExtra extra);
 

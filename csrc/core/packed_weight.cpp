@@ -40,6 +40,13 @@ std::string tile_name(uint32_t nr, uint32_t ku) {
 
 Status int8_kernels(const Int8Kernels** kernels) { return choose_kernels(kChoices, kernels); }
 
+const Int8Bf16Kernels* int8_bf16_kernels([[maybe_unused]] const Int8Kernels& kernels) {
+#if defined(KDQ_HAVE_X86)
+  if (&kernels == &kInt8Avx512Vnni && cpu_has(CpuExtra::kBf16)) return &kInt8Avx512Bf16;
+#endif
+  return nullptr;
+}
+
 Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHeader* header) {
   constexpr int64_t kLargest = int64_t{1} << 40;
   if (n < 0 || k < 0 || n > kLargest || k > kLargest) {

@@ -56,4 +56,7 @@ Status open_packed(const Int8Tile& tile, const void* data, size_t bytes, PackedW
 // The tables of the ISA in force.
 Status int8_kernels(const Int8Kernels** kernels);
 
+// What reads the same panels as these; nullptr where this CPU has nothing of the kind.
+const Int8Bf16Kernels* int8_bf16_kernels(const Int8Kernels& kernels);
+
 }  // namespace kdq

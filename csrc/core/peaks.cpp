@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <new>
 #include <string>
 #include <thread>
@@ -26,6 +27,7 @@ constexpr KernelChoice<PeakKernels> kChoices[] = {
     {Isa::kAvx512, CpuExtra::kNone, &kPeaksAvx512},
     {Isa::kAvx512Vnni, CpuExtra::kNone, &kPeaksAvx512Vnni},
     {Isa::kAvx512Vnni, CpuExtra::kVpopcntdq, &kPeaksAvx512Vpopcntdq},
+    {Isa::kAvx512Vnni, CpuExtra::kBf16, &kPeaksAvx512Bf16},
 #endif
 };
 
@@ -107,11 +109,14 @@ double best_rate(int threads, double seconds, const std::vector<Work>& ways) {
   return std::max(best, best_round(threads, seconds / 2, ways[winner]));
 }
 
-std::vector<Work> arithmetic(const std::vector<const PeakKernels*>& tables, PeakLoop PeakKernels::* member) {
+std::vector<Work> arithmetic(const std::vector<const PeakKernels*>& tables,
+                             std::initializer_list<PeakLoop PeakKernels::*> members) {
   constexpr int64_t kSteps = 5000;
   std::vector<Work> ways;
   for (const PeakKernels* table : tables) {
-    if (PeakLoop loop = table->*member) ways.emplace_back([loop](int) { return loop(kSteps); });
+    for (PeakLoop PeakKernels::* member : members) {
+      if (PeakLoop loop = table->*member) ways.emplace_back([loop](int) { return loop(kSteps); });
+    }
   }
   return ways;
 }
@@ -196,13 +201,16 @@ Status measure_peak(Peak peak, int threads, int64_t bytes, double seconds, doubl
   if (!status.ok()) return status;
   switch (peak) {
     case Peak::kInt8:
-      *rate = best_rate(threads, seconds, arithmetic(tables, &PeakKernels::int8));
+      *rate = best_rate(threads, seconds, arithmetic(tables, {&PeakKernels::int8}));
       break;
     case Peak::kBinary:
-      *rate = best_rate(threads, seconds, arithmetic(tables, &PeakKernels::binary));
+      *rate = best_rate(threads, seconds, arithmetic(tables, {&PeakKernels::binary}));
       break;
     case Peak::kFloat32:
-      *rate = best_rate(threads, seconds, arithmetic(tables, &PeakKernels::float32));
+      *rate = best_rate(threads, seconds, arithmetic(tables, {&PeakKernels::float32}));
+      break;
+    case Peak::kBFloat16:
+      *rate = best_rate(threads, seconds, arithmetic(tables, {&PeakKernels::bfloat16, &PeakKernels::float32}));
       break;
     case Peak::kCopy:
       *rate = copy_rate(tables, threads, part, seconds);

@@ -21,6 +21,7 @@ struct PeakKernels {
   PeakLoop float32 = nullptr;
   PeakCopy copies[2] = {};
   PeakRead reads[2] = {};
+  PeakLoop bfloat16 = nullptr;
 };
 
 extern const PeakKernels kPeaksReference;
@@ -29,5 +30,6 @@ extern const PeakKernels kPeaksAvxVnni;
 extern const PeakKernels kPeaksAvx512;
 extern const PeakKernels kPeaksAvx512Vnni;
 extern const PeakKernels kPeaksAvx512Vpopcntdq;
+extern const PeakKernels kPeaksAvx512Bf16;
 
 }  // namespace kdq

@@ -58,6 +58,10 @@ struct ProductShape {
   int64_t groups;     // of panels
   int64_t row_work;   // of one row and one group, in any unit
   int64_t grain;      // how much of it makes waking another thread worth its while
+
+  int64_t block_rows = kBlockRows;  // the most of a block,
+  int64_t block_bytes = kBlockBytes;
+  int64_t panel_bytes = 0;  // of scratch for what tiles of one group share
 };
 
 // Prepared rows lie an odd number of cache lines apart: with a power of two, rows of one tile would fall on the same
@@ -70,6 +74,7 @@ struct RowTile {
   const float* scales;
   int64_t first;  // the first one's place in the whole product
   int count;
+  char* panel;  // scratch, with what the tile before left in it, if that was of the same group
 
   // What comes after the tile.
   int64_t tile_in_group;   // its number among its block's tiles of one group,
@@ -97,7 +102,7 @@ template <class Prepare, class Multiplier>
 Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, Prepare&& prepare,
                    Multiplier&& multiplier) {
   const int64_t stride = padded_stride(shape.row_bytes);
-  const int64_t most_rows = std::clamp(kBlockBytes / stride, shape.mr, std::max(shape.mr, kBlockRows));
+  const int64_t most_rows = std::clamp(shape.block_bytes / stride, shape.mr, std::max(shape.mr, shape.block_rows));
   const int64_t block_rows = even_block(shape.m, most_rows);
   const int64_t blocks = (shape.m + block_rows - 1) / block_rows;
   const int64_t scales_bytes = padded_stride(block_rows * 4);
@@ -106,7 +111,7 @@ Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, P
   std::atomic<bool> out_of_memory{false};
 
   parallel_range(parallel_for, blocks * shape.groups, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(static_cast<size_t>(scales_bytes + block_rows * stride));
+    Scratch scratch(static_cast<size_t>(scales_bytes + block_rows * stride + shape.panel_bytes));
     if (scratch.data() == nullptr) {
       out_of_memory.store(true, std::memory_order_relaxed);
       return;
@@ -125,6 +130,7 @@ Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, P
       auto multiply = multiplier(group);
       RowTile at;
       at.stride = stride;
+      at.panel = rows + block_rows * stride;
       at.tiles = tiles.count;
       at.next_group = group_of(next) == group ? -1 : group_of(next);
       at.next_block = std::min((block + 1) * block_rows, shape.m);

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "core/int8_gemm_kernels.h"
-#include "x86/epilogue_simd.h"
+#include "x86/int8_epilogue_simd.h"
 #include "x86/loops_simd.h"
 
 namespace kdq {
@@ -168,10 +168,13 @@ struct Loops {
     return Dot::load_weights(panel + v / kCols * panels.stride + v % kCols * kLanes * Dot::kUnit);
   }
 
-  // Weights of element j of each unit, widened to float32: the unit's bits shifted up to the sign and back down.
-  template <int j>
+  // Weights of element j of each unit, widened to float32. With one row: the dot product with a unit of which that
+  // element alone is 1, one instruction. With more, those take all of the multipliers' time: the unit's bits shifted up
+  // to the sign and back down.
+  template <int kRows, int j>
   static F float_weights(I weights) {
     constexpr int kBits = 32 / Dot::kUnit;
+    if constexpr (kRows == 1) return Vec::to_float(Dot::dot(Vec::int_zero(), Vec::int_set(1 << kBits * j), weights));
     return Vec::to_float(Vec::shift_right_signed<32 - kBits>(Vec::shift_left<32 - kBits*(j + 1)>(weights)));
   }
 
@@ -180,7 +183,7 @@ struct Loops {
                                                                F (&sum)[kRows][kVectors]) {
     F w[kVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) w[v] = float_weights<j>(weights[v]);
+    for (int v = 0; v < kVectors; ++v) w[v] = float_weights<kRows, j>(weights[v]);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const F x = Vec::set(a[r * row_stride + j]);
@@ -318,62 +321,6 @@ struct Loops {
         store(y + r * call.out.y_stride, Vec::at_least(floor, y_r), n);
       }
     }
-  }
-
-  static I correction(const Int8Epilogue& e, int64_t i, int n) {
-    return Vec::int_mul(load_int(e.column_sum + i, n), Vec::int_set(e.offset));
-  }
-
-  struct Channels {
-    F weight_scale;
-    F bias;
-  };
-  static Channels channels_at(const Int8Epilogue& e, int64_t i, int n) {
-    return {load(e.weight_scale + i, n),
-            e.bias == nullptr ? Vec::set(-0.0F) : load(e.bias + i, n)};  // y + -0 is y, even where y is -0
-  }
-
-  static F scaled(F sum, float row_scale, const Channels& c) {
-    // Without the bound, two large scales would make inf, and inf * 0 a NaN where the true result is 0.
-    const F scale = Vec::at_most(Vec::set(kFloatMax), Vec::mul(Vec::set(row_scale), c.weight_scale));
-    return Vec::fma(sum, scale, c.bias);
-  }
-
-  // The sums of channels i ... of one row, as floats: exact ones are corrected first.
-  static F sums_at(const int32_t* sums, I off, int64_t i) {
-    return Vec::to_float(Vec::int_sub(Vec::int_load(sums + i), off));
-  }
-  static F sums_at(const float* sums, I, int64_t i) { return Vec::load(sums + i); }
-
-  static void store_int32(const int32_t* sums, int width, const Int8TileCall& call) {
-    const TileOutput& out = call.out;
-    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const I off = correction(call.epilogue, i, n);
-      for (int r = 0; r < out.rows; ++r) {
-        int32_t* y = static_cast<int32_t*>(out.y) + r * out.y_stride;
-        store_integers(y + i, Vec::int_sub(load_int(sums + r * width + i, n), off), n);
-      }
-    });
-  }
-
-  static void store_int32(const float*, int, const Int8TileCall&) {}  // a weight-only product has no such result
-
-  // sums: rows of `width`, integers or floats; floats take their places.
-  template <class Sum>
-  static void store_spilled(Sum* sums, int width, const Int8TileCall& call) {
-    const TileOutput& out = call.out;
-    if (out.type == Result::kInt32) return store_int32(sums, width, call);
-    float* values = reinterpret_cast<float*>(sums);
-    for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-      const I off = correction(call.epilogue, i, n);
-      const Channels c = channels_at(call.epilogue, i, n);
-      for (int r = 0; r < out.rows; ++r) {
-        const int64_t at = r * width + i;
-        Vec::store(values + at, scaled(sums_at(sums, off, at), call.row_scale[r], c));
-      }
-    });
-    activate(values, out.rows * width / kLanes, call.epilogue.activation);
-    store_values(values, width, out);
   }
 };
 

@@ -93,7 +93,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="name: expected one of int8_gops, .*, read_gbps, got 'int4_gops'"):
         gpu_peaks.ways_of("int4_gops", CUDA, 1000)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="name: expected one of int8_gops"):
-        kdq_kernels.machine_peak("bfloat16_gflops")
+        kdq_kernels.machine_peak("int4_gops")  # type: ignore[arg-type]
 
 
 @with_gpu

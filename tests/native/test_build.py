@@ -234,7 +234,9 @@ def test_peaks_are_positive_and_add_up() -> None:
     assert peaks["read_gbps"] > 0
 
 
-@pytest.mark.parametrize("name", ["int8_gops", "binary_gops", "float32_gflops", "copy_gbps", "read_gbps"])
+@pytest.mark.parametrize(
+    "name", ["int8_gops", "binary_gops", "float32_gflops", "bfloat16_gflops", "copy_gbps", "read_gbps"]
+)
 def test_every_peak_is_measured_on_every_isa(isa: str, name: PeakName) -> None:
     assert kdq_kernels.machine_peak(name, 2, buffer_bytes=5000, seconds=0.002) > 0
 

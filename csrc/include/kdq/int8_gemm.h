@@ -66,7 +66,8 @@ KDQ_API Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_f
 
 // y = activation((x @ w.T) * weight_scale + bias) with x left in floating point (products and sums in float32): the
 // weight is widened in registers, so that a quarter of a float32 weight's bytes are read. The is_static fields are not
-// used.
+// used. On CPUs with AVX-512 BF16, bfloat16 x is multiplied as it is: the same exact products, added up in float32 in
+// another order, numbers below FLT_MIN counting as 0.
 KDQ_API Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parallel_for);
 
 }  // namespace kdq

@@ -18,7 +18,7 @@ enum class Isa : int {
   kReference = 0,   // plain C++, the specification
   kAvx2 = 1,        // AVX2 + FMA + F16C
   kAvx512 = 2,      // AVX-512 F, BW, VL, DQ
-  kAvx512Vnni = 3,  // + VNNI; VPOPCNTDQ is used where present
+  kAvx512Vnni = 3,  // + VNNI; VPOPCNTDQ and AVX-512 BF16 are used where present
 };
 
 // "reference", "avx2", "avx512", "avx512vnni".

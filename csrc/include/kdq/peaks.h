@@ -11,11 +11,12 @@ namespace kdq {
 // each bit of xor + popcount (the multiply and add of a +-1 product). For each the best of several instruction
 // sequences counts, among all that the ISA in force and those below it allow.
 enum class Peak {
-  kInt8,     // exact int8 multiply-accumulate, operands in registers
-  kBinary,   // the product of +-1 values given as bits, operands in registers
-  kFloat32,  // fused multiply-add on float32, operands in registers
-  kCopy,     // copying a buffer: bytes read plus bytes written
-  kRead,     // reading a buffer again and again: from whichever cache it fits in, or from memory
+  kInt8,      // exact int8 multiply-accumulate, operands in registers
+  kBinary,    // the product of +-1 values given as bits, operands in registers
+  kFloat32,   // fused multiply-add on float32, operands in registers
+  kCopy,      // copying a buffer: bytes read plus bytes written
+  kRead,      // reading a buffer again and again: from whichever cache it fits in, or from memory
+  kBFloat16,  // multiply-accumulate of bfloat16 into float32, operands in registers; by kFloat32's means if need be
 };
 
 // Operations, or bytes, a second on `threads` threads at once.

@@ -15,7 +15,7 @@ import torch
 import kdq_kernels as kk
 from kdq.bench import shapes
 from kdq.bench.case import Case, Contender
-from kdq.bench.limits import activation_products, reading
+from kdq.bench.limits import float_products, reading
 from kdq.bench.peers import float_linears
 from kdq.bench.target import Target
 
@@ -39,8 +39,8 @@ def codebook_cases(target: Target) -> Iterator[Case]:
             contenders = [
                 Contender("kdq codebook_linear", ours, "ours", target.rounding),
                 Contender("kdq int8_weight_only_linear", int8, "context", 0.02),
-                *float_linears(x, w, bias, target),
+                *float_linears(x, w, bias, target, rounded="context"),
             ]
-            limits = [activation_products(2.0 * m * n * k, target), reading(n * k * bits / 8 + x.nbytes)]
+            limits = [float_products(2.0 * m * n * k, x.dtype), reading(n * k * bits / 8 + x.nbytes)]
             reference = x.double() @ w.double().t() + bias
             yield Case("codebook_linear", f"{shapes.name((m, n, k))}, {bits} bits", limits, reference, contenders)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import kdq_kernels
-from kdq.bench.target import CPU, Target
+from kdq.bench.target import CPU
 from kdq_kernels.cpu import PeakName
 from kdq_kernels.gpu_peaks import peak_rates
 
@@ -52,15 +52,11 @@ def binary_products(operations: float) -> Limit:
     return Limit("binary products", "binary_gops", operations)
 
 
-def float32_products(operations: float) -> Limit:
-    return Limit("float32 products", "float32_gflops", operations)
-
-
-def activation_products(operations: float, target: Target) -> Limit:
-    """In the dtype of the target's activations."""
-    if target.activations == torch.bfloat16:
+def float_products(operations: float, dtype: torch.dtype) -> Limit:
+    """Of activations in that dtype, added up in float32."""
+    if dtype == torch.bfloat16:
         return Limit("bfloat16 products", "bfloat16_gflops", operations)
-    return float32_products(operations)
+    return Limit("float32 products", "float32_gflops", operations)
 
 
 def reading(n_bytes: float) -> Limit:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.bench import onnxruntime_linear, openvino_linear
-from kdq.bench.case import Contender
+from kdq.bench.case import Contender, Role
 from kdq.bench.compiled import compiled
 from kdq.bench.target import Target
 from kdq.bench.torch_quantized import torch_quantized_linears
@@ -23,13 +23,18 @@ from kdq.bench.torch_quantized import torch_quantized_linears
 INT_MM_GROUP = 8  # N and K of torch._int_mm are multiples of this on a GPU
 
 
-def float_linears(x: Tensor, w: Tensor, bias: Tensor, target: Target) -> list[Contender]:
+def float_linears(x: Tensor, w: Tensor, bias: Tensor, target: Target, rounded: Role = "peer") -> list[Contender]:
+    """rounded: the role of those that round float32 x to bfloat16. They are peers of what rounds it more coarsely."""
+
     def linear(dtype: torch.dtype) -> Callable[[], Tensor]:
         return partial(F.linear, x.to(dtype), w.to(dtype), bias.to(dtype))
 
-    bf16 = Contender("torch bfloat16", linear(torch.bfloat16), "peer", 1e-2)
+    role: Role = "peer" if x.dtype == torch.bfloat16 else rounded
+    bf16 = Contender("torch bfloat16", linear(torch.bfloat16), role, 1e-2)
     if target.gpu:
         return [bf16, Contender("torch float16", linear(torch.float16), "peer", 1e-2)]
+    if x.dtype == torch.bfloat16:
+        return [bf16]
     return [
         Contender("torch float32", linear(torch.float32), "peer", 1e-5),
         bf16,
