@@ -20,7 +20,7 @@ class Clock(Protocol):
 
     Attributes:
         timing: what its times are, for the results.
-        pause: seconds to wait before a round.
+        pause: seconds to wait before a round of several threads.
         round_seconds: how long a round is, about.
         most_calls: of a round.
     """
@@ -39,7 +39,7 @@ class HostClock:
     """From before the first call of a round until the last is done."""
 
     timing: Timing = "cpu"
-    pause = 0.01  # the thread pool of the contender before goes to sleep
+    pause = 0.05  # the thread pool of the contender before looks for work for more than 10 ms before it sleeps
     round_seconds = 0.02
     most_calls = 1_000_000
 

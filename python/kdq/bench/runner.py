@@ -1,9 +1,9 @@
 """Checks, then times, the contenders of each case, interleaved so that noise hits all alike.
 
 Each round runs every contender for about the same short time, in an order that is shuffled from round to round, after
-a pause and after one call that is not timed. A contender's time is the median over the rounds, with the smallest and
-the largest beside it. The machine's limits are measured in the same process, before, between and after the rounds. On
-a GPU all this is done with each of two clocks, see `clocks.py`.
+one call that is not timed and, with several threads, after a pause. A contender's time is the median over the rounds,
+with the smallest and the largest beside it. The machine's limits are measured in the same process, before, between and
+after the rounds. On a GPU all this is done with each of two clocks, see `clocks.py`.
 """
 
 from __future__ import annotations
@@ -88,18 +88,19 @@ def time_interleaved(
     plans = [plan(clock, contender.run, rounds) for contender in contenders]
     times: list[list[float]] = [[] for _ in contenders]
     shuffle = random.Random(0)
+    pause = clock.pause if meter.threads > 1 else 0.0
     for r in range(rounds):
         if r % ROUNDS_PER_LIMIT == 0:
-            time.sleep(clock.pause)
+            time.sleep(pause)
             meter.measure()
         for which in shuffle.sample(range(len(contenders)), len(contenders)):
             calls, limit = plans[which]
             if r < limit:
-                time.sleep(clock.pause)
+                time.sleep(pause)
                 if calls > 1:
                     clock.time_round(contenders[which].run, 1)
                 times[which].append(clock.time_round(contenders[which].run, calls))
-    time.sleep(clock.pause)
+    time.sleep(pause)
     meter.measure()
     return times
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,7 +100,6 @@ def median_time(run: Callable[[], Tensor], rounds: int) -> float:
     calls, _ = plan(clock, run, rounds)
     samples = []
     for _ in range(rounds):
-        time.sleep(clock.pause)
         clock.time_round(run, 1)
         samples.append(clock.time_round(run, calls))
     return statistics.median(samples)
