@@ -68,6 +68,20 @@ def int8_linear(
     activation: str | None,
     weight_only: bool,
 ) -> Floats: ...
+def int8_conv2d(
+    x: Floats,
+    packed: NDArray[uint8],
+    weight_scale: NDArray[float32],
+    bias: NDArray[float32] | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    input_scale: float | None,
+    input_zero_point: int | None,
+    input_quant_max: int,
+    activation: str | None,
+) -> Floats: ...
 def pack_signs(x: Floats) -> NDArray[int64]: ...
 def unpack_signs(bits: NDArray[int64], k: int) -> NDArray[float32]: ...
 def binary_matmul(a_bits: NDArray[int64], b_bits: NDArray[int64], k: int) -> NDArray[int32]: ...
@@ -77,6 +91,15 @@ def binary_linear(
     weight_scale: NDArray[float32],
     bias: NDArray[float32] | None,
     k: int | None,
+) -> Floats: ...
+def binary_conv2d(
+    x: Floats,
+    weight_bits: NDArray[int64],
+    weight_scale: NDArray[float32],
+    bias: NDArray[float32] | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
 ) -> Floats: ...
 def binary_threshold(
     x: Floats | NDArray[int64], weight_bits: NDArray[int64], threshold: NDArray[int32], k: int | None

@@ -24,6 +24,7 @@ from kdq_kernels.cpu import available_isas, build_info, cpu_isa, machine_peak, m
 if TYPE_CHECKING:
     from kdq_kernels.ops import (
         binarize_rows,
+        binary_conv2d,
         binary_linear,
         binary_matmul,
         binary_threshold,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         distillation_loss,
         fake_quantize,
         fake_quantize_rows,
+        int8_conv2d,
         int8_linear,
         int8_matmul,
         int8_weight_only_linear,
@@ -50,6 +52,7 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "available_isas",
     "binarize_rows",
+    "binary_conv2d",
     "binary_linear",
     "binary_matmul",
     "binary_threshold",
@@ -60,6 +63,7 @@ __all__ = [
     "distillation_loss",
     "fake_quantize",
     "fake_quantize_rows",
+    "int8_conv2d",
     "int8_linear",
     "int8_matmul",
     "int8_weight_only_linear",

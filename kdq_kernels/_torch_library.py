@@ -263,6 +263,35 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
+def convolved(x: Tensor, n: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """Shape and memory format of a convolution's result."""
+    sides = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    ]
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((x.shape[0], n, *sides), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+@fake("int8_conv2d")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    input_quant_max: int = 255,
+    activation: str | None = None,
+) -> Tensor:
+    return convolved(x, packed.shape[0], kernel_size, stride, padding, dilation)
+
+
 # ---- binary ----------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +314,20 @@ def _(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
 def _(x: Tensor, weight_bits: Tensor, weight_scale: Tensor, bias: Tensor | None = None, k: int | None = None) -> Tensor:
     dtype = x.dtype if x.is_floating_point() else torch.float32
     return x.new_empty((*x.shape[:-1], weight_bits.shape[0]), dtype=dtype)
+
+
+@fake("binary_conv2d")
+def _(
+    x: Tensor,
+    weight_bits: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    n, *kernel_size, _ = weight_bits.shape
+    return convolved(x, n, kernel_size, stride, padding, dilation)
 
 
 @fake("binary_threshold")

@@ -18,9 +18,11 @@ Floats = NDArray[Any]
 Ints = NDArray[Any]
 Scale = NDArray[np.float32] | float
 ZeroPoint = NDArray[Any] | int | float | None
+Pair = tuple[int, int]
 
 __all__ = [
     "binarize_rows",
+    "binary_conv2d",
     "binary_linear",
     "binary_matmul",
     "codebook_linear",
@@ -30,6 +32,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_rows",
+    "int8_conv2d",
     "int8_linear",
     "int8_matmul",
     "int8_weight_only_linear",
@@ -190,6 +193,41 @@ def int8_weight_only_linear(
     return _C.int8_linear(x, packed, weight_scale, bias, None, None, 255, activation, True)
 
 
+def int8_conv2d(
+    x: Floats,
+    packed: NDArray[np.uint8],
+    weight_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    *,
+    kernel_size: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    input_scale: float | None = None,
+    input_zero_point: int | None = None,
+    input_quant_max: int = 255,
+    activation: str | None = None,
+) -> Floats:
+    """As the function of torch tensors: x `[images, C, H, W]` -> `[images, N, output height, output width]`.
+
+    Memory is channels last: x that is a transposed view of a contiguous `[images, H, W, C]` is read in place, and the
+    result is such a view. packed: `pack_int8_weight` of w `[N, C, kernel height, kernel width]` as
+    `w.transpose(0, 2, 3, 1).reshape(N, -1)`.
+    """
+    grid = input_scale, input_zero_point, input_quant_max
+    y = _C.int8_conv2d(
+        channels_last(x), packed, weight_scale, bias, kernel_size, stride, padding, dilation, *grid, activation
+    )
+    return y.transpose(0, 3, 1, 2)
+
+
+def channels_last(x: Floats) -> Floats:
+    """A view `[images, H, W, C]` of x `[images, C, H, W]`."""
+    if x.ndim != 4:
+        raise ValueError(f"x: expected 4 axes (images, channels, height, width), got shape {list(x.shape)}")
+    return x.transpose(0, 2, 3, 1)
+
+
 def pack_signs(x: Floats) -> NDArray[np.int64]:
     """x `[..., K]` -> sign bits, int64 `[..., ceil(K / 64)]`; a set bit means -1, sign(0) = +1."""
     return _C.pack_signs(x)
@@ -218,6 +256,24 @@ def binary_linear(
     With `k`, x may be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32.
     """
     return _C.binary_linear(x, weight_bits, weight_scale, bias, k)
+
+
+def binary_conv2d(
+    x: Floats,
+    weight_bits: NDArray[np.int64],
+    weight_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+) -> Floats:
+    """As the function of torch tensors, memory as of `int8_conv2d`; padding counts as 0.
+
+    weight_bits: `pack_signs(w.transpose(0, 2, 3, 1))` of w `[N, C, kernel height, kernel width]`.
+    """
+    y = _C.binary_conv2d(channels_last(x), weight_bits, weight_scale, bias, stride, padding, dilation)
+    return y.transpose(0, 3, 1, 2)
 
 
 def binary_threshold(

@@ -8,7 +8,7 @@ functions work under `torch.compile(fullgraph=True)` and stay `kdq.*` nodes in `
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,14 @@ _ops = torch.ops.kdq
 # Of the layers' operators, the overloads themselves: looking one up takes as long as a small layer's product.
 _int8_linear = _ops.int8_linear.default
 _int8_weight_only_linear = _ops.int8_weight_only_linear.default
+_int8_conv2d = _ops.int8_conv2d.default
+_binary_conv2d = _ops.binary_conv2d.default
 _binary_linear = _ops.binary_linear.default
 _binary_threshold = _ops.binary_threshold.default
 _codebook_linear = _ops.codebook_linear.default
+
+
+Pair: TypeAlias = tuple[int, int]
 
 
 def _tensor(value: Tensor | float | None, dtype: torch.dtype, like: Tensor | None = None) -> Tensor | None:
@@ -215,6 +220,56 @@ def int8_weight_only_linear(
     return _int8_weight_only_linear(x, packed, weight_scale, bias, activation)
 
 
+def int8_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    input_scale: Tensor | float | None = None,
+    input_zero_point: Tensor | int | None = None,
+    input_quant_max: int = 255,
+    activation: str | None = None,
+) -> Tensor:
+    """A 2d convolution on integer kernels: float in, float out, in the dtype of x; zero padding, one group. On the CPU.
+
+    Each image is quantized once; the windows of the kernel are gathered a tile at a time, never all at once.
+
+    Args:
+        x: `[images, C, H, W]`. In the channels_last memory format it is not copied.
+        packed: `pack_int8_weight(w.permute(0, 2, 3, 1).flatten(1))` of w `[N, C, kernel height, kernel width]`, at most
+            65535 values an output channel.
+        weight_scale: float32 `[N]`, one scale an output channel.
+        bias: float32 `[N]`.
+        kernel_size, stride, padding, dilation: (of the height, of the width), as in `torch.nn.Conv2d`.
+        input_scale: None quantizes dynamically, symmetric, with one scale an image, `max|x| / 127` (the integers of
+            `quantize_rows(x.flatten(1))`). A number or one-element tensor quantizes statically, as in `int8_linear`.
+        input_zero_point, input_quant_max, activation: as in `int8_linear`.
+
+    Returns:
+        `[images, N, output height, output width]`, channels_last if x is (and not contiguous too), else contiguous. An
+        image with NaN (or, dynamically, inf) gives NaN in all of its outputs, and in no others.
+    """
+    grid = _tensor(input_scale, torch.float32), _tensor(input_zero_point, torch.int32)
+    return _int8_conv2d(
+        x,
+        packed,
+        weight_scale,
+        bias,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        *grid,
+        input_quant_max,
+        activation,
+    )
+
+
 def pack_signs(x: Tensor) -> Tensor:
     """x `[..., K]` -> sign bits, int64 `[..., ceil(K / 64)]`.
 
@@ -249,6 +304,36 @@ def binary_linear(
     if k is None:
         return _binary_linear(x, weight_bits, weight_scale, bias)  # each argument that is passed costs 100 ns
     return _binary_linear(x, weight_bits, weight_scale, bias, k)
+
+
+def binary_conv2d(
+    x: Tensor,
+    weight_bits: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+) -> Tensor:
+    """A 2d convolution of signs by xor and popcount: `conv2d(sign(x), sign(w)) * weight_scale + bias`, of one group, on
+    the CPU (XNOR-Net, Rastegari et al. 2016).
+
+    Padding counts as 0, as in the float layer, although there is no 0 among signs: what the bits of padding add to a
+    sum is subtracted again, exactly.
+
+    Args:
+        x: `[images, C, H, W]`. In the channels_last memory format it is not copied.
+        weight_bits: int64 `[N, kernel height, kernel width, ceil(C / 64)]`: `pack_signs(w.permute(0, 2, 3, 1))` of w
+            `[N, C, kernel height, kernel width]`.
+        weight_scale: float32 `[N]`.
+        bias: float32 `[N]`.
+        stride, padding, dilation: (of the height, of the width), as in `torch.nn.Conv2d`.
+
+    Returns:
+        `[images, N, output height, output width]`, in dtype and memory format as of `int8_conv2d`.
+    """
+    return _binary_conv2d(x, weight_bits, weight_scale, bias, stride, padding, dilation)
 
 
 def binary_threshold(x: Tensor, weight_bits: Tensor, threshold: Tensor, *, k: int | None = None) -> Tensor:

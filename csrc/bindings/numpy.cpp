@@ -6,11 +6,11 @@
 
 #include "introspection.h"
 #include "kdq/kdq.h"
-#include "layer_args.h"
 #include "numpy_binary.h"
 #include "numpy_codebook.h"
 #include "numpy_common.h"
 #include "numpy_distillation.h"
+#include "numpy_int8.h"
 
 namespace kdq::bindings {
 namespace {
@@ -184,104 +184,6 @@ py::tuple binarize_rows_array(const py::array& x_in) {
   return py::make_tuple(signs, mean);
 }
 
-// ---- int8_gemm -----------------------------------------------------------------------------------------------------
-
-py::array pack_int8_weight_array(const py::array& w_in) {
-  const py::array w = expect<int8_t>("w", w_in, 2);
-  const int64_t n = w.shape(0);
-  const int64_t k = w.shape(1);
-  Sizes sizes;
-  check(packed_tensor_sizes(n, k, &sizes));
-  py::array packed = empty(py::dtype::of<uint8_t>(), sizes);
-  if (n == 0) return packed;
-  void* packed_data = packed.mutable_data();
-  const size_t packed_bytes = static_cast<size_t>(packed.nbytes());
-  run([&, w_data = const_data<int8_t>(w)] {
-    return pack_int8_weight(w_data, n, k, packed_data, packed_bytes, default_executor());
-  });
-  return packed;
-}
-
-struct Packed {
-  py::array blob;
-  PackedShape shape;
-
-  const void* data() const { return blob.data(); }
-  size_t bytes() const { return static_cast<size_t>(blob.nbytes()); }
-};
-
-Packed parse_packed(const char* name, const py::array& packed) {
-  Packed p;
-  p.blob = expect<uint8_t>(name, packed, 2);
-  check(packed_array_shape(p.blob.data(), p.blob.shape(0), p.blob.shape(1), &p.shape));
-  return p;
-}
-
-py::array unpack_int8_weight_array(const py::array& packed) {
-  const Packed p = parse_packed("packed", packed);
-  py::array w = empty(py::dtype::of<int8_t>(), {p.shape.n, p.shape.k});
-  int8_t* w_data = data<int8_t>(w);
-  if (p.shape.n > 0) {
-    run([&, blob = p.data(), bytes = p.bytes()] {
-      return unpack_int8_weight(blob, bytes, w_data, default_executor());
-    });
-  }
-  return w;
-}
-
-py::array int8_matmul_array(const py::array& a_in, const py::array& b) {
-  const py::array a = expect<int8_t>("a", a_in, 2);
-  const Packed p = parse_packed("b", has_dtype<int8_t>(b) ? pack_int8_weight_array(b) : b);
-  const int64_t m = a.shape(0);
-  const int64_t k = a.shape(1);
-  check(check_same_k("a", k, p.shape));
-  py::array out = empty(py::dtype::of<int32_t>(), {m, p.shape.n});
-  int32_t* out_data = data<int32_t>(out);
-  if (p.shape.n > 0) {
-    run([&, a_data = const_data<int8_t>(a), blob = p.data(), bytes = p.bytes()] {
-      return int8_matmul(a_data, m, k, blob, bytes, out_data, default_executor());
-    });
-  }
-  return out;
-}
-
-Activation parse_activation(const std::optional<std::string>& name) {
-  Activation activation = Activation::kNone;
-  check(activation_from_name(name, &activation));
-  return activation;
-}
-
-py::array int8_linear_array(const py::array& x_in, const py::array& packed, const py::array& weight_scale_in,
-                            const OptionalArray& bias_in, std::optional<float> input_scale,
-                            OptionalInt input_zero_point, int32_t input_quant_max,
-                            const std::optional<std::string>& activation, bool weight_only) {
-  Int8Linear args;
-  args.dtype = float_dtype("x", x_in);
-  args.m = rows_of("x", x_in);
-  const py::array x = dense(x_in);
-  const Packed p = parse_packed("packed", packed);
-  const py::array weight_scale = expect_vector<float>("weight_scale", weight_scale_in, p.shape.n);
-  const py::array bias = bias_in ? expect_vector<float>("bias", *bias_in, p.shape.n) : py::array();
-  Sizes sizes = sizes_of(x);
-  args.k = sizes.back();
-  check(check_same_k("x", args.k, p.shape));
-  sizes.back() = p.shape.n;
-  py::array y = empty(x.dtype(), sizes);
-  args.x = x.data();
-  args.y = y.mutable_data();
-  args.packed = p.data();
-  args.packed_bytes = p.bytes();
-  args.weight_scale = const_data<float>(weight_scale);
-  args.bias = bias_in ? const_data<float>(bias) : nullptr;
-  args.activation = parse_activation(activation);
-  check(set_static_input(input_scale, input_zero_point, input_quant_max, &args));
-  if (p.shape.n == 0) return y;
-  run([&] {
-    return weight_only ? int8_weight_only_linear(args, default_executor()) : int8_linear(args, default_executor());
-  });
-  return y;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -290,6 +192,7 @@ PYBIND11_MODULE(_C, m) {
   bind_binary(m);
   bind_distillation(m);
   bind_codebook(m);
+  bind_int8(m);
   const py::arg x("x");
   const py::arg scale("scale");
   const py::arg zero_point("zero_point");
@@ -314,12 +217,6 @@ PYBIND11_MODULE(_C, m) {
         return bytes;
       },
       py::arg("n"), py::arg("k"));
-  m.def("pack_int8_weight", &pack_int8_weight_array, py::arg("w"));
-  m.def("unpack_int8_weight", &unpack_int8_weight_array, py::arg("packed"));
-  m.def("int8_matmul", &int8_matmul_array, py::arg("a"), py::arg("b"));
-  m.def("int8_linear", &int8_linear_array, x, py::arg("packed"), py::arg("weight_scale"), py::arg("bias"),
-        py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_quant_max"), py::arg("activation"),
-        py::arg("weight_only"));
 }
 
 }  // namespace kdq::bindings

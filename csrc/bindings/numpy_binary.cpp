@@ -6,6 +6,7 @@
 
 #include "kdq/binary_gemm.h"
 #include "numpy_common.h"
+#include "numpy_images.h"
 
 namespace kdq::bindings {
 namespace {
@@ -138,6 +139,29 @@ py::array binary_threshold_array(const py::array& x, const py::array& weight_bit
   return y_bits;
 }
 
+// x channels last; weight_bits [n, kernel height, kernel width, words].
+py::array binary_conv2d_array(const py::array& x, const py::array& weight_bits_in, const py::array& weight_scale_in,
+                              const OptionalArray& bias_in, const Pair& stride, const Pair& padding,
+                              const Pair& dilation) {
+  if (x.ndim() != 4) invalid("x: expected 4 axes, got " + std::to_string(x.ndim()));
+  const py::array weight_bits = expect_bits("weight_bits", weight_bits_in, x.shape(3), 4);
+  const Images images = parse_images(x, {weight_bits.shape(1), weight_bits.shape(2)}, stride, padding, dilation);
+  BinaryConv2d args;
+  args.shape = images.shape;
+  args.layer.dtype = images.dtype;
+  args.layer.x = images.x.data();
+  args.layer.n = weight_bits.shape(0);
+  args.layer.weight_bits = const_data<uint64_t>(weight_bits);
+  const py::array weight_scale = expect_vector<float>("weight_scale", weight_scale_in, args.layer.n);
+  const py::array bias = bias_in ? expect_vector<float>("bias", *bias_in, args.layer.n) : py::array();
+  py::array y = images.result(args.layer.n);
+  args.layer.y = y.mutable_data();
+  args.layer.weight_scale = const_data<float>(weight_scale);
+  args.layer.bias = bias_in ? const_data<float>(bias) : nullptr;
+  if (y.size() > 0) run([&] { return binary_conv2d(args, default_executor()); });
+  return y;
+}
+
 }  // namespace
 
 void bind_binary(py::module_& m) {
@@ -148,6 +172,8 @@ void bind_binary(py::module_& m) {
   m.def("unpack_signs", &unpack_signs_array, py::arg("bits"), k);
   m.def("binary_matmul", &binary_matmul_array, py::arg("a_bits"), py::arg("b_bits"), k);
   m.def("binary_linear", &binary_linear_array, x, weight_bits, py::arg("weight_scale"), py::arg("bias"), k);
+  m.def("binary_conv2d", &binary_conv2d_array, x, weight_bits, py::arg("weight_scale"), py::arg("bias"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"));
   m.def("binary_threshold", &binary_threshold_array, x, weight_bits, py::arg("threshold"), k);
 }
 

@@ -3,6 +3,7 @@
 
 #include "kdq/binary_gemm.h"
 #include "torch_common.h"
+#include "torch_images.h"
 
 namespace kdq::bindings {
 
@@ -133,6 +134,31 @@ Tensor binary_threshold_op(const Tensor& x, const Tensor& weight_bits_in, const 
   args.threshold = data<int32_t>(threshold);
   check(on.binary_threshold(args));
   return y_bits;
+}
+
+// weight_bits [n, height, width, words]: of each tap the signs of all channels.
+template <class On>
+Tensor binary_conv2d_op(const Tensor& x, const Tensor& weight_bits_in, const Tensor& weight_scale_in,
+                        const OptionalTensor& bias_in, const Pair& stride, const Pair& padding, const Pair& dilation) {
+  const On on("x", x);
+  if (x.dim() != 4)
+    invalid("x: expected 4 axes (images, channels, height, width), got shape " + to_string(sizes_of(x)));
+  const Tensor weight_bits = expect_bits(on, "weight_bits", weight_bits_in, x.size(1), 4);
+  const Images images = parse_images(on, x, weight_bits.size(1), weight_bits.size(2), {stride, padding, dilation});
+  BinaryLinear layer;
+  layer.dtype = images.dtype;
+  layer.x = images.x.const_data_ptr();
+  layer.n = weight_bits.size(0);
+  layer.weight_bits = data<uint64_t>(weight_bits);
+  const Tensor weight_scale = expect_vector(on, "weight_scale", weight_scale_in, layer.n);
+  OptionalTensor bias;
+  if (bias_in) bias = expect_vector(on, "bias", *bias_in, layer.n);
+  layer.weight_scale = data<float>(weight_scale);
+  layer.bias = bias ? data<float>(*bias) : nullptr;
+  return convolve(on, images, layer.n, [&](void* y) {
+    layer.y = y;
+    return on.binary_conv2d({images.shape, layer});
+  });
 }
 
 template <class On>

@@ -3,6 +3,7 @@
 
 #include "kdq/binary_gemm.h"
 #include "kdq/codebook.h"
+#include "kdq/conv2d.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 #include "kdq/parallel.h"
@@ -97,6 +98,11 @@ class Cpu {
   }
   static Status binary_linear(const BinaryLinear& args) { return kdq::binary_linear(args, torch_executor()); }
   static Status binary_threshold(const BinaryThreshold& args) { return kdq::binary_threshold(args, torch_executor()); }
+  template <class... Args>
+  static Status transpose_images(const Args&... args) {
+    return kdq::transpose_images(args..., torch_executor());
+  }
+  static Status binary_conv2d(const BinaryConv2d& args) { return kdq::binary_conv2d(args, torch_executor()); }
 
   template <class... Args>
   static Status pack_indices(const Args&... args) {

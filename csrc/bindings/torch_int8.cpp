@@ -56,10 +56,16 @@ class Int8OnCpu : public Cpu {
 
   Status linear(const LinearCall& call) const { return int8_linear(call.args, torch_executor()); }
   Status weight_only(const LinearCall& call) const { return int8_weight_only_linear(call.args, torch_executor()); }
+  Status convolution(const Conv2dShape& shape, const LinearCall& call) const {
+    return int8_conv2d({shape, call.args}, torch_executor());
+  }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) { register_int8<Int8OnCpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
+  register_int8<Int8OnCpu>(m);
+  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d_op<Int8OnCpu>));
+}
 
 }  // namespace kdq::bindings

@@ -4,11 +4,13 @@
 //   open(name, packed), and open_factor(name, b) for a weight that may also be plain int8
 //   static_input(scale, zero_point, quant_max, &call): takes the numbers of static activations
 //   multiply(a, packed, out), linear(call), weight_only(call)
+//   convolution(shape, call), on the CPU alone
 #pragma once
 
 #include "kdq/int8_gemm.h"
 #include "layer_args.h"
 #include "torch_common.h"
+#include "torch_images.h"
 
 namespace kdq::bindings {
 
@@ -117,6 +119,37 @@ Tensor int8_weight_only_linear_op(const Tensor& x, const Tensor& packed, const T
   return linear_layer(
       on, x, packed, weight_scale, bias, activation, [&](const LinearCall& call) { return on.weight_only(call); },
       [](LinearCall*) {});
+}
+
+// packed: of the weight [n, channels, height, width] as [n, height * width * channels], channels last.
+template <class On>
+Tensor int8_conv2d_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale_in,
+                      const OptionalTensor& bias_in, const Pair& kernel_size, const Pair& stride, const Pair& padding,
+                      const Pair& dilation, const OptionalTensor& input_scale, const OptionalTensor& input_zero_point,
+                      int64_t input_quant_max, const std::optional<std::string>& activation) {
+  const On on("x", x);
+  check_pair("kernel_size", kernel_size);
+  const Images images = parse_images(on, x, kernel_size[0], kernel_size[1], {stride, padding, dilation});
+  LinearCall call{{}, on.open("packed", packed), {}, {}};
+  Int8Linear& layer = call.args;
+  const int64_t n = call.packed.shape.n;
+  const Tensor weight_scale = expect_vector(on, "weight_scale", weight_scale_in, n);
+  OptionalTensor bias;
+  if (bias_in) bias = expect_vector(on, "bias", *bias_in, n);
+  layer.dtype = images.dtype;
+  layer.k = kernel_size[0] * kernel_size[1] * images.shape.channels;
+  check(check_same_k("x", layer.k, call.packed.shape));
+  check(activation_from_name(activation, &layer.activation));
+  on.static_input(input_scale, input_zero_point, input_quant_max, &call);
+  layer.x = images.x.const_data_ptr();
+  layer.packed = call.packed.data();
+  layer.packed_bytes = call.packed.bytes();
+  layer.weight_scale = data<float>(weight_scale);
+  layer.bias = bias ? data<float>(*bias) : nullptr;
+  return convolve(on, images, n, [&](void* y) {
+    layer.y = y;
+    return on.convolution(images.shape, call);
+  });
 }
 
 template <class On>

@@ -35,10 +35,18 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "int8_weight_only_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias=None, "
       "str? activation=None) -> Tensor");
 
+  m.def(
+      "int8_conv2d(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, Tensor? input_scale=None, Tensor? input_zero_point=None, "
+      "int input_quant_max=255, str? activation=None) -> Tensor");
+
   m.def("pack_signs(Tensor x) -> Tensor");
   m.def("unpack_signs(Tensor bits, int k) -> Tensor");
   m.def("binary_matmul(Tensor a_bits, Tensor b_bits, int k) -> Tensor");
   m.def("binary_linear(Tensor x, Tensor weight_bits, Tensor weight_scale, Tensor? bias=None, int? k=None) -> Tensor");
+  m.def(
+      "binary_conv2d(Tensor x, Tensor weight_bits, Tensor weight_scale, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation) -> Tensor");
   m.def("binary_threshold(Tensor x, Tensor weight_bits, Tensor threshold, int? k=None) -> Tensor");
 
   m.def("pack_indices(Tensor indices, int bits) -> Tensor");

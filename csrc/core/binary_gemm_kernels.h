@@ -39,7 +39,11 @@ struct BinaryTileCall {
   BinaryEpilogue epilogue;
   TileOutput out;
   const char* ahead;  // what is read later, for kernels that ask meanwhile: a line a step from here on; or nullptr
+  // What is subtracted from the dots of each row, by channel, or nullptr for nothing; or nullptr where no row has any.
+  const int32_t* const* corrections;
 };
+
+constexpr int kMostBinaryRows = 16;  // no tile has more
 
 constexpr int kDirectChannels = 64;
 

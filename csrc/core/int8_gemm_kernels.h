@@ -105,6 +105,9 @@ struct Int8Kernels {
   void (*prepare_static[3])(const Int8RowsCall& call, const StaticGrid& grid, float scale);
   void (*widen[3])(const Int8RowsCall& call);  // float rows for the weight-only product
 
+  // The scales of prepare_dynamic alone: NaN or inf where a row has such values.
+  void (*row_scales[3])(const void* x, int rows, int64_t k, float* scales);
+
   void (*tile)(const Int8TileCall& call);
   void (*weight_only_tile)(const Int8TileCall& call);  // rows of float32; no int32 result
 };
@@ -134,6 +137,7 @@ constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
       {L::template prepare_dynamic<float>, L::template prepare_dynamic<BFloat16>, L::template prepare_dynamic<Float16>},
       {L::template prepare_static<float>, L::template prepare_static<BFloat16>, L::template prepare_static<Float16>},
       {L::template widen<float>, L::template widen<BFloat16>, L::template widen<Float16>},
+      {L::template row_scales<float>, L::template row_scales<BFloat16>, L::template row_scales<Float16>},
       L::tile,
       L::weight_only_tile,
   };

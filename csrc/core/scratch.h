@@ -23,7 +23,7 @@ class Scratch {
   char* data() { return static_cast<char*>(buffer_.data); }
 
  private:
-  static constexpr int kDepth = 2;
+  static constexpr int kDepth = 4;
   static constexpr size_t kAlignment = 64;
   static constexpr size_t kKeep = size_t{16} << 20;
 

@@ -36,15 +36,21 @@ struct Loops {
   }
 
   static void tile(const BinaryTileCall& call) {
-    direct(reinterpret_cast<const uint64_t*>(call.rows), reinterpret_cast<const uint64_t*>(call.panel), call.steps,
-           call.epilogue, call.out);
+    product(reinterpret_cast<const uint64_t*>(call.rows), reinterpret_cast<const uint64_t*>(call.panel), call.steps,
+            call.epilogue, call.out, call.corrections == nullptr ? nullptr : call.corrections[0]);
   }
 
   static void direct(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
                      const TileOutput& out) {
+    product(a, b, words, e, out, nullptr);
+  }
+
+  static void product(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
+                      const TileOutput& out, const int32_t* correction) {
     if (out.type == Result::kBits) std::memset(out.y, 0, static_cast<size_t>(out.cols + 63) / 64 * sizeof(uint64_t));
     for (int c = 0; c < out.cols; ++c) {
-      const auto dot = static_cast<int32_t>(e.k - 2 * differing_bits(a, b + c * words, words));
+      const auto all = static_cast<int32_t>(e.k - 2 * differing_bits(a, b + c * words, words));
+      const int32_t dot = all - (correction == nullptr ? 0 : correction[c]);
       if (out.type == Result::kInt32) {
         static_cast<int32_t*>(out.y)[c] = dot;
       } else if (out.type == Result::kBits) {

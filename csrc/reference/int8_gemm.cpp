@@ -36,11 +36,19 @@ struct Loops {
         call, [&](const T* x, int16_t* row, int r) { call.scales[r] = prepare_dynamic_row(x, call.k, row); });
   }
   template <class T>
-  static float prepare_dynamic_row(const T* in, int64_t k, int16_t* out) {
+  static void row_scales(const void* x, int rows, int64_t k, float* scales) {
+    for (int r = 0; r < rows; ++r) scales[r] = row_scale(static_cast<const T*>(x) + r * k, k);
+  }
+  template <class T>
+  static float row_scale(const T* x, int64_t k) {
     uint32_t largest = 0;
-    for (int64_t i = 0; i < k; ++i) largest = std::max(largest, reference::bits_of(std::fabs(load(in + i))));
-    float scale = reference::float_of(largest) / 127.0F;
-    if (scale < FLT_MIN) scale = FLT_MIN;
+    for (int64_t i = 0; i < k; ++i) largest = std::max(largest, reference::bits_of(std::fabs(load(x + i))));
+    const float scale = reference::float_of(largest) / 127.0F;
+    return scale < FLT_MIN ? FLT_MIN : scale;
+  }
+  template <class T>
+  static float prepare_dynamic_row(const T* in, int64_t k, int16_t* out) {
+    const float scale = row_scale(in, k);
     const float inverse = 1.0F / scale;
     for (int64_t i = 0; i < k; ++i) {
       const float q = std::min(std::max(std::nearbyint(load(in + i) * inverse), -127.0F), 127.0F);

@@ -67,7 +67,11 @@ struct Loops {
         count_span<Bits>(call, first, call.steps - first < kSpan ? call.steps : first + kSpan, counts);
         first += kSpan;
       } while (first < call.steps);
-      store_counts(counts[0], kCols * Bits::kLanes, call.epilogue, call.out);
+      int32_t* dots = counts[0];
+      for (int i = 0; i < kRows * kCols * Bits::kLanes; i += kLanes) {
+        Vec::store_int(dots + i, dots_of(Vec::int_load(dots + i), call.epilogue.k));
+      }
+      store_dots(dots, kCols * Bits::kLanes, call);
     }
   }
 
@@ -156,7 +160,7 @@ struct Loops {
   template <int kRows, int kCols>
   static inline __attribute__((always_inline)) void finish(const W (&count)[kRows][kCols], const BinaryTileCall& call) {
     const TileOutput& out = call.out;
-    const bool whole = out.cols == kCols * kLanes;
+    const bool whole = out.cols == kCols * kLanes && call.corrections == nullptr;
     if (whole && out.type == Result::kInt32) {
       out.place == Place::kMemory ? store_whole_int32<true, kRows, kCols>(count, call)
                                   : store_whole_int32<false, kRows, kCols>(count, call);
@@ -164,13 +168,15 @@ struct Loops {
       out.place == Place::kMemory ? store_whole_float32<true, kRows, kCols>(count, call)
                                   : store_whole_float32<false, kRows, kCols>(count, call);
     } else {
-      alignas(64) int32_t counts[kRows * kCols * kLanes];
+      alignas(64) int32_t dots[kRows * kCols * kLanes];
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kCols; ++v) Vec::store_int(counts + (r * kCols + v) * kLanes, count[r][v]);
+        for (int v = 0; v < kCols; ++v) {
+          Vec::store_int(dots + (r * kCols + v) * kLanes, dots_of(count[r][v], call.epilogue.k));
+        }
       }
-      store_counts(counts, kCols * kLanes, call.epilogue, out);
+      store_dots(dots, kCols * kLanes, call);
     }
   }
 
@@ -182,7 +188,7 @@ struct Loops {
       float* y = static_cast<float*>(call.out.y) + r * call.out.y_stride;  // 32 bits are moved, whatever they mean
 #pragma GCC unroll 16
       for (int v = 0; v < kCols; ++v) {
-        put<kStream>(y + v * kLanes, Vec::as_float(dots(count[r][v], call.epilogue.k)), kLanes);
+        put<kStream>(y + v * kLanes, Vec::as_float(dots_of(count[r][v], call.epilogue.k)), kLanes);
       }
     }
     if (kStream) _mm_sfence();
@@ -197,13 +203,13 @@ struct Loops {
       float* y = static_cast<float*>(call.out.y) + v * kLanes;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        put<kStream>(y + r * call.out.y_stride, scaled(count[r][v], call.epilogue.k, c), kLanes);
+        put<kStream>(y + r * call.out.y_stride, scaled(dots_of(count[r][v], call.epilogue.k), c), kLanes);
       }
     }
     if (kStream) _mm_sfence();
   }
 
-  static I dots(I count, int32_t k) { return Vec::int_sub(Vec::int_set(k), Vec::int_add(count, count)); }
+  static I dots_of(I count, int32_t k) { return Vec::int_sub(Vec::int_set(k), Vec::int_add(count, count)); }
 
   struct Channels {
     Vec::Float scale;
@@ -212,42 +218,50 @@ struct Loops {
   static Channels channels_at(const BinaryEpilogue& e, int64_t i, int n) {
     return {load(e.weight_scale + i, n), e.bias == nullptr ? Vec::zero() : load(e.bias + i, n)};
   }
-  static Vec::Float scaled(I count, int32_t k, const Channels& c) {
-    return Vec::fma(Vec::to_float(dots(count, k)), c.scale, c.bias);
-  }
+  static Vec::Float scaled(I dot, const Channels& c) { return Vec::fma(Vec::to_float(dot), c.scale, c.bias); }
 
-  // counts: rows of `width`.
-  static void store_counts(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
-    out.place == Place::kMemory ? store_counts_to<true>(counts, width, e, out)
-                                : store_counts_to<false>(counts, width, e, out);
+  // dots: rows of `width`, before their corrections.
+  static void store_dots(int32_t* dots, int width, const BinaryTileCall& call) {
+    for (int r = 0; call.corrections != nullptr && r < call.out.rows; ++r) {
+      const int32_t* correction = call.corrections[r];
+      int32_t* row = dots + r * width;
+      if (correction == nullptr) continue;
+      for_each_vector(call.out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+        Vec::store_int(row + i, Vec::int_sub(Vec::int_load(row + i), load_int(correction + i, n)));
+      });
+    }
+    store_dots(dots, width, call.epilogue, call.out);
+  }
+  static void store_dots(const int32_t* dots, int width, const BinaryEpilogue& e, const TileOutput& out) {
+    out.place == Place::kMemory ? store_dots_to<true>(dots, width, e, out) : store_dots_to<false>(dots, width, e, out);
     if (out.place == Place::kMemory) _mm_sfence();
   }
   template <bool kStream>
-  static void store_counts_to(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
+  static void store_dots_to(const int32_t* dots, int width, const BinaryEpilogue& e, const TileOutput& out) {
     switch (out.type) {
       case Result::kFloat32:
-        return store_linear<kStream, float>(counts, width, e, out);
+        return store_linear<kStream, float>(dots, width, e, out);
       case Result::kBFloat16:
-        return store_linear<kStream, BFloat16>(counts, width, e, out);
+        return store_linear<kStream, BFloat16>(dots, width, e, out);
       case Result::kFloat16:
-        return store_linear<kStream, Float16>(counts, width, e, out);
+        return store_linear<kStream, Float16>(dots, width, e, out);
       case Result::kInt32:
-        return store_int32<kStream>(counts, width, e, out);
+        return store_int32<kStream>(dots, width, out);
       case Result::kBits:
-        return store_bits(counts, width, e, out);
+        return store_bits(dots, width, e, out);
     }
   }
 
-  // Lanes past the last channel read counts and thresholds of zero, and k < 0 is false: the tail bits are zero.
-  static void store_bits(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
-    for (int r = 0; r < out.rows; ++r, counts += width) {
+  // Lanes past the last channel are 0, and so are their thresholds: 0 < 0 is false, and the tail bits are zero.
+  static void store_bits(const int32_t* dots, int width, const BinaryEpilogue& e, const TileOutput& out) {
+    for (int r = 0; r < out.rows; ++r, dots += width) {
       uint64_t* y = static_cast<uint64_t*>(out.y) + r * out.y_stride;
       for (int first = 0; first < out.cols; first += 64) {
         uint64_t word = 0;
         for_each_vector(
             out.cols - first < 64 ? out.cols - first : 64, [&](int64_t i, int n) __attribute__((always_inline)) {
-              const I dot = dots(load_int(counts + first + i, n), e.k);
-              word |= static_cast<uint64_t>(Vec::bits(Vec::int_less(dot, load_int(e.threshold + first + i, n)))) << i;
+              const auto below = Vec::int_less(load_int(dots + first + i, n), load_int(e.threshold + first + i, n));
+              word |= static_cast<uint64_t>(Vec::bits(below)) << i;
             });
         y[first / 64] = word;
       }
@@ -255,22 +269,22 @@ struct Loops {
   }
 
   template <bool kStream>
-  static void store_int32(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
-    for (int r = 0; r < out.rows; ++r, counts += width) {
+  static void store_int32(const int32_t* dots, int width, const TileOutput& out) {
+    for (int r = 0; r < out.rows; ++r, dots += width) {
       float* y = static_cast<float*>(out.y) + r * out.y_stride;  // as in store_whole_int32
       for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-        put<kStream>(y + i, Vec::as_float(dots(load_int(counts + i, n), e.k)), n);
+        put<kStream>(y + i, Vec::as_float(load_int(dots + i, n)), n);
       });
     }
   }
 
   template <bool kStream, class T>
-  static void store_linear(const int32_t* counts, int width, const BinaryEpilogue& e, const TileOutput& out) {
+  static void store_linear(const int32_t* dots, int width, const BinaryEpilogue& e, const TileOutput& out) {
     for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
       const Channels c = channels_at(e, i, n);
       for (int r = 0; r < out.rows; ++r) {
         T* y = static_cast<T*>(out.y) + r * out.y_stride;
-        put<kStream>(y + i, scaled(load_int(counts + r * width + i, n), e.k, c), n);
+        put<kStream>(y + i, scaled(load_int(dots + r * width + i, n), c), n);
       }
     });
   }
@@ -280,9 +294,9 @@ struct Loops {
   // Runs along K on row-major weights; out.cols <= kDirectChannels.
   static void direct(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
                      const TileOutput& out) {
-    alignas(64) int32_t counts[kDirectChannels];
-    for (int c = 0; c < out.cols; ++c) counts[c] = differing_bits(a, b + c * words, words);
-    store_counts(counts, kDirectChannels, e, out);
+    alignas(64) int32_t dots[kDirectChannels];
+    for (int c = 0; c < out.cols; ++c) dots[c] = e.k - 2 * differing_bits(a, b + c * words, words);
+    store_dots(dots, kDirectChannels, e, out);
   }
 
   static int32_t differing_bits(const uint64_t* a, const uint64_t* b, int64_t words) {

@@ -112,6 +112,11 @@ struct Loops {
     });
   }
 
+  template <class T>
+  static void row_scales(const void* x, int rows, int64_t k, float* scales) {
+    symmetric_scales(static_cast<const T*>(x), rows, k, scales);
+  }
+
   // ---- tile ----
 
   // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.

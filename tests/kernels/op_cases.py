@@ -89,6 +89,21 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     ]
 
 
+def cpu_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Of operators that other devices do not have."""
+    x, scale = randn(2, 5, 6, 7), torch.rand(13) + 0.1
+    packed, bits = kk.pack_int8_weight(int8(13, 45)), kk.pack_signs(randn(13, 3, 3, 5))
+    last = x.to(memory_format=torch.channels_last)
+    grid = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
+    window: tuple[list[int], ...] = ([2, 1], [1, 1], [1, 2])
+    return [
+        ("int8_conv2d", ops.int8_conv2d.default, (x, packed, scale, scale, [3, 3], *window), {"activation": "relu"}),
+        ("int8_conv2d static", ops.int8_conv2d.default, (last, packed, scale, None, [3, 3], *window, *grid, 15), {}),
+        ("binary_conv2d", ops.binary_conv2d.default, (x, bits, scale, scale, *window), {}),
+        ("binary_conv2d channels_last", ops.binary_conv2d.default, (last, bits, scale, None, *window), {}),
+    ]
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     """In any nesting; other values stay."""
     return _pytree.tree_map(lambda value: function(value) if isinstance(value, Tensor) else value, values)

@@ -3,6 +3,7 @@
 
 #include "kdq/binary_gemm.h"
 #include "kdq/codebook.h"
+#include "kdq/conv2d.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 #include "kdq/int8_gemm.h"

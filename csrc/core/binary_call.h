@@ -1,0 +1,185 @@
+// A call of a binary product: what is the same in all of its tiles, and how it runs tile by tile. For the functions on
+// plain rows (binary_gemm.cpp) and for convolutions (binary_conv2d.cpp), which differ in how rows are prepared.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <string>
+#include <thread>
+#include <type_traits>
+
+#include "core/binary_gemm_kernels.h"
+#include "core/format.h"
+#include "core/product.h"
+#include "core/scratch.h"
+#include "kdq/binary_gemm.h"
+
+namespace kdq {
+
+// The table of the ISA in force.
+Status binary_kernels(const BinaryKernels** kernels);
+
+// Interleaved weights held at once: bounds the scratch, and leaves them in the L2 or L3 cache.
+constexpr int64_t kPanelBytes = 8 * 1024 * 1024;
+// Word pairs (xor, count, add) below which waking another thread costs more than it saves: some 5 us of work.
+constexpr int64_t kWordsWorthAThread = 1 << 17;
+
+inline Status check_bits(const char* name, const uint64_t* bits, int64_t rows, int64_t k) {
+  const int64_t words = binary_words(k);
+  if (rows * words == 0) return {};
+  if (bits == nullptr) return Status::invalid(std::string(name) + ": expected a pointer, got null");
+  if (k % 64 == 0) return {};
+  for (int64_t r = 0; r < rows; ++r) {
+    if (bits[(r + 1) * words - 1] >> (k % 64) == 0) continue;
+    return Status::invalid(std::string(name) + ": row " + std::to_string(r) + " has bits set beyond k = " +
+                           std::to_string(k) + "; expected the tail of the last word to be zero");
+  }
+  return {};
+}
+
+inline Status check_binary_scale(const float* scale, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) {
+    if (std::isfinite(scale[c])) continue;
+    return Status::invalid("weight_scale: expected finite numbers, got " + format(scale[c]) + " at index " +
+                           std::to_string(c));
+  }
+  return {};
+}
+
+// What is the same in every tile of a call.
+struct BinaryCall {
+  const BinaryKernels* kernels;
+  const uint64_t* weight_bits;
+  int64_t m;
+  int64_t n;
+  int64_t words;            // of 64 bits, of a row
+  BinaryEpilogue epilogue;  // of channel 0
+  Result result;
+  void* y;
+
+  // Where a row's bits may lie in the memory of its steps, for `spread`: at the end.
+  uint64_t* bits_of(char* steps) const {
+    const BinaryTile& size = kernels->size;
+    return reinterpret_cast<uint64_t*>(steps + words * 64 / size.step_bits * size.step_bytes) - words;
+  }
+
+  BinaryEpilogue epilogue_at(int64_t channel) const {
+    BinaryEpilogue e = epilogue;
+    if (e.weight_scale != nullptr) e.weight_scale += channel;
+    if (e.bias != nullptr) e.bias += channel;
+    if (e.threshold != nullptr) e.threshold += channel;
+    return e;
+  }
+
+  TileOutput output_at(int64_t row, int rows, int64_t channel, int64_t most_channels) const {
+    const int element = result_bytes(result);
+    const int64_t stride = result == Result::kBits ? binary_words(n) : n;
+    const int64_t column = result == Result::kBits ? channel / 64 : channel;
+    const Place place = place_of(y, m, stride * element);
+    char* at = static_cast<char*>(y) + (row * stride + column) * element;
+    return {result, element, place, rows, static_cast<int>(std::min(most_channels, n - channel)), at, stride};
+  }
+};
+
+// The interleaved weights of a call, shared by its threads: whoever first comes to need a panel makes it, and others
+// wait for it. Panels are so made inside the product's parallel region; one of their own would cost a second waking of
+// the threads, which takes as long as a small product. A maker waits for nothing, so waiting for it ends.
+class Panels {
+ public:
+  static size_t bytes(int64_t count, int64_t panel_bytes) {
+    return static_cast<size_t>(count) * (static_cast<size_t>(panel_bytes) + sizeof(State));
+  }
+  Panels(char* memory, int64_t count, int64_t panel_bytes)
+      : panel_bytes_(panel_bytes), panels_(memory), states_(reinterpret_cast<State*>(memory + count * panel_bytes)) {
+    for (int64_t i = 0; i < count; ++i) new (states_ + i) State(kMissing);
+  }
+
+  // make(panel): writes it.
+  template <class Make>
+  const char* get(int64_t i, Make&& make) {
+    char* panel = panels_ + i * panel_bytes_;
+    State& state = states_[i];
+    int seen = state.load(std::memory_order_acquire);
+    if (seen == kMissing && state.compare_exchange_strong(seen, kBeingMade, std::memory_order_acquire)) {
+      make(panel);
+      state.store(kMade, std::memory_order_release);
+      return panel;
+    }
+    while (state.load(std::memory_order_acquire) != kMade) std::this_thread::yield();
+    return panel;
+  }
+
+ private:
+  enum : int { kMissing, kBeingMade, kMade };
+  using State = std::atomic<int>;
+
+  int64_t panel_bytes_;
+  char* panels_;
+  State* states_;
+};
+
+// The values whose signs are packed on the way: 32 times the bytes of what is computed from them. Those of a block of
+// rows are asked for while the block before is multiplied, a line at each step.
+struct BinaryInput {
+  const char* x = nullptr;
+  int64_t row_bytes = 0;
+
+  const char* ahead(const RowTile& rows, int64_t steps, int64_t m) const {
+    const int64_t from = rows.next_block * row_bytes + rows.tile_in_block * steps * kLine;
+    return is_far(m * row_bytes) && from < rows.next_block_end * row_bytes ? x + from : nullptr;
+  }
+};
+
+// Of rows whose dots are complete.
+struct NoCorrection {};
+
+// prepare(first, count, PreparedRows): the steps of rows.
+// correction(first, count, to): what is subtracted from each row's dots, of all channels, or nullptr; false if nothing.
+template <class Prepare, class Correction = NoCorrection>
+Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const ParallelFor& parallel_for,
+                        Prepare&& prepare, Correction correction = {}) {
+  const BinaryTile& size = call.kernels->size;
+  const int64_t steps = call.words * 64 / size.step_bits;
+  const int64_t row_bytes = steps * size.step_bytes;
+  const int64_t panel_bytes = std::max<int64_t>(sizeof(uint64_t), row_bytes * size.nr);
+  const int64_t panels = (call.n + size.nr - 1) / size.nr;
+  const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelBytes / panel_bytes));
+  Scratch scratch(Panels::bytes(chunk, panel_bytes));
+  if (scratch.data() == nullptr) return Status::internal("out of memory for the interleaved weights");
+
+  for (int64_t first = 0; first < panels; first += chunk) {
+    const int64_t count = std::min(chunk, panels - first);
+    Panels shared(scratch.data(), count, panel_bytes);
+    const ProductShape shape = {call.m, row_bytes, size.mr, count, size.nr * (call.words + 1), kWordsWorthAThread};
+    Status status = run_product(shape, parallel_for, prepare, [&](int64_t group) {
+      const int64_t channel = (first + group) * size.nr;
+      const char* panel = shared.get(group, [&](char* made) {
+        const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
+        call.kernels->interleave(call.weight_bits + channel * call.words, call.words, channels, made);
+      });
+      const TileOutput out = call.output_at(0, 0, channel, size.nr);
+      BinaryTileCall tile = {nullptr, 0, panel, steps, call.epilogue_at(channel), out, nullptr, nullptr};
+      return [&, channel, y = static_cast<char*>(out.y), tile](const RowTile& rows) mutable {
+        tile.rows = rows.rows;
+        tile.row_stride = rows.stride;
+        tile.out.rows = rows.count;
+        tile.out.y = y + rows.first * tile.out.y_stride * tile.out.element_bytes;
+        tile.ahead = input.ahead(rows, steps, call.m);
+        const int32_t* corrections[kMostBinaryRows];
+        if constexpr (!std::is_same_v<Correction, NoCorrection>) {
+          tile.corrections = correction(rows.first, rows.count, corrections) ? corrections : nullptr;
+          for (int r = 0; r < rows.count; ++r) {
+            if (tile.corrections != nullptr && corrections[r] != nullptr) corrections[r] += channel;
+          }
+        }
+        call.kernels->tile(tile);
+      };
+    });
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace kdq

@@ -1,0 +1,179 @@
+// A call of an int8 product: what is the same in all of its tiles, and how it runs. For the functions on plain rows
+// (int8_gemm.cpp) and for convolutions (int8_conv2d.cpp), which differ in how rows are prepared.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <limits>
+#include <string>
+
+#include "core/format.h"
+#include "core/packed_weight.h"
+#include "core/product.h"
+#include "kdq/int8_gemm.h"
+
+namespace kdq {
+
+inline Status check_m(int64_t m) {
+  return m >= 0 ? Status() : Status::invalid("m: expected at least 0, got " + std::to_string(m));
+}
+
+inline Status check_k(const char* name, int64_t k, int64_t packed_k, int64_t max_k) {
+  if (k != packed_k) {
+    return Status::invalid(std::string(name) + ": has K = " + std::to_string(k) +
+                           ", but the packed weight has K = " + std::to_string(packed_k));
+  }
+  if (k <= max_k) return {};
+  return Status::invalid(std::string(name) + ": K = " + std::to_string(k) +
+                         " would overflow int32 sums; expected at most " + std::to_string(max_k));
+}
+
+inline bool usable_scale(float scale) { return (scale > 0.0F) & (scale <= FLT_MAX); }
+
+// The first pass has no branch, so that compilers vectorise it: it runs in every call.
+inline Status check_weight_scale(const float* scale, int64_t n) {
+  bool usable = true;
+  for (int64_t i = 0; i < n; ++i) usable &= usable_scale(scale[i]);
+  if (usable) return {};
+  int64_t first = 0;
+  while (usable_scale(scale[first])) ++first;
+  return Status::invalid("weight_scale: expected positive finite numbers, got " + format(scale[first]) + " at index " +
+                         std::to_string(first));
+}
+
+// Multiply-accumulates that each thread must find to do: some 3 us of work, or waking a second one costs more than it
+// saves.
+constexpr int64_t kProductsWorthAThread = 3 << 18;
+
+// What is the same in every tile of a call.
+struct Int8Call {
+  const Int8Kernels* kernels = nullptr;
+  PackedWeight weight;
+  Int8Epilogue epilogue = {};  // of channel 0
+  Result result = Result::kInt32;
+  void* y = nullptr;
+  Place place = Place::kNear;
+  const char* x = nullptr;
+  int64_t m = 0;
+  int64_t k = 0;
+  int64_t x_row_bytes = 0;
+  int64_t mr = 0;  // rows of a full tile
+
+  Status open(const void* packed, size_t packed_bytes) {
+    Status status = int8_kernels(&kernels);
+    return status.ok() ? open_packed(kernels->size, packed, packed_bytes, &weight) : status;
+  }
+
+  void set_input(const void* rows, int64_t count, int64_t length, size_t element_bytes) {
+    x = static_cast<const char*>(rows);
+    m = count;
+    k = length;
+    x_row_bytes = length * static_cast<int64_t>(element_bytes);
+  }
+
+  // All but the rows.
+  void set_layer(const Int8Linear& args) {
+    epilogue.weight_scale = args.weight_scale;
+    epilogue.bias = args.bias;
+    epilogue.activation = args.activation;
+    result = static_cast<Result>(args.dtype);
+    y = args.y;
+  }
+
+  int64_t grain() const {
+    const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
+    return is_shared ? kProductsWorthAThread : std::numeric_limits<int64_t>::max() - 1;
+  }
+
+  Int8RowsCall rows_at(int64_t first, int count, const PreparedRows& to) const {
+    return {x + first * x_row_bytes, k, count, to.rows, to.stride, to.scales};
+  }
+
+  int tile_rows() const { return kdq::tile_rows(kernels->size, weight.panel_channels); }
+
+  // Of `count` panels from the given one on; set_rows() adds what belongs to the rows.
+  Int8TileCall tile(int64_t panel, int count) const {
+    const int64_t channel = panel * kernels->size.nr;
+    Int8TileCall call;
+    call.panels = {weight.panel + panel * weight.panel_bytes, weight.panel_bytes,
+                   weight.panel_channels * kernels->size.ku, count};
+    call.units = weight.units;
+    call.epilogue = epilogue;
+    call.epilogue.column_sum = weight.column_sum + channel;
+    if (epilogue.weight_scale != nullptr) call.epilogue.weight_scale += channel;
+    if (epilogue.bias != nullptr) call.epilogue.bias += channel;
+    call.out.type = result;
+    call.out.element_bytes = result_bytes(result);
+    call.out.cols = static_cast<int>(std::min<int64_t>(count * kernels->size.nr, weight.n - channel));
+    call.out.y_stride = weight.n;
+    call.out.place = place;
+    return call;
+  }
+
+  void set_rows(const RowTile& rows, int64_t panel, Int8TileCall* call) const {
+    call->rows = rows.rows;
+    call->row_stride = rows.stride;
+    call->row_scale = rows.scales;
+    call->out.rows = rows.count;
+    call->out.y = static_cast<char*>(y) + (rows.first * weight.n + panel * kernels->size.nr) * call->out.element_bytes;
+    set_ahead(rows, call);
+  }
+
+  // So many tiles have one panel to each group: with several, there is but one tile.
+  static constexpr int64_t kTilesWorthAsking = 4;
+
+  // The rows that are prepared next, or, if they are already, the panel that follows, in pieces while the block's first
+  // tiles are made. Panels that few tiles read are left to the CPU's own prefetching, which is quicker where the memory
+  // is the limit.
+  void set_ahead(const RowTile& rows, Int8TileCall* call) const {
+    call->ahead = static_cast<const char*>(rows.rows);
+    call->ahead_step = 0;
+    if (kernels->ahead_step == 0) return;
+    if (rows.next_prepared >= 0) {
+      if (!is_far(m * x_row_bytes)) return;
+      call->ahead = x + rows.next_prepared * x_row_bytes;
+      call->ahead_step = std::min(kernels->ahead_step, mr * x_row_bytes / weight.units);
+    } else if (rows.next_group >= 0 && rows.tiles >= kTilesWorthAsking && is_far(weight.panels * weight.panel_bytes)) {
+      const int64_t asked = rows.tile_in_group * kernels->ahead_step * weight.units;  // while those before were made
+      if (asked >= weight.panel_bytes) return;
+      call->ahead = reinterpret_cast<const char*>(weight.panel) + rows.next_group * weight.panel_bytes + asked;
+      call->ahead_step = kernels->ahead_step;
+    }
+  }
+};
+
+// mr: rows of a full tile. element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
+// prepare(first, count, PreparedRows): rows of the product from `first` on.
+template <class Prepare>
+Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once)(int, int),
+                void (*tile)(const Int8TileCall&), const ParallelFor& parallel_for, Prepare&& prepare) {
+  const Int8Tile& size = call.kernels->size;
+  const PackedWeight& weight = call.weight;
+  const int64_t m = call.m;
+  const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
+  call.mr = mr;
+  call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
+  ProductShape shape;
+  shape.m = m;
+  shape.row_bytes = weight.units * size.ku * element_bytes;
+  shape.mr = mr;
+  shape.groups = (weight.panels + panels - 1) / panels;
+  shape.row_work = panels * weight.panel_channels * weight.k;
+  shape.grain = call.grain();
+  return run_product(shape, parallel_for, prepare, [&](int64_t group) {
+    const int64_t panel = group * panels;
+    const bool together = panel + panels <= weight.panels;
+    const int64_t end = together ? panel + 1 : weight.panels;
+    return [&, panel, end, of_group = call.tile(panel, together ? panels : 1)](const RowTile& rows) mutable {
+      call.set_rows(rows, panel, &of_group);
+      tile(of_group);
+      for (int64_t p = panel + 1; p < end; ++p) {
+        Int8TileCall other = call.tile(p, 1);
+        call.set_rows(rows, p, &other);
+        tile(other);
+      }
+    };
+  });
+}
+
+}  // namespace kdq
