@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases, binary_threshold_cases
 from kdq.bench.case import Case
 from kdq.bench.codebook import codebook_cases
+from kdq.bench.conv2d import binary_conv2d_cases, int8_conv2d_cases
 from kdq.bench.distillation import distillation_loss_cases
 from kdq.bench.fake_quant import fake_quantize_cases, fake_quantize_out_cases
 from kdq.bench.fake_quant_gradients import fake_quantize_backward_cases, fake_quantize_training_cases
@@ -21,9 +22,11 @@ FAMILIES: dict[str, Callable[[Target], Iterable[Case]]] = {
     "int8_linear": int8_linear_cases,
     "int8_weight_only_linear": weight_only_cases,
     "codebook_linear": codebook_cases,
+    "int8_conv2d": int8_conv2d_cases,
     "binary_matmul": binary_matmul_cases,
     "binary_linear": binary_linear_cases,
     "binary_threshold": binary_threshold_cases,
+    "binary_conv2d": binary_conv2d_cases,
     "fake_quantize": fake_quantize_cases,
     "fake_quantize_out": fake_quantize_out_cases,
     "fake_quantize_backward": fake_quantize_backward_cases,

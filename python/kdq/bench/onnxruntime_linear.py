@@ -1,4 +1,4 @@
-"""ONNX Runtime's linear layers, float32 and int8: peers where it is installed."""
+"""ONNX Runtime's layers, float32 and int8: peers where it is installed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdq.bench.case import Contender
+from kdq.bench.torch_quantized import unsigned_grid
 
 
 def installed() -> bool:
@@ -51,6 +52,40 @@ def dynamic_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
     return [Contender("ONNX Runtime int8", session_run(nodes, x, constants), "peer", 0.05)]
 
 
+def conv2d(x: Tensor, w: Tensor, bias: Tensor, stride: int, padding: int) -> list[Contender]:
+    """float32, and int8 on fixed grids: QuantizeLinear, QLinearConv, DequantizeLinear."""
+    if not installed():
+        return []
+    from onnx import helper
+
+    node = helper.make_node
+    window: dict[str, Any] = {"strides": [stride] * 2, "pads": [padding] * 4}
+    run = session_run([node("Conv", ["x", "w", "bias"], ["y"], **window)], x, {"w": w, "bias": bias})
+    vnni = torch.cpu._is_vnni_supported()
+    x_scale, x_zero = unsigned_grid(x, 255 if vnni else 127)
+    y_scale, y_zero = unsigned_grid(torch.nn.functional.conv2d(x, w, bias, stride, padding), 255)
+    w_scale = w.abs().flatten(1).amax(1) / 127
+    q = torch.round(w / w_scale[:, None, None, None]).to(torch.int8)
+    constants = {
+        "w": q,
+        "w_scale": w_scale,
+        "w_zero": torch.zeros(len(w), dtype=torch.int8),
+        "bias": torch.round(bias / (w_scale * x_scale)).to(torch.int32),
+        **{name: torch.tensor(value) for name, value in (("x_scale", x_scale), ("y_scale", y_scale))},
+        **{name: torch.tensor(value, dtype=torch.uint8) for name, value in (("x_zero", x_zero), ("y_zero", y_zero))},
+    }
+    operands = ["xq", "x_scale", "x_zero", "w", "w_scale", "w_zero", "y_scale", "y_zero", "bias"]
+    nodes = [
+        node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["xq"]),
+        node("QLinearConv", operands, ["yq"], **window),
+        node("DequantizeLinear", ["yq", "y_scale", "y_zero"], ["y"]),
+    ]
+    return [
+        Contender("ONNX Runtime float32", run, "peer", 1e-5),
+        Contender("ONNX Runtime int8, static", session_run(nodes, x, constants), "peer", 0.05),
+    ]
+
+
 def session_run(nodes: list[Any], x: Tensor, constants: dict[str, Tensor]) -> Callable[[], Tensor]:
     """A graph from input x to output y on torch's number of threads."""
     import onnx
@@ -59,9 +94,9 @@ def session_run(nodes: list[Any], x: Tensor, constants: dict[str, Tensor]) -> Ca
 
     graph = helper.make_graph(
         nodes,
-        "linear",
+        "layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [len(x), "n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [len(x), *"nhw"[: x.dim() - 1]])],
         [numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

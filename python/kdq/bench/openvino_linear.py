@@ -1,4 +1,4 @@
-"""OpenVINO's linear layers, float32 and int8: peers where it is installed."""
+"""OpenVINO's layers, float32 and int8: peers where it is installed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdq.bench.case import Contender
+from kdq.bench.torch_quantized import unsigned_grid
 
 
 def installed() -> bool:
@@ -42,26 +43,58 @@ def dynamic_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
     return [Contender("OpenVINO int8", compiled(x, weights, bias, group), "peer", 0.02)]
 
 
-def compiled(x: Tensor, weights: Any, bias: Tensor, group: int) -> Callable[[], Tensor]:
-    """`x @ weights.T + bias` on torch's number of threads; group 0: activations stay float32."""
+def conv2d(x: Tensor, w: Tensor, bias: Tensor, stride: int, padding: int) -> list[Contender]:
+    """float32, and int8 on fixed grids, as its quantizer writes models: FakeQuantize before a convolution. Results stay
+    float."""
+    if not installed():
+        return []
     import numpy
-    import openvino
+    from openvino import opset13 as ops
+
+    def layer(int8: bool) -> Callable[[], Tensor]:
+        parameter = ops.parameter(list(x.shape), numpy.float32)
+        inputs, weights = parameter, ops.constant(w.numpy())
+        if int8:
+            scale, zero = unsigned_grid(x, 255)
+            ends = [numpy.float32(v) for v in (-zero * scale, (255 - zero) * scale)]
+            inputs = ops.fake_quantize(parameter, *ends, *ends, 256)
+            bound = w.abs().flatten(1).amax(1).view(-1, 1, 1, 1).numpy()
+            weights = ops.fake_quantize(weights, -bound, bound, -bound, bound, 255)
+        y = ops.convolution(inputs, weights, [stride] * 2, [padding] * 2, [padding] * 2, [1, 1])
+        return inference(ops.add(y, ops.constant(bias.view(1, -1, 1, 1).numpy())), parameter, x, group=0)
+
+    return [
+        Contender("OpenVINO float32", layer(False), "peer", 1e-5),
+        Contender("OpenVINO int8, static", layer(True), "peer", 0.03),
+    ]
+
+
+def compiled(x: Tensor, weights: Any, bias: Tensor, group: int) -> Callable[[], Tensor]:
+    """`x @ weights.T + bias`; group 0: activations stay float32."""
+    import numpy
     from openvino import opset13 as ops
 
     parameter = ops.parameter(list(x.shape), numpy.float32)
     y = ops.add(ops.matmul(parameter, weights, False, True), ops.constant(bias.numpy()))
+    return inference(y, parameter, x, group)
+
+
+def inference(y: Any, parameter: Any, x: Tensor, group: int) -> Callable[[], Tensor]:
+    """A graph from the parameter x to y on torch's number of threads."""
+    import openvino
+
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": "f32",  # not bfloat16 in secret
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
     }
-    model = openvino.Core().compile_model(openvino.Model([y], [parameter], "linear"), "CPU", settings)
+    model = openvino.Core().compile_model(openvino.Model([y], [parameter], "layer"), "CPU", settings)
     request = model.create_infer_request()
     request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
     output = torch.from_numpy(request.get_output_tensor().data)  # the memory that infer() writes
 
-    def run() -> Tensor:
+    def run(read: Tensor = x) -> Tensor:  # the memory that infer() reads has to stay
         request.infer()
         return output
 
