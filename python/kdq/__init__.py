@@ -8,10 +8,13 @@ from kdq.fold_binary import fold_binary_chain_
 from kdq.freeze import freeze_, unfreeze_
 from kdq.io import load, save
 from kdq.layers import (
+    BinaryConv2d,
     BinaryLinear,
     BinaryThresholdLinear,
     CodebookLinear,
+    Int8Conv2d,
     Int8Linear,
+    LowBitConv2d,
     LowBitLinear,
     QuantizedEmbedding,
 )
@@ -55,6 +58,7 @@ from kdq.transfer import transfer_
 __all__ = [
     "AttentionTransfer",
     "Binary",
+    "BinaryConv2d",
     "BinaryLinear",
     "BinaryThresholdLinear",
     "Budget",
@@ -71,6 +75,7 @@ __all__ = [
     "FeatureLoss",
     "Hint",
     "History",
+    "Int8Conv2d",
     "Int8Dynamic",
     "Int8Linear",
     "Int8Static",
@@ -78,6 +83,7 @@ __all__ = [
     "KLHistogram",
     "LogitRegression",
     "LowBit",
+    "LowBitConv2d",
     "LowBitLinear",
     "MeanSquaredError",
     "MinMax",

@@ -13,6 +13,8 @@ from kdq.qnn import QuantizeGradient, ShiftBatchNorm1d
 # Constructor arguments of the layers that can be described; each is also an attribute ("bias" says whether there is
 # one).
 ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.Conv2d: (
@@ -24,6 +26,7 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
         "dilation",
         "groups",
         "bias",
+        "padding_mode",
     ),
     nn.Dropout: ("p",),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
@@ -33,7 +36,7 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Identity: (),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.Linear: ("in_features", "out_features", "bias"),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"),
     nn.ReLU: (),
     nn.SiLU: (),
     nn.Sigmoid: (),

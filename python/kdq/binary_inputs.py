@@ -20,7 +20,8 @@ from kdq.layers.base import fused_activation
 
 NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softmax)
 INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))  # folders of code not the user's
-KEEP_SIGNS = (nn.Identity, nn.Dropout, nn.Flatten)
+# Behind these, what was never negative is not either.
+KEEP_SIGNS = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def warn_behind_relu(model: nn.Module, names: Iterable[str]) -> None:

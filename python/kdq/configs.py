@@ -13,8 +13,8 @@ METHODS = ("lsq", "pact", "dorefa")
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Dynamic:
-    """int8 weights per output channel; activations int8 per row, their scale computed at run time. Needs no
-    calibration."""
+    """int8 weights per output channel; activations int8 per row (in a convolution per image), their scale computed at
+    run time. Needs no calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Int8Static:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8WeightOnly:
-    """int8 weights per output channel; activations stay in floating point. Halves to quarters the weight's bytes."""
+    """int8 weights per output channel; activations stay in floating point. Halves to quarters the weight's bytes.
+    For linear layers and embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class Binary:
 @dataclass(frozen=True, kw_only=True)
 class Codebook:
     """Weights that share `2**weight_bits` float32 values a layer (Han, Mao, Dally: Deep Compression, 2016), 1 to 5
-    bits; activations stay in floating point. `prepare_qat_` finetunes the values. Exact zeros stay: they take one."""
+    bits; activations stay in floating point. `prepare_qat_` finetunes the values. Exact zeros stay: they take one. For
+    linear layers."""
 
     weight_bits: int = 4
 

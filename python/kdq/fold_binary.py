@@ -19,7 +19,8 @@ import kdq_kernels as kk
 from kdq.fuse import has_own_code
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
-from kdq.layers.qat import BinaryQATLinear
+from kdq.layers.conv2d import BinaryConv2d
+from kdq.layers.qat import BinaryQATConv2d, BinaryQATLinear
 from kdq.ptq.chains import Named, chains, used_twice
 from kdq.ptq.tool_report import ToolReport
 from kdq.qnn import QuantizeGradient, ShiftBatchNorm1d
@@ -79,7 +80,9 @@ def fold_binary_chain_(model: nn.Module) -> ToolReport:
             changed[name] = "to thresholds" + (f", with {', '.join(inner)}" if inner else "")
             changed |= dict.fromkeys(inner, f"into {name}")
     for name, module in model.named_modules():
-        if isinstance(module, BinaryQATLinear):
+        if isinstance(module, BinaryConv2d | BinaryQATConv2d):
+            left[name] = "a convolution: thresholds are for linear layers"
+        elif isinstance(module, BinaryQATLinear):
             left[name] = "a training twin; call convert_ first"
         elif isinstance(module, BinaryLinear) and name not in seen:
             left[name] = "it is not in a plain nn.Sequential"

@@ -23,10 +23,11 @@ from kdq.compact import Code, decode, encode_floats, encode_indices
 from kdq.configs import config_from_json, config_to_json
 from kdq.distributed import check_plain
 from kdq.fuse import Fusion, find_fusions, has_own_code
-from kdq.layers.base import InferenceLayer, InferenceLinear, fused_activation
+from kdq.layers.base import InferenceLayer, InferenceProduct, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
 from kdq.layers.codebook_linear import CodebookLinear
+from kdq.layers.conv2d import BinaryConv2d, Int8Conv2d, LowBitConv2d
 from kdq.layers.embedding import QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
@@ -35,11 +36,15 @@ from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
 # 2: a layer may have an activation. 3: a layer may have two names. 4: embeddings; binary layers from bits to bits;
-# tensors may be coded. Older files are read as well.
-FORMAT_VERSION = 4
+# tensors may be coded. 5: convolutions. Older files are read as well.
+FORMAT_VERSION = 5
 LAYERS: dict[str, Callable[..., InferenceLayer]] = {
     cls.__name__: cls
-    for cls in (Int8Linear, LowBitLinear, BinaryLinear, BinaryThresholdLinear, CodebookLinear, QuantizedEmbedding)
+    for cls in (
+        *(Int8Linear, LowBitLinear, BinaryLinear, BinaryThresholdLinear, CodebookLinear),
+        *(Int8Conv2d, LowBitConv2d, BinaryConv2d),
+        QuantizedEmbedding,
+    )
 }
 
 
@@ -232,10 +237,8 @@ def _check_place(path: str | os.PathLike[str], model: nn.Module, name: str, laye
         raise ValueError(
             f"{path}: the model's layer {name!r} has hooks, which the new one would lack; remove them first"
         )
-    before, after = (getattr(layer, size) for size in layer.sizes)
-    if name == "" or tuple(getattr(module, size, None) for size in layer.sizes) != (before, after):
-        kind = "linear" if isinstance(layer, InferenceLinear) else "an embedding"
-        raise ValueError(f"{path}: layer {name!r} is {kind} {before} -> {after}, the model has {module} there")
+    if name == "" or not layer.fits(module):
+        raise ValueError(f"{path}: layer {name!r} is {layer.described()}, the model has {module} there")
 
 
 def _fusions_left(path: str | os.PathLike[str], model: nn.Module, layers: dict[str, InferenceLayer]) -> list[Fusion]:
@@ -244,10 +247,10 @@ def _fusions_left(path: str | os.PathLike[str], model: nn.Module, layers: dict[s
     Raises:
         ValueError: the model would compute something else: an activation twice, another one, or none.
     """
-    linear = {name: layer for name, layer in layers.items() if isinstance(layer, InferenceLinear)}
-    fusions = find_fusions(model, linear)
+    products = {name: layer for name, layer in layers.items() if isinstance(layer, InferenceProduct)}
+    fusions = find_fusions(model, products)
     left = []
-    for name, layer in linear.items():
+    for name, layer in products.items():
         present, behind = fused_activation(model.get_submodule(name)), fusions.get(name)
         if present == layer.activation:
             continue  # neither has one, or the model was fused before

@@ -19,14 +19,16 @@ from torch.nn.utils import parametrize
 from kdq.configs import Config, ConfigMap, Pruned, assign
 from kdq.distributed import check_plain
 from kdq.fuse import find_fusions, has_own_code
-from kdq.layers.base import InferenceLayer, InferenceLinear
+from kdq.layers.base import InferenceLayer, InferenceProduct
 from kdq.layers.embedding import why_not_embedding
+from kdq.layers.geometry import why_not_conv_config, why_not_geometry
 from kdq.layers.pruned import PrunedLinear
-from kdq.layers.qat import TrainingTwin
+from kdq.layers.qat import QATConv2d, TrainingTwin
 from kdq.layers.switchable import SwitchableNorm
 from kdq.transformer import run_layers_of_transformers
 
 FilterFn = Callable[[nn.Module, str], bool]
+NO_PATTERN = "no pattern of the config matches its name"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class LayerPlan:
         able = [n for n, t in self.chosen.items() if getattr(built[id(t.module)], "computes_activation", False)]
         fusions = find_fusions(model, able) if fuse_activations else {}
         for name, fusion in fusions.items():
-            cast(InferenceLinear, built[id(self.chosen[name].module)]).activation = fusion.activation
+            cast(InferenceProduct, built[id(self.chosen[name].module)]).activation = fusion.activation
             fusion.take_out()
         for name, target in self.chosen.items():
             parent_name, _, child = name.rpartition(".")
@@ -133,9 +135,11 @@ def plan_layers(
         if reason is None:
             config = config_of(module) if config_of is not None else by_name.get(name)
             if config is None:
-                reason = "no pattern of the config matches its name"
+                reason = NO_PATTERN
             elif filter_fn is not None and not filter_fn(module, name):
                 reason = "filter_fn is false"
+            elif isinstance(module, nn.Conv2d | QATConv2d) and (why := why_not_conv_config(config)):
+                reason = why
             elif has_own_code(module):
                 reason = "it has hooks or a forward of its own, which a new layer would lack; remove them first"
                 if isinstance(module, TrainingTwin | SwitchableNorm):  # a twin that stays a twin would go unnoticed
@@ -149,7 +153,7 @@ def plan_layers(
                 f"model: the model itself is a {type(module).__name__}, which cannot be replaced in place; wrap it, "
                 "as in nn.Sequential(model)"
             )
-        if isinstance(module, nn.Linear | PrunedLinear | nn.Embedding):
+        if isinstance(module, nn.Linear | PrunedLinear | nn.Conv2d | nn.Embedding):
             _check_weight(name, module)
         plan.chosen[name] = Target(module, config)
     _check_shared(plan, leaves, role)
@@ -186,7 +190,7 @@ def _check_shared(plan: LayerPlan, leaves: Mapping[str, nn.Module], role: str) -
 
 def _is_leaf(module: nn.Module) -> bool:
     return (
-        isinstance(module, nn.Linear | TrainingTwin | SwitchableNorm | InferenceLayer)
+        isinstance(module, nn.Linear | nn.Conv2d | TrainingTwin | SwitchableNorm | InferenceLayer)
         or next(module.children(), None) is None
     )
 
@@ -196,21 +200,31 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def _inside_layer(model: nn.Module, name: str) -> bool:
-    """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a linear layer."""
+    """Whether a module is a part of a layer: the grid of a training twin, the parametrization of a weight."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)) if name)
-    return any(isinstance(module, nn.Linear | TrainingTwin | SwitchableNorm) for module in above)
+    return any(isinstance(module, nn.Linear | nn.Conv2d | TrainingTwin | SwitchableNorm) for module in above)
 
 
 def why_not_for(configs: ConfigMap) -> Callable[[nn.Module], str | None]:
-    """The reasons why `quantize_` and `prepare_qat_` leave modules: one config for all is for linear layers, a mapping
-    takes embeddings too."""
-    return why_not_layer if isinstance(configs, Mapping) else why_not_linear_or_pruned
+    """The reasons why `quantize_` and `prepare_qat_` leave modules: one config for all is for linear layers and
+    convolutions, a mapping takes embeddings too."""
+    return why_not_layer if isinstance(configs, Mapping) else why_not_product
 
 
 def why_not_layer(module: nn.Module) -> str | None:
-    """The reason why a linear layer or embedding cannot be quantized; None if it can."""
-    return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_linear_or_pruned(module)
+    """The reason why a linear layer, convolution or embedding cannot be quantized; None if it can."""
+    return why_not_embedding(module) if isinstance(module, nn.Embedding) else why_not_product(module)
+
+
+def why_not_product(module: nn.Module) -> str | None:
+    """The reason why a linear layer, pruned or not, or a convolution cannot be quantized; None if it can."""
+    return why_not_conv(module) if isinstance(module, nn.Conv2d) else why_not_linear_or_pruned(module)
+
+
+def why_not_linear_or_pruned(module: nn.Module) -> str | None:
+    """As `why_not_linear`, for those who take the weight of a pruned layer with its zeros."""
+    return None if isinstance(module, PrunedLinear) else why_not_linear(module)
 
 
 def why_not_linear(module: nn.Module) -> str | None:
@@ -221,25 +235,31 @@ def why_not_linear(module: nn.Module) -> str | None:
         return f"already quantized ({type(module).__name__})"
     if isinstance(module, nn.Embedding):
         return "an embedding: quantize_ and prepare_qat_ take it where a pattern of the config matches its name"
+    if isinstance(module, nn.Conv2d):
+        return "a convolution: quantize_ and prepare_qat_ take it, this is for linear layers"
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} has no quantized form"
+    return _why_not_float(module, nn.Linear, module.in_features * module.out_features)
+
+
+def why_not_conv(module: nn.Conv2d) -> str | None:
+    """The reason why a convolution cannot be quantized, by whatever config; None if it can."""
+    return _why_not_float(module, nn.Conv2d, module.in_channels * module.out_channels) or why_not_geometry(module)
+
+
+def _why_not_float(module: Any, kind: type[nn.Module], weights: int) -> str | None:
+    """What linear layers and convolutions are left for alike."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is a subclass of nn.Linear, whose own code might read the float weight"
+    if type(module) is not kind:
+        name = f"nn.{kind.__name__}"
+        return f"{type(module).__name__} is a subclass of {name}, whose own code might read the float weight"
     if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {module.weight.dtype}; the kernels take float32, bfloat16 and float16"
-    if module.in_features == 0 or module.out_features == 0:
-        return "it has no weights"
-    return None
+    return None if weights else "it has no weights"
 
 
-def why_not_linear_or_pruned(module: nn.Module) -> str | None:
-    """As `why_not_linear`, for those who take the weight of a pruned layer with its zeros."""
-    return None if isinstance(module, PrunedLinear) else why_not_linear(module)
-
-
-def _check_weight(name: str, layer: nn.Linear | PrunedLinear | nn.Embedding) -> None:
+def _check_weight(name: str, layer: nn.Linear | PrunedLinear | nn.Conv2d | nn.Embedding) -> None:
     """Conditions that a user must mend: raising beats leaving the layer."""
     if layer.weight.device.type != "cpu":
         raise ValueError(f"{name}: expected its weight on the CPU, got {layer.weight.device}; move the model first")

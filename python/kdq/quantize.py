@@ -17,15 +17,25 @@ from kdq.layers.base import InferenceLayer
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.codebook_linear import CodebookLinear
 from kdq.layers.codebook_qat import CodebookQATLinear
+from kdq.layers.conv2d import BinaryConv2d, Int8Conv2d, LowBitConv2d
 from kdq.layers.embedding import QATEmbedding, QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.pruned import PrunedLinear, plain_linear
-from kdq.layers.qat import BinaryQATLinear, Int8QATLinear, LowBitQATLinear, TrainingTwin
-from kdq.layers.qat_methods import DoReFaQATLinear, PACTQATLinear
+from kdq.layers.qat import (
+    BinaryQATConv2d,
+    BinaryQATLinear,
+    Int8QATConv2d,
+    Int8QATLinear,
+    LowBitQATConv2d,
+    LowBitQATLinear,
+    TrainingTwin,
+)
+from kdq.layers.qat_methods import DoReFaQATConv2d, DoReFaQATLinear, PACTQATConv2d, PACTQATLinear
 from kdq.layers.switchable import Switchable, SwitchableLinear, SwitchableNorm
 from kdq.observers import DEFAULT_OBSERVER, Observer, ObserverState, check_observer
 from kdq.planning import (
+    NO_PATTERN,
     ConversionReport,
     FilterFn,
     LayerPlan,
@@ -48,10 +58,14 @@ def quantize_(
     observer: Observer = DEFAULT_OBSERVER,
     fuse_activations: bool = True,
 ) -> ConversionReport:
-    """Quantizes a trained model in place: its linear layers run on the integer and binary kernels from now on.
+    """Quantizes a trained model in place: its linear layers and 2d convolutions run on the integer and binary kernels
+    from now on.
 
-    One config for all is for the linear layers. A mapping takes embeddings too, where a pattern matches their names:
+    One config for all is for these. A mapping takes embeddings too, where a pattern matches their names:
     `{"tokens": Int8WeightOnly(), "*": Int8Dynamic()}`. Of a config they take the bits of the weights.
+
+    Convolutions are those of one group, padded with zeros; `Int8WeightOnly` and `Codebook` leave them. `Int8Dynamic`
+    gives their activations one scale an image.
 
     An activation that the model's structure puts directly behind a layer of int8 or few bits (nn.ReLU, nn.SiLU, or
     nn.GELU in its erf form, inside an nn.Sequential; that of an nn.TransformerEncoderLayer) moves into the layer, and
@@ -59,14 +73,14 @@ def quantize_(
     layer alone, by a hook set later or by indexing the nn.Sequential, sees it after the activation.
 
     Args:
-        model: any module that contains nn.Linear or nn.Embedding layers. Linear ones that `prune_` has pruned keep
-            their zeros where 0 is a value of the scheme (not in 1 bit and DoReFa's odd levels).
-        config: one config for all linear layers, or a mapping of layer names or patterns (fnmatch) to configs for
-            linear layers and embeddings. A layer's exact name counts before patterns, and of these the first that
+        model: any module that contains nn.Linear, nn.Conv2d or nn.Embedding layers. Linear ones that `prune_` has
+            pruned keep their zeros where 0 is a value of the scheme (not in 1 bit and DoReFa's odd levels).
+        config: one config for all linear layers and convolutions, or a mapping of layer names or patterns (fnmatch) to
+            configs for these and embeddings. A layer's exact name counts before patterns, and of these the first that
             matches. One that has several names needs a match at one of them.
         filter_fn: `filter_fn(module, name)`; only layers for which it is true are changed.
         calibration: batches (tensors, `(inputs, ...)` tuples or dicts of keyword arguments), needed where linear
-            layers get `Int8Static` or `LowBit`, whose activation scales are fixed.
+            layers or convolutions get `Int8Static` or `LowBit`, whose activation scales are fixed.
         observer: how these scales follow from what the batches show (`kdq.observers`).
         fuse_activations: False leaves every activation where it is.
 
@@ -81,7 +95,7 @@ def quantize_(
         TypeError: config or observer is not one of kdq's.
         ValueError: calibration is missing or empty, a name or pattern matches no layer (one that is left, as a norm,
             counts), a config's method is one of training, a weight is not finite, a layer that has several names would
-            get several configs or pass filter_fn at some of them alone, or the model itself is the only linear layer.
+            get several configs or pass filter_fn at some of them alone, or the model itself is the only layer.
     """
     plan = plan_layers(model, config, filter_fn, why_not_for(config))
     static = {name: p.module for name, p in plan.chosen.items() if fixes_input_scale(p)}
@@ -96,7 +110,7 @@ def quantize_(
                 "pass some batches as calibration=, or use Int8Dynamic, which needs none"
             )
         observers = observe_inputs(model, static, calibration, observer)
-    warn_behind_relu(model, [name for name, p in plan.chosen.items() if is_binary_linear(p)])
+    warn_behind_relu(model, [name for name, p in plan.chosen.items() if sees_signs(p)])
     return plan.carry_out(
         model, lambda name, p: inference_layer(p.module, p.config, observers.get(name)), fuse_activations
     )
@@ -165,8 +179,8 @@ def convert_(
 
     Args:
         model: after `prepare_qat_` or `prepare_switchable_` and training.
-        plan: also quantizes plain nn.Linear and nn.Embedding layers, by name or pattern, as `quantize_` does without
-            calibration.
+        plan: also quantizes plain nn.Linear, nn.Conv2d and nn.Embedding layers, by name or pattern, as `quantize_` does
+            without calibration.
         fuse_activations: as for `quantize_`.
 
     Raises:
@@ -187,9 +201,11 @@ def convert_(
                     f"plan: {name!r} gets {target.config}, which fixes the activations' scale: "
                     "train it with prepare_qat_ or calibrate it with quantize_"
                 )
-        warn_behind_relu(model, [name for name, p in planned.chosen.items() if is_binary_linear(p)])
+        warn_behind_relu(model, [name for name, p in planned.chosen.items() if sees_signs(p)])
         prepared.chosen.update(planned.chosen)
-        prepared.left = {name: why for name, why in prepared.left.items() if name not in planned.chosen}
+        wanted = {name: why for name, why in planned.left.items() if why != NO_PATTERN}
+        left = {name: wanted.get(name, why) for name, why in prepared.left.items()}
+        prepared.left = {name: why for name, why in left.items() if name not in planned.chosen}
 
     def build(name: str, p: Target) -> nn.Module:
         if name in planned.chosen:
@@ -205,46 +221,56 @@ def convert_(
 
 def fixes_input_scale(target: Target) -> bool:
     """Whether the layer's activations get a scale that calibration or training has to find."""
-    return isinstance(target.module, nn.Linear | PrunedLinear) and isinstance(target.config, Int8Static | LowBit)
+    return _has_activations(target) and isinstance(target.config, Int8Static | LowBit)
 
 
-def is_binary_linear(target: Target) -> bool:
-    """Whether the layer will see nothing but the signs of its inputs; embeddings have none."""
-    return isinstance(target.module, nn.Linear | PrunedLinear) and isinstance(target.config, Binary)
+def sees_signs(target: Target) -> bool:
+    """Whether the layer will see nothing but the signs of its inputs."""
+    return _has_activations(target) and isinstance(target.config, Binary)
+
+
+def _has_activations(target: Target) -> bool:
+    """Embeddings have none."""
+    return isinstance(target.module, nn.Linear | PrunedLinear | nn.Conv2d)
 
 
 def inference_layer(layer: Any, config: Config, observer: ObserverState | None) -> InferenceLayer:
-    """What `quantize_` puts in the place of an nn.Linear or nn.Embedding; observer is needed where the config fixes the
-    scale."""
+    """What `quantize_` puts in the place of an nn.Linear, nn.Conv2d or nn.Embedding; observer is needed where the
+    config fixes the scale."""
     if isinstance(layer, nn.Embedding):
         return QuantizedEmbedding.from_float(layer, config)
+    conv = isinstance(layer, nn.Conv2d)
     layer = plain_linear(layer)
     if isinstance(config, Codebook):
         return CodebookLinear.from_float(layer, config)
     if isinstance(config, Binary):
-        return BinaryLinear.from_float(layer, config)
+        return (BinaryConv2d if conv else BinaryLinear).from_float(layer, config)
     if isinstance(config, LowBit):
         assert observer is not None
-        return LowBitLinear.from_float(layer, config, input_grid=observer.grid(config.act_bits))
+        low_bit = LowBitConv2d if conv else LowBitLinear
+        return low_bit.from_float(layer, config, input_grid=observer.grid(config.act_bits))
     grid = observer.grid(8) if observer is not None else None
-    return Int8Linear.from_float(layer, config, input_grid=grid)
+    return (Int8Conv2d if conv else Int8Linear).from_float(layer, config, input_grid=grid)
 
 
 def training_twin(layer: Any, config: Config, name: str = "") -> Any:
-    """What `prepare_qat_` puts in the place of an nn.Linear (a `QATLinear`) or nn.Embedding of that name, which
-    its warnings tell."""
+    """What `prepare_qat_` puts in the place of an nn.Linear, nn.Conv2d (a `QATProduct`) or nn.Embedding of that name,
+    which its warnings tell."""
     if isinstance(layer, nn.Embedding):
         return QATEmbedding(layer, config)
+    conv = isinstance(layer, nn.Conv2d)
     layer = plain_linear(layer)
     if isinstance(config, Codebook):
         return CodebookQATLinear(layer, config)
     if isinstance(config, Binary):
-        return BinaryQATLinear(layer, config, name)
-    if isinstance(config, LowBit):
-        if config.method == "pact":
-            return PACTQATLinear(layer, config)
-        return DoReFaQATLinear(layer, config) if config.method == "dorefa" else LowBitQATLinear(layer, config)
-    return Int8QATLinear(layer, config)
+        return (BinaryQATConv2d if conv else BinaryQATLinear)(layer, config, name)
+    if not isinstance(config, LowBit):
+        return (Int8QATConv2d if conv else Int8QATLinear)(layer, config)
+    if config.method == "pact":
+        return (PACTQATConv2d if conv else PACTQATLinear)(layer, config)
+    if config.method == "dorefa":
+        return (DoReFaQATConv2d if conv else DoReFaQATLinear)(layer, config)
+    return (LowBitQATConv2d if conv else LowBitQATLinear)(layer, config)
 
 
 def _why_not_switchable(module: nn.Module) -> str | None:
@@ -267,6 +293,7 @@ def check_post_training(plan: LayerPlan) -> None:
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that `quantize_` replaces when one config is given for all, by name; a shared one under each.
+    Those that precisions are searched for: convolutions are not among them.
 
     Raises:
         ValueError: as for `quantize_`.

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kdq.freeze import freeze_, freeze_own
-from kdq.layers.base import InferenceLinear
-from kdq.layers.qat import QATLinear
+from kdq.layers.base import InferenceProduct
+from kdq.layers.qat import QATConv2d, QATLinear, QATProduct
 from kdq.layers.switchable import SwitchableLinear, SwitchableNorm
 from kdq.observe import find_layer
 from kdq.ptq.tool_report import ToolReport
 from kdq.quantize import training_twin
 
-WHOLE = (QATLinear, SwitchableNorm, InferenceLinear)  # what they hold inside has no meaning alone
+WHOLE = (QATProduct, SwitchableNorm, InferenceProduct)  # what they hold inside has no meaning alone
 
 
 def transfer_(
@@ -167,7 +167,7 @@ def _up_to(model: nn.Module, count: int, role: str) -> dict[str, nn.Module]:
     layers = 0
     for name, module in _units(model):
         found[name] = module
-        layers += isinstance(module, InferenceLinear) or any(p.dim() >= 2 for p in _tensors(module).values())
+        layers += isinstance(module, InferenceProduct) or any(p.dim() >= 2 for p in _tensors(module).values())
         if layers == count > 0:
             return found
     raise ValueError(f"layers: expected a number from 1 to {layers}, as the {role} has layers, got {count}")
@@ -185,7 +185,7 @@ def _pair(ours: nn.Module, theirs: nn.Module | None, source: str) -> _Pair:
     if theirs is None:
         raise ValueError(f"the teacher has no weights at {source!r}")
     for role, module in (("student", ours), ("teacher", theirs)):
-        if isinstance(module, InferenceLinear):
+        if isinstance(module, InferenceProduct):
             raise ValueError(f"the {role}'s {type(module).__name__} is on kernels already; transfer before convert_")
         if parametrize.is_parametrized(module):
             raise ValueError(f"the {role}'s is parametrized; remove the parametrization first")
@@ -204,8 +204,9 @@ def _pair(ours: nn.Module, theirs: nn.Module | None, source: str) -> _Pair:
 
 def _given(ours: nn.Module, theirs: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The teacher's tensors by their names in the student's module, and a note for the report."""
-    if isinstance(ours, nn.Linear | QATLinear) and isinstance(theirs, nn.Linear | QATLinear):
-        if not isinstance(ours, QATLinear):
+    kinds = (nn.Linear, QATLinear), (nn.Conv2d, QATConv2d)
+    if any(isinstance(ours, kind) and isinstance(theirs, kind) for kind in kinds):
+        if not isinstance(ours, QATProduct):
             return {name: t for name, t in _tensors(theirs).items() if name in ("weight", "bias")}, ""
         if _kind(ours) == _kind(theirs):
             return _tensors(theirs), " with its scales"
@@ -221,18 +222,18 @@ def _kind(module: Any) -> tuple[Any, ...]:
     """Equal for modules whose tensors mean the same."""
     if isinstance(module, SwitchableLinear | SwitchableNorm):
         return type(module), module.precisions
-    return type(module), module.config if isinstance(module, QATLinear) else None
+    return type(module), module.config if isinstance(module, QATProduct) else None
 
 
 def _fitted(ours: Any, theirs: Any) -> dict[str, Tensor]:
     """The tensors of a twin like ours that starts from their weight and bias."""
-    linear = nn.Linear(theirs.in_features, theirs.out_features, bias=theirs.bias is not None, device="meta")
-    linear.weight = nn.Parameter(theirs.weight.detach().to(ours.weight.device, ours.weight.dtype))
+    layer: Any = ours.geometry_type.of(theirs).float_layer(bias=theirs.bias is not None, device="meta")
+    layer.weight = nn.Parameter(theirs.weight.detach().to(ours.weight.device, ours.weight.dtype))
     if theirs.bias is not None:
-        linear.bias = nn.Parameter(theirs.bias.detach())
+        layer.bias = nn.Parameter(theirs.bias.detach())
     if isinstance(ours, SwitchableLinear):
-        return _tensors(SwitchableLinear(linear, {config: training_twin(linear, config) for config in ours.precisions}))
-    return _tensors(training_twin(linear, ours.config))
+        return _tensors(SwitchableLinear(layer, {config: training_twin(layer, config) for config in ours.precisions}))
+    return _tensors(training_twin(layer, ours.config))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

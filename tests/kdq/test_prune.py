@@ -139,7 +139,7 @@ def test_convert_makes_the_zeros_permanent(tmp_path) -> None:
     expected = model(x)
     with pytest.raises(ValueError, match="convert_"):
         kdq.save(model, tmp_path / "m")
-    with pytest.raises(ValueError, match="no layer that quantize_"):
+    with pytest.raises(ValueError, match="no linear layer that quantize_"):
         kdq.search_precision(model, mlp(20), [x], budget=kdq.Budget(average_bits=8), progress=False)
     assert kdq.convert_(model).changed == {"0": Pruned(sparsity=0.7), "2": Pruned(sparsity=0.7)}
     assert type(model[0]) is nn.Linear

@@ -183,13 +183,13 @@ def test_what_cannot_be_quantized_is_left_with_a_reason() -> None:
     class Custom(nn.Linear):
         pass
 
-    m = nn.ModuleDict({"wide": nn.Linear(3, 3).double(), "custom": Custom(3, 3), "conv": nn.Conv2d(1, 1, 1)})
+    m = nn.ModuleDict({"wide": nn.Linear(3, 3).double(), "custom": Custom(3, 3), "conv": nn.Conv1d(1, 1, 1)})
     m["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     report = kdq.quantize_(m, kdq.Int8Dynamic())
     assert not report.changed
     assert "float64" in report.left["wide"]
     assert "subclass" in report.left["custom"]
-    assert "Conv2d" in report.left["conv"]
+    assert "Conv1d" in report.left["conv"]
     assert "parametrized" in report.left["normed"]
 
 

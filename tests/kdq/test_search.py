@@ -343,7 +343,7 @@ INPUTS = [x for x, _ in loader()]
         ({"teacher": nn.Linear(12, 4)}, r"one shape .*\[20, 5\] and \[20, 4\]"),
         ({"teacher": None}, "teacher: .*needs one"),
         ({"data": INPUTS, "sensitivity": "label_loss"}, "needs labels"),
-        ({"student": nn.Sequential(nn.ReLU()), "teacher": nn.ReLU()}, "no layer that quantize_ would replace"),
+        ({"student": nn.Sequential(nn.ReLU()), "teacher": nn.ReLU()}, "no linear layer that quantize_ would replace"),
         ({"student": nn.Sequential(model(), NaN())}, "the student as it is is nan"),
         ({"sensitivity": "hessian"}, "sensitivity: expected one of"),
         ({"candidates": []}, "candidates: expected at least one"),

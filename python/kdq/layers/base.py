@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdq_kernels as kk
+from kdq.layers.geometry import Conv2dGeometry, Geometry, LinearGeometry, check_conv_config
 from kdq_kernels._torch_library import check_device
 
 # The activations that kernels compute with their result, by the kernels' names: the same as functions and modules.
@@ -19,16 +20,20 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GE
 
 class InferenceLayer(nn.Module):
     """What takes a float layer's place for inference. Its tensors are buffers: frozen, and saved in a form any machine
-    can load.
+    can load."""
 
-    sizes: names of the attributes that say how large it is, in the float layer as well as here.
-    """
-
-    sizes: ClassVar[tuple[str, str]]
     config: Any
 
     def arguments(self) -> dict[str, Any]:
         """What the constructor takes beside the config, ready for JSON."""
+        raise NotImplementedError
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether it may take the place of a layer, in float or quantized: it has the same sizes."""
+        raise NotImplementedError
+
+    def described(self) -> str:
+        """What it is, for messages."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InferenceLayer:
@@ -37,32 +42,46 @@ class InferenceLayer(nn.Module):
         return self
 
 
-class InferenceLinear(InferenceLayer):
-    """A linear layer on quantized kernels.
+class InferenceProduct(InferenceLayer):
+    """A linear or convolution layer on quantized kernels.
 
     Subclasses compute the result in `kernel`; `dequantized_weight` is the float32 weight that they stand for.
     `activation` (None, "relu", "gelu" in its erf form, or "silu") is applied to the result, by the kernel where
-    `computes_activation`.
+    `computes_activation`. The geometry's sizes are attributes, named as in the float layer.
     """
 
-    sizes = ("in_features", "out_features")
+    geometry_type: ClassVar[type[Geometry]]
     computes_activation = False
-    in_features: int
-    out_features: int
+    channel_axis: ClassVar[int]
+    geometry: Geometry
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str | None = None) -> None:
+    def __init__(self, geometry: Geometry, bias: bool, config: Any, activation: str | None) -> None:
         super().__init__()
         if activation is not None and activation not in ACTIVATION_FUNCTIONS:
             names = ", ".join(map(repr, ACTIVATION_FUNCTIONS))
             raise ValueError(f"activation: expected None or one of {names}, got {activation!r}")
-        self.in_features = in_features
-        self.out_features = out_features
+        self.geometry = geometry
+        for name, value in geometry.arguments().items():
+            setattr(self, name, value)
+        self.inputs = geometry.inputs
+        self.config = config
         self.activation = activation
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.register_buffer("bias", torch.zeros(geometry.outputs) if bias else None)
+
+    @classmethod
+    def sized_as(cls, layer: Any, config: Any, activation: str | None = None) -> Self:
+        """A layer of the sizes of a float one, with its bias; the weight is still to be set."""
+        make: Any = cls
+        fused = {} if activation is None else {"activation": activation}
+        sizes = cls.geometry_type.of(layer).arguments()
+        made: Self = make(**sizes, bias=layer.bias is not None, config=config, **fused)
+        if layer.bias is not None:
+            made.bias = layer.bias.detach().float().clone()
+        return made
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
-        """x `[..., in_features]` -> `[..., out_features]`, in the dtype of x.
+        """x as in `forward`, with an axis for images -> the result, in the dtype of x.
 
         Implementations read their tensors from `self._buffers`: `self.name` costs more than a microsecond on an
         nn.Module, and five of them cost as much as a small layer's whole product.
@@ -70,42 +89,110 @@ class InferenceLinear(InferenceLayer):
         raise NotImplementedError
 
     def dequantized_weight(self) -> Tensor:
-        """float32 `[out_features, in_features]`."""
+        """float32, in the shape of the float layer's weight."""
         raise NotImplementedError
 
+    def pack(self) -> None:
+        """Makes what the kernels read from the portable buffers; here nothing, they read these."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x: expected {self.in_features} features in the last axis, got {list(x.shape)}")
+        if x.shape[self.channel_axis] != self.inputs:
+            raise ValueError(f"x: expected {self.geometry.expected}, got {list(x.shape)}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and x.requires_grad:
-            y = straight_through(lambda x: self.kernel(x, None), self.dequantized_weight, x)
+            y = straight_through(lambda x: self.kernel(x, None), self.dequantized_weight, x, self.geometry)
             return y if self.activation is None else ACTIVATION_FUNCTIONS[self.activation](y)
         return self.kernel(x, self.activation)
 
-    def to_float(self) -> nn.Linear | nn.Sequential:
-        """A plain nn.Linear with the dequantized weight, in an nn.Sequential with the activation if there is one."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+    def to_float(self) -> nn.Module:
+        """A plain layer with the dequantized weight, in an nn.Sequential with the activation if there is one."""
+        layer: Any = self.geometry.float_layer(bias=self.bias is not None)
         with torch.no_grad():
-            linear.weight.copy_(self.dequantized_weight())
+            layer.weight.copy_(self.dequantized_weight())
             if self.bias is not None:
-                linear.bias.copy_(self.bias)
+                layer.bias.copy_(self.bias)
         if self.activation is None:
-            return linear
-        return nn.Sequential(linear, ACTIVATION_MODULES[self.activation]())
+            return layer
+        return nn.Sequential(layer, ACTIVATION_MODULES[self.activation]())
+
+    def fits(self, module: nn.Module) -> bool:
+        return self.geometry.fits(module)
+
+    def described(self) -> str:
+        return self.geometry.described()
 
     def arguments(self) -> dict[str, Any]:
         fused = {} if self.activation is None else {"activation": self.activation}
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            **fused,
-        }
+        return {**self.geometry.arguments(), "bias": self.bias is not None, **fused}
 
     def extra_repr(self) -> str:
         fused = "" if self.activation is None else f", activation={self.activation!r}"
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{fused}"
+        return f"{self.geometry}, bias={self.bias is not None}{fused}"
+
+
+class InferenceLinear(InferenceProduct):
+    """A linear layer on quantized kernels: x `[..., in_features]` -> `[..., out_features]`."""
+
+    geometry_type = LinearGeometry
+    channel_axis = -1
+    in_features: int
+    out_features: int
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, config: Any, activation: str | None = None
+    ) -> None:
+        super().__init__(LinearGeometry(in_features, out_features), bias, config, activation)
+
+
+class InferenceConv2d(InferenceProduct):
+    """A 2d convolution on quantized kernels, in one group and padded with zeros.
+
+    x `[images, in_channels, H, W]` -> `[images, out_channels, OH, OW]`, or both without images. An x in channels_last
+    format is the fast one, and gives such a result.
+
+    Args:
+        kernel_size, stride, padding, dilation: an integer for both axes, or two, as those of nn.Conv2d.
+        config: `Int8Dynamic`, `Int8Static`, `LowBit` or `Binary`, as the class is for.
+        activation: None, "relu", "gelu" (erf form) or "silu", computed by the kernel; a `BinaryConv2d` has none.
+
+    Raises:
+        ValueError: an argument is out of range, or there are no convolution kernels for the config.
+    """
+
+    geometry_type = Conv2dGeometry
+    channel_axis = -3
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        *,
+        bias: bool = True,
+        config: Any,
+        activation: str | None = None,
+    ) -> None:
+        check_conv_config(config)
+        sizes: tuple[Any, ...] = (in_channels, out_channels, kernel_size, stride, padding, dilation)
+        super().__init__(Conv2dGeometry(*sizes), bias, config, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Raises:
+            ValueError: x has other axes or another number of channels.
+        """
+        y = super().forward(self.geometry.batched(x))
+        return y.squeeze(0) if x.dim() == 3 else y
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -116,63 +203,64 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 def fused_activation(module: nn.Module) -> str | None:
     """The activation that a layer computes with its result, if it is one of ours and has one."""
-    return module.activation if isinstance(module, InferenceLinear) else None
+    return module.activation if isinstance(module, InferenceProduct) else None
 
 
 class _StraightThrough(torch.autograd.Function):
     """Passes `y` on; its gradient goes to x through the dequantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(weight)
+        ctx.shape, ctx.geometry = x.shape, geometry
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None, None
+        grad = ctx.geometry.dense(grads[0])
+        like = grad.new_empty(1).expand(ctx.shape)
+        return ctx.geometry.input_gradient(grad, weight.flatten(1).to(grad.dtype), like), None, None, None
 
 
-def straight_through(kernel: Callable[[Tensor], Tensor], weight: Callable[[], Tensor], x: Tensor) -> Tensor:
-    """`kernel(x)`, with the gradient of the dequantized linear layer, so that what lies before a frozen layer still
-    trains."""
-    y: Tensor = _StraightThrough.apply(x, kernel(x.detach()), weight())
+def straight_through(
+    kernel: Callable[[Tensor], Tensor], weight: Callable[[], Tensor], x: Tensor, geometry: Geometry
+) -> Tensor:
+    """`kernel(x)`, with the gradient of the dequantized layer, so that what lies before a frozen layer still trains."""
+    y: Tensor = _StraightThrough.apply(x, kernel(x.detach()), weight(), geometry)
     return y
 
 
-class PackedInt8Linear(InferenceLinear):
-    """An inference layer on the int8 kernels.
+class PackedProduct(InferenceProduct):
+    """An inference layer whose kernels read the weight in another order than that in which it is saved.
 
-    The kernels read a machine-dependent packed weight. It is a cache beside the portable buffers: made when the layer
-    is built, loaded, copied or unpickled, remade after `set_isa` and on another device, and never saved.
+    The packed weight is a cache beside the portable buffers: made when the layer is built, loaded, copied or unpickled,
+    remade on another device, and never saved. Where it depends on the machine, layers read it by `packed_weight`, which
+    remakes it after `set_isa`.
     """
 
-    computes_activation = True
     weight_scale: Tensor
     packed: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str | None) -> None:
-        super().__init__(in_features, out_features, bias, activation)
-        self.register_buffer("weight_scale", torch.ones(out_features))
+    def __init__(self, geometry: Geometry, bias: bool, config: Any, activation: str | None) -> None:
+        super().__init__(geometry, bias, config, activation)
         self.register_buffer("packed", torch.empty(0, dtype=torch.uint8), persistent=False)
         self._packed_isa = ""
 
-    def int8_weight(self) -> Tensor:
-        """The integers, int8 `[out_features, in_features]`."""
+    def pack_weight(self) -> Tensor:
+        """The packed weight, from the portable buffers."""
         raise NotImplementedError
 
     def pack(self) -> None:
-        """Makes the packed weight from the portable buffers.
-
+        """
         Raises:
             RuntimeError: the layer is on a device for which this build has no kernels.
         """
         check_device(self.weight_scale.device)
-        self.packed = kk.pack_int8_weight(self.int8_weight())
+        self.packed = self.pack_weight()
         self._packed_isa = kk.cpu_isa()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedInt8Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedProduct:
         before = self.packed.device
         super()._apply(fn, recurse)
         if self.packed.device != before:
@@ -187,9 +275,6 @@ class PackedInt8Linear(InferenceLinear):
         packed: Tensor = own["packed"]
         return packed
 
-    def dequantized_weight(self) -> Tensor:
-        return kk.dequantize(self.int8_weight(), self.weight_scale, axis=0)
-
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.pack()
@@ -202,3 +287,38 @@ class PackedInt8Linear(InferenceLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.pack()
+
+
+class PackedInt8(PackedProduct):
+    """A layer on the int8 kernels, with `input_scale` and `input_zero_point` (or None) among its buffers."""
+
+    computes_activation = True
+    input_quant_max = 255
+
+    def __init__(self, geometry: Geometry, bias: bool, config: Any, activation: str | None) -> None:
+        super().__init__(geometry, bias, config, activation)
+        self.register_buffer("weight_scale", torch.ones(geometry.outputs))
+
+    def int8_weight(self) -> Tensor:
+        """The integers, int8 `[N, K]`."""
+        raise NotImplementedError
+
+    def pack_weight(self) -> Tensor:
+        return kk.pack_int8_weight(self.geometry.kernel_order(self.int8_weight()))
+
+    def kernel(self, x: Tensor, activation: str | None) -> Tensor:
+        packed = self.packed_weight()
+        own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
+        return self.geometry.int8(
+            x,
+            packed,
+            own["weight_scale"],
+            own["bias"],
+            input_scale=own["input_scale"],
+            input_zero_point=own["input_zero_point"],
+            input_quant_max=self.input_quant_max,
+            activation=activation,
+        )
+
+    def dequantized_weight(self) -> Tensor:
+        return kk.dequantize(self.int8_weight(), self.weight_scale, axis=0).view(self.geometry.weight_shape)

@@ -32,8 +32,7 @@ class BinaryThresholdLinear(InferenceLinear):
     ) -> None:
         if bias:
             raise ValueError("bias: a layer with thresholds has none, they contain it")
-        super().__init__(in_features, out_features, bias)
-        self.config = Binary() if config is None else config
+        super().__init__(in_features, out_features, bias, config=Binary() if config is None else config)
         self.register_buffer("weight_bits", torch.zeros(out_features, (in_features + 63) // 64, dtype=torch.int64))
         self.register_buffer("threshold", torch.zeros(out_features, dtype=torch.int32))
 
@@ -42,7 +41,7 @@ class BinaryThresholdLinear(InferenceLinear):
             raise ValueError(
                 f"x: expected 2 axes, [batch, {self.in_features}] or its packed signs, got {list(x.shape)}"
             )
-        own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
+        own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
         if x.dtype == torch.int64:
             return kk.binary_threshold(x, own["weight_bits"], own["threshold"], k=self.in_features)
         if x.shape[-1] != self.in_features:

@@ -34,8 +34,7 @@ class CodebookLinear(InferenceLinear):
         config: Codebook,
         activation: str | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, activation)
-        self.config = config
+        super().__init__(in_features, out_features, bias, config=config, activation=activation)
         indices = torch.zeros(out_features, in_features, dtype=torch.uint8)
         self.register_buffer("packed", kk.pack_indices(indices, config.weight_bits))
         self.register_buffer("codebook", torch.zeros(2**config.weight_bits))
@@ -73,7 +72,7 @@ class CodebookLinear(InferenceLinear):
         return kk.unpack_indices(self.packed, self.config.weight_bits, self.out_features, self.in_features)
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
-        own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
+        own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
         return kk.codebook_linear(
             x, own["packed"], own["codebook"], self.out_features, own["bias"], activation=activation
         )

@@ -36,7 +36,6 @@ class QuantizedEmbedding(InferenceLayer):
         padding_idx: kept for `to_float`; the row is read as any other.
     """
 
-    sizes = ("num_embeddings", "embedding_dim")
     weight: Tensor
     weight_scale: Tensor
     byte_values: Tensor | None
@@ -102,7 +101,7 @@ class QuantizedEmbedding(InferenceLayer):
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids: expected int32 or int64, got {ids.dtype}")
         flat = ids.reshape(-1)
-        own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
+        own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
         values = self._unpacked(own["weight"].index_select(0, flat))
         rows = values * own["weight_scale"].index_select(0, flat)[:, None]
         return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
@@ -135,6 +134,13 @@ class QuantizedEmbedding(InferenceLayer):
             "embedding_dim": self.embedding_dim,
             "padding_idx": self.padding_idx,
         }
+
+    def fits(self, module: nn.Module) -> bool:
+        sizes = (getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None))
+        return sizes == (self.num_embeddings, self.embedding_dim)
+
+    def described(self) -> str:
+        return f"an embedding {self.num_embeddings} -> {self.embedding_dim}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
         super()._apply(fn, recurse)

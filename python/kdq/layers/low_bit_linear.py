@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-import kdq_kernels as kk
 from kdq.configs import LowBit
 from kdq.grids import (
     AffineGrid,
@@ -16,7 +15,8 @@ from kdq.grids import (
     low_bit_weight_integers,
     low_bit_weight_scale,
 )
-from kdq.layers.base import PackedInt8Linear
+from kdq.layers.base import InferenceLinear, PackedInt8
+from kdq.layers.geometry import Geometry
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
@@ -45,8 +45,9 @@ def unpack_bits(stream: Tensor, bits: int, k: int) -> Tensor:
     return torch.where(codes >= half, codes - 2 * half, codes).to(torch.int8)
 
 
-class LowBitLinear(PackedInt8Linear):
-    """A linear layer of few-bit integers. It occupies its bits on disk and runs on the int8 kernels.
+class LowBitProduct(PackedInt8):
+    """What linear layers and convolutions of few-bit integers share. They occupy their bits on disk and run on the int8
+    kernels.
 
     Buffers: `weight` uint8 `[N, ceil(K * weight_bits / 8)]` (`pack_bits`), `weight_scale` float32 `[N]`, `bias` float32
     `[N]` or None, `input_scale` float32 and `input_zero_point` int32, both 0-d. Activations lie in `[0, 2**act_bits -
@@ -57,19 +58,11 @@ class LowBitLinear(PackedInt8Linear):
     input_scale: Tensor
     input_zero_point: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        config: LowBit,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, activation)
-        self.config = config
-        row_bytes = (in_features * config.weight_bits + 7) // 8
-        self.register_buffer("weight", torch.zeros(out_features, row_bytes, dtype=torch.uint8))
+    def __init__(self, geometry: Geometry, bias: bool, config: LowBit, activation: str | None) -> None:
+        super().__init__(geometry, bias, config, activation)
+        self.input_quant_max = 2**config.act_bits - 1
+        row_bytes = (geometry.row_length * config.weight_bits + 7) // 8
+        self.register_buffer("weight", torch.zeros(geometry.outputs, row_bytes, dtype=torch.uint8))
         self.register_buffer("input_scale", torch.tensor(1.0))
         self.register_buffer("input_zero_point", torch.tensor(0, dtype=torch.int32))
         self.pack()
@@ -77,56 +70,46 @@ class LowBitLinear(PackedInt8Linear):
     @classmethod
     def from_float(
         cls,
-        linear: nn.Linear,
+        layer: Any,
         config: LowBit,
         *,
         input_grid: AffineGrid,
         weight_scale: Tensor | None = None,
         activation: str | None = None,
-    ) -> LowBitLinear:
-        """Quantizes an nn.Linear.
+    ) -> Self:
+        """Quantizes a float layer of the same kind, an nn.Linear or nn.Conv2d.
 
         Args:
             input_grid: the activations' grid.
             weight_scale: float32 `[N]`; None: searched for the least squared error of each output channel. With
-                method="dorefa" the scale is that of DoReFa-Net, and `linear` has the weight that training had.
+                method="dorefa" the scale is that of DoReFa-Net, and `layer` has the weight that training had.
             activation: None, "relu", "gelu" (erf form) or "silu", computed by the kernel.
+
+        Raises:
+            ValueError: the convolution is one that the kernels do not compute.
         """
-        has_bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, has_bias, config=config, activation=activation)
-        weight = linear.weight.detach().float()
+        quantized = cls.sized_as(layer, config, activation)
+        rows = layer.weight.detach().float().flatten(1)
         bits = config.weight_bits
         if config.method == "dorefa":
-            odd, layer.weight_scale = dorefa_weight_integers(dorefa_weight(weight), bits)
+            odd, quantized.weight_scale = dorefa_weight_integers(dorefa_weight(rows), bits)
             integers = odd >> 1
         else:
-            scale = low_bit_weight_scale(weight, bits) if weight_scale is None else weight_scale.detach().float()
-            layer.weight_scale = scale
-            integers = low_bit_weight_integers(weight, scale, bits)
-        layer.weight = pack_bits(integers, bits)
-        if linear.bias is not None:
-            layer.bias = linear.bias.detach().float().clone()
-        layer.input_scale, layer.input_zero_point = input_grid.scale, input_grid.zero_point
-        layer.pack()
-        return layer
+            scale = low_bit_weight_scale(rows, bits) if weight_scale is None else weight_scale.detach().float()
+            quantized.weight_scale = scale
+            integers = low_bit_weight_integers(rows, scale, bits)
+        quantized.weight = pack_bits(integers, bits)
+        quantized.input_scale, quantized.input_zero_point = input_grid.scale, input_grid.zero_point
+        quantized.pack()
+        return quantized
 
     def int8_weight(self) -> Tensor:
-        stored = unpack_bits(self.weight, self.config.weight_bits, self.in_features)
+        stored = unpack_bits(self.weight, self.config.weight_bits, self.geometry.row_length)
         return stored * 2 + 1 if self.config.method == "dorefa" else stored
-
-    def kernel(self, x: Tensor, activation: str | None) -> Tensor:
-        packed = self.packed_weight()
-        own: dict[str, Any] = self._buffers  # see InferenceLinear.kernel
-        return kk.int8_linear(
-            x,
-            packed,
-            own["weight_scale"],
-            own["bias"],
-            input_scale=own["input_scale"],
-            input_zero_point=own["input_zero_point"],
-            input_quant_max=2**self.config.act_bits - 1,
-            activation=activation,
-        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.config}"
+
+
+class LowBitLinear(InferenceLinear, LowBitProduct):
+    """A linear layer of few-bit integers; its buffers are those of `LowBitProduct`, with K = in_features."""

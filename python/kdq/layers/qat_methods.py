@@ -6,7 +6,7 @@ take more time and memory. The integers are those of the inference layer, exactl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,10 @@ from kdq.grids import (
     low_bit_weight_scale,
     weight_range,
 )
-from kdq.layers.low_bit_linear import LowBitLinear
-from kdq.layers.qat import QATLinear
+from kdq.layers.conv2d import LowBitConv2d
+from kdq.layers.geometry import Geometry
+from kdq.layers.low_bit_linear import LowBitLinear, LowBitProduct
+from kdq.layers.qat import QATConv2d, QATLinear, QATProduct
 from kdq.layers.qat_product import gradient_factor, learned_scale
 from kdq.ranks import check_first_batch, pooled_range
 
@@ -62,8 +64,8 @@ def _zero_point() -> Tensor:
     return torch.tensor(0, dtype=torch.int32)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _product(geometry: Geometry, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    return geometry.float_product(x, rows.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -125,44 +127,58 @@ class ClippedActivation(nn.Module):
         return AffineGrid(self.scale().detach(), _zero_point())
 
 
-class PACTQATLinear(QATLinear):
+class PACTTwin(QATProduct):
     """Activations by PACT, weights by LSQ (Esser et al. 2020) with a learned scale per output channel; 1-bit weights
     are `sign(w)` times the mean magnitude of their channel."""
 
-    def __init__(self, linear: nn.Linear, config: LowBit) -> None:
-        super().__init__(linear)
+    inference: ClassVar[type[LowBitProduct]]
+
+    def __init__(self, layer: Any, config: LowBit) -> None:
+        super().__init__(layer)
         self.config = config
         self.activation = ClippedActivation(config.act_bits)
-        scale = low_bit_weight_scale(linear.weight.detach().float(), config.weight_bits)
+        scale = low_bit_weight_scale(self.rows().detach().float(), config.weight_bits)
         self.weight_scale = None if config.weight_bits == 1 else nn.Parameter(scale)
 
     def effective_weight_scale(self) -> Tensor:
         """float32 `[N]`, as inference uses it."""
         if self.weight_scale is None:
-            return kk.binarize_rows(self.weight)[1].clamp_min(SMALLEST_SCALE)
+            return kk.binarize_rows(self.rows())[1].clamp_min(SMALLEST_SCALE)
         return learned_scale(self.weight_scale)
 
     def rounded_weight(self) -> Tensor:
         """The weight `[N, K]` on its grid, differentiable in the weight and its scale."""
         if self.weight_scale is None:
-            signs, mean = kk.binarize_rows(self.weight)
+            signs, mean = kk.binarize_rows(self.rows())
             return signs * mean[:, None].to(signs.dtype)
         quant_min, quant_max = weight_range(self.config.weight_bits)
-        factor = gradient_factor(self.in_features, quant_max)
+        factor = gradient_factor(self.geometry.row_length, quant_max)
         scale: Tensor = _ScaledGradient.apply(learned_scale(self.weight_scale), factor)
-        return kk.fake_quantize(self.weight, scale, quant_min=quant_min, quant_max=quant_max, axis=0)
+        return kk.fake_quantize(self.rows(), scale, quant_min=quant_min, quant_max=quant_max, axis=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(self.activation(_autocast(x)), self.rounded_weight(), self.bias)
+        return _product(self.geometry, self.activation(_autocast(x)), self.rounded_weight(), self.bias)
 
-    def to_inference(self) -> LowBitLinear:
+    def to_inference(self) -> LowBitProduct:
         scale = self.effective_weight_scale().detach()
-        return LowBitLinear.from_float(
+        return self.inference.from_float(
             self.to_float(), self.config, input_grid=self.activation.grid(), weight_scale=scale
         )
 
 
-class DoReFaQATLinear(QATLinear):
+class PACTQATLinear(PACTTwin, QATLinear):
+    """The twin of `LowBitLinear` for method "pact"."""
+
+    inference = LowBitLinear
+
+
+class PACTQATConv2d(PACTTwin, QATConv2d):
+    """The twin of `LowBitConv2d` for method "pact"."""
+
+    inference = LowBitConv2d
+
+
+class DoReFaTwin(QATProduct):
     """DoReFa-Net (Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth
     Gradients", 2016): `quantize_k(clip(x, 0, 1))` times `2 quantize_k(tanh(w) / (2 max|tanh w|) + 1/2) - 1`.
 
@@ -170,13 +186,15 @@ class DoReFaQATLinear(QATLinear):
     are not quantized.
     """
 
-    def __init__(self, linear: nn.Linear, config: LowBit) -> None:
-        super().__init__(linear)
+    inference: ClassVar[type[LowBitProduct]]
+
+    def __init__(self, layer: Any, config: LowBit) -> None:
+        super().__init__(layer)
         self.config = config
 
     def rounded_weight(self) -> Tensor:
         """The weight `[N, K]` on its grid, float32, differentiable in the weight."""
-        bounded = dorefa_weight(self.weight)
+        bounded = dorefa_weight(self.rows())
         integers, scale = dorefa_weight_integers(bounded.detach(), self.config.weight_bits)
         rounded: Tensor = _Rounded.apply(bounded, kk.dequantize(integers, scale, axis=0))
         return rounded
@@ -187,11 +205,23 @@ class DoReFaQATLinear(QATLinear):
     def forward(self, x: Tensor) -> Tensor:
         x = _autocast(x)
         rounded: Tensor = _Rounded.apply(x.clamp(0, 1), _unsigned(x, self.input_scale(), self.config.act_bits))
-        return _linear(rounded, self.rounded_weight(), self.bias)
+        return _product(self.geometry, rounded, self.rounded_weight(), self.bias)
 
-    def to_inference(self) -> LowBitLinear:
+    def to_inference(self) -> LowBitProduct:
         grid = AffineGrid(self.input_scale(), _zero_point())
-        return LowBitLinear.from_float(self.to_float(), self.config, input_grid=grid)
+        return self.inference.from_float(self.to_float(), self.config, input_grid=grid)
+
+
+class DoReFaQATLinear(DoReFaTwin, QATLinear):
+    """The twin of `LowBitLinear` for method "dorefa"."""
+
+    inference = LowBitLinear
+
+
+class DoReFaQATConv2d(DoReFaTwin, QATConv2d):
+    """The twin of `LowBitConv2d` for method "dorefa"."""
+
+    inference = LowBitConv2d
 
 
 def pact_penalty(model: nn.Module) -> Tensor:

@@ -1,16 +1,16 @@
 """The product of a training twin: forward on the integer kernels that inference will use, backward straight through.
 
-One autograd node a layer. It saves the float input and weight and the weight's integers, and makes the rounded floats
-again in the backward pass: that costs a pass over memory, where a node for each step would cost as much again in calls.
-The weight's gradient takes the memory of the rounded weight, so that a layer needs no more fresh memory than an
-nn.Linear.
+One autograd node a layer, a linear one or a convolution (`kdq.layers.geometry` has what differs). It saves the float
+input and weight and the weight's integers, and makes the rounded floats again in the backward pass: that costs a pass
+over memory, where a node for each step would cost as much again in calls. A linear weight's gradient takes the memory
+of the rounded weight, so that the layer needs no more fresh memory than an nn.Linear.
 
 What bounds a step from below, beside an nn.Linear's: a learned scale of the activations needs the gradient of the
 layer's input, and so one more product in a layer whose input needs none, as the first.
 
 How a side is rounded follows from its bits and its scale (the `learned_scale` of its parameter): 1 bit is the sign (a
 weight's times the mean magnitude of its channel), a learned scale is LSQ's, and without one, 8 bits take their scale
-from each row's `max|x|`.
+from each row's `max|x|`. Of a convolution's input, a row is an image.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 import kdq_kernels as kk
 from kdq.grids import SMALLEST_SCALE, weight_range
+from kdq.layers.geometry import Geometry
 
 
 def gradient_factor(elements: int, quant_max: int) -> float:
@@ -43,7 +44,7 @@ def integer_zero_point(parameter: Tensor, bits: int) -> Tensor:
 
 
 def fake_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int) -> Tensor:
-    """x on the grid of the activations."""
+    """x `[..., K]` on the grid of the activations."""
     if bits == 1:
         return kk.binarize_rows(x)[0]
     if scale is None:
@@ -77,22 +78,26 @@ def kernel_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    geometry: Geometry,
     input_scale: Tensor | None,
     zero_point: Tensor | None,
     weight_scale: Tensor | None,
     input_bits: int,
     weight_bits: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The layer's result, as its inference twin computes it; and where the product is of int8, `weight_integers`."""
+    """The layer's result, as its inference twin computes it; and where the product is of int8, `weight_integers`.
+
+    weight: its rows `[N, K]`.
+    """
     bias = None if bias is None else bias.float()
     if input_bits == 1:
-        return kk.binary_linear(x, kk.pack_signs(weight), kk.binarize_rows(weight)[1], bias), None, None
+        return geometry.binary(x, geometry.sign_bits(weight), kk.binarize_rows(weight)[1], bias), None, None
     integers, scale = weight_integers(weight, weight_scale, weight_bits)
-    packed = kk.pack_int8_weight(integers)
+    packed = kk.pack_int8_weight(geometry.kernel_order(integers))
     if input_scale is None or zero_point is None:
-        return kk.int8_linear(x, packed, scale, bias), integers, scale
+        return geometry.int8(x, packed, scale, bias), integers, scale
     grid: Any = {"input_scale": input_scale, "input_zero_point": zero_point, "input_quant_max": 2**input_bits - 1}
-    return kk.int8_linear(x, packed, scale, bias, **grid), integers, scale
+    return geometry.int8(x, packed, scale, bias, **grid), integers, scale
 
 
 def input_backward_(
@@ -131,13 +136,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, weight, bias, input_parameter, zero_point, weight_parameter, ctx.input_bits, ctx.weight_bits = args
+        x, weight, bias, input_parameter, zero_point, weight_parameter, geometry, ctx.input_bits, ctx.weight_bits = args
+        ctx.geometry = geometry
         ctx.bias_dtype = None if bias is None else bias.dtype
         input_scale = None if input_parameter is None else learned_scale(input_parameter)
         integer = None if zero_point is None else integer_zero_point(zero_point, ctx.input_bits)
         weight_scale = None if weight_parameter is None else learned_scale(weight_parameter)
         y, integers, scale = kernel_product(
-            x, weight, bias, input_scale, integer, weight_scale, ctx.input_bits, ctx.weight_bits
+            x, weight.flatten(1), bias, geometry, input_scale, integer, weight_scale, ctx.input_bits, ctx.weight_bits
         )
         ctx.save_for_backward(x, weight, integers, scale, input_parameter, weight_parameter, input_scale, integer)
         return y
@@ -149,31 +155,36 @@ class _Product(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_input_scale, needs_zero_point, needs_weight_scale, *_ = (
             ctx.needs_input_grad
         )
-        rows, (outputs, features) = math.prod(x.shape[:-1]), weight.shape
-        grad = grads[0].reshape(rows, outputs)
+        geometry, weight_rows = ctx.geometry, weight.flatten(1)
+        grad = geometry.dense(grads[0])
         rounded: Tensor | None = None
         grad_x = grad_input_scale = grad_zero_point = grad_weight = grad_weight_scale = None
         if needs_x or needs_input_scale or needs_zero_point:
             # Where there are integers, a quarter of the bytes of the float weight are read.
-            rounded = fake_weight(weight, None, 1) if integers is None else kk.dequantize(integers, scale, axis=0)
+            rounded = fake_weight(weight_rows, None, 1) if integers is None else kk.dequantize(integers, scale, axis=0)
             rounded = rounded.to(grad.dtype)
-            grad_x = (grad @ rounded).view(x.shape)
-            grad_input_scale, grad_zero_point = input_backward_(grad_x, x, input_scale, zero_point, ctx.input_bits)
+            grad_rows = geometry.as_rows(geometry.input_gradient(grad, rounded, x), x)
+            grad_input_scale, grad_zero_point = input_backward_(
+                grad_rows, geometry.as_rows(x, x), input_scale, zero_point, ctx.input_bits
+            )
+            grad_x = geometry.from_rows(grad_rows, x)
             through_magnitude_(grad_input_scale, input_parameter)
         if needs_weight or needs_weight_scale:
-            inputs = fake_input(x, input_scale, zero_point, ctx.input_bits).reshape(rows, features)
-            grad_weight = torch.mm(grad.t(), inputs, out=rounded).to(weight.dtype)
+            inputs = fake_input(geometry.as_rows(x, x), input_scale, zero_point, ctx.input_bits)
+            grad_weight = geometry.weight_gradient(grad, geometry.from_rows(inputs, x), rounded).to(weight.dtype)
             learned = None if weight_parameter is None else scale
-            grad_weight_scale = weight_backward_(grad_weight, weight, learned, ctx.weight_bits)
+            grad_weight_scale = weight_backward_(grad_weight, weight_rows, learned, ctx.weight_bits)
+            grad_weight = grad_weight.view(weight.shape)
             through_magnitude_(grad_weight_scale, weight_parameter)
-        grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, grad_input_scale, grad_zero_point, grad_weight_scale, None, None
+        grad_bias = geometry.bias_gradient(grad).to(ctx.bias_dtype) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, grad_input_scale, grad_zero_point, grad_weight_scale, None, None, None
 
 
 def quantized_product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    geometry: Geometry,
     *,
     input_bits: int,
     weight_bits: int,
@@ -181,7 +192,8 @@ def quantized_product(
     zero_point: Tensor | None = None,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """x `[..., K]` times weight `[N, K]`, both rounded -> `[..., N]`, in the dtype of x (under autocast in its dtype).
+    """The layer of x and weight, in their shapes by the geometry, both rounded; in the dtype of x (under autocast in
+    its dtype).
 
     Args:
         input_scale, zero_point: 0-d parameters of the activations' grid (LSQ+, Bhalgat et al. 2020), or both None.
@@ -190,9 +202,13 @@ def quantized_product(
     Differentiable once: a gradient of the gradient (`create_graph=True`) raises.
 
     Raises:
-        ValueError: an 8-bit weight or a learned scale is NaN or infinite, as after a step that diverged.
+        ValueError: an 8-bit weight or a learned scale is NaN or infinite, as after a step that diverged; or x has
+            another shape.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y: Tensor = _Product.apply(x, weight, bias, input_scale, zero_point, weight_scale, input_bits, weight_bits)
-    return y
+    batched = geometry.batched(x)
+    y: Tensor = _Product.apply(
+        batched, weight, bias, input_scale, zero_point, weight_scale, geometry, input_bits, weight_bits
+    )
+    return y if batched.dim() == x.dim() else y.squeeze(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.calibrate import run_batches
-from kdq.layers.base import InferenceLinear
+from kdq.layers.base import InferenceConv2d, InferenceProduct
 from kdq.observe import find_layer
 from kdq.ptq.tool_report import ToolReport
 
@@ -23,7 +23,7 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
     the reference and one for each layer. Batches are kept in memory meanwhile.
 
     Args:
-        quantized: after `quantize_` or `convert_`; all its InferenceLinear layers are corrected.
+        quantized: after `quantize_` or `convert_`; all its linear layers and convolutions on kernels are corrected.
         reference: the float model with layers of the same names and shapes, as it was right before it was quantized:
             after `fold_batch_norm_`, `equalize_` and `smooth_`, which change what its layers put out. That a batch norm
             was folded shows and is checked; of the other two nothing can be seen.
@@ -37,7 +37,7 @@ def correct_bias_(quantized: nn.Module, reference: nn.Module, loader: Iterable[A
         ValueError: the loader is empty, the reference lacks a layer, its output has another shape, it has a batch norm
             that was folded in quantized, or a layer's mean is not finite. All biases are then as they were.
     """
-    layers: dict[str, Any] = {n: m for n, m in quantized.named_modules() if isinstance(m, InferenceLinear)}
+    layers: dict[str, Any] = {n: m for n, m in quantized.named_modules() if isinstance(m, InferenceProduct)}
     twins = {name: find_layer(reference, name, "reference") for name in layers}
     _check_folded(quantized, reference)
     batches = list(loader)
@@ -76,15 +76,17 @@ def _check_folded(quantized: nn.Module, reference: nn.Module) -> None:
 
 
 def _mean_outputs(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Any]) -> dict[str, Tensor]:
-    """float64 `[channels]`: the mean of each output channel over all rows, before a fused activation; layers in the
-    order of their first call."""
+    """float64 `[channels]`: the mean of each output channel over all rows, or images and positions, before a fused
+    activation; layers in the order of their first call."""
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if isinstance(module, InferenceLinear) and module.activation is not None:
-                output = module.kernel(args[0], None)
+            if isinstance(module, InferenceProduct) and module.activation is not None:
+                output = module.kernel(module.geometry.batched(args[0]), None)
+            if isinstance(module, nn.Conv2d | InferenceConv2d):
+                output = output.movedim(-3, -1)
             flat = output.detach().reshape(-1, output.shape[-1]).double()
             sums[name] = sums.get(name, 0) + flat.sum(0)
             rows[name] = rows.get(name, 0) + len(flat)

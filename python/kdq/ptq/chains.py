@@ -41,6 +41,11 @@ def chains(model: nn.Module) -> Iterator[list[Named]]:
             yield list(flat(module, name))
 
 
+def convolutions(model: nn.Module) -> list[Named]:
+    """For the reports of tools for linear layers."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+
 def used_twice(model: nn.Module) -> set[int]:
     """The ids of modules that have several names, or share a parameter with another: rewriting one changes both."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdq.observe import find_layer
-from kdq.ptq.chains import Rewrites, chains, names_of, used_twice, why_not_float
+from kdq.ptq.chains import Rewrites, chains, convolutions, names_of, used_twice, why_not_float
 from kdq.ptq.tool_report import ToolReport
 
 # f(s x) = s f(x) for s > 0: a channel's factor passes through.
@@ -70,6 +70,7 @@ def _factor(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _found(model: nn.Module, twice: set[int], left: dict[str, str]) -> Iterator[tuple[str, str]]:
+    left |= {name: "a convolution: only linear layers are equalized" for name, _ in convolutions(model)}
     for chain in chains(model):
         visible = [(name, module) for name, module in chain if type(module) not in HOMOGENEOUS]
         for (first, a), (second, b) in pairwise(visible):

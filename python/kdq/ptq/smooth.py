@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.calibrate import run_batches
-from kdq.ptq.chains import Rewrites, chains, names_of, used_twice, why_not_float
+from kdq.ptq.chains import Rewrites, chains, convolutions, names_of, used_twice, why_not_float
 from kdq.ptq.equalize import HOMOGENEOUS
 from kdq.ptq.tool_report import ToolReport
 
@@ -115,6 +115,7 @@ def _producers(model: nn.Module) -> tuple[dict[str, Producer], dict[str, str]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in found and name not in left:
             left[name] = "what feeds it is not known: it is not in a plain nn.Sequential or nn.TransformerEncoderLayer"
+    left |= {name: "a convolution: only linear layers are smoothed" for name, _ in convolutions(model)}
     return found, left
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kdq.layers.qat import BinaryQATLinear
+from kdq.layers.qat import BinaryTwin
 
 
 @torch.no_grad()
@@ -16,5 +16,5 @@ def clip_weights_(model: nn.Module) -> None:
     (Courbariaux et al., "BinaryConnect", 2015).
     """
     for module in model.modules():
-        if isinstance(module, BinaryQATLinear):
+        if isinstance(module, BinaryTwin):
             module.weight.clamp_(-1, 1)

@@ -46,7 +46,7 @@ class BuiltLayers:
         self.base: Config | None = None
         self.layers: Mapping[str, nn.Linear] = quantizable_layers(model)
         if not self.layers:
-            raise ValueError("student: it has no layer that quantize_ would replace (see its report for the reasons)")
+            raise ValueError("student: it has no linear layer that quantize_ would replace (its report says why)")
         self.observers: dict[str, ObserverState] = observe_inputs(model, self.layers, batches, DEFAULT_OBSERVER)
         self.built: dict[tuple[int, Config], InferenceLayer] = {}
 
