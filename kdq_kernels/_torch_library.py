@@ -214,12 +214,12 @@ def _(grad: Tensor, x: Tensor, scaled: bool) -> None:
 
 
 @fake("pack_int8_weight")
-def _(w: Tensor) -> Tensor:
+def _(w: Tensor, bits: int = 8) -> Tensor:
     if w.device.type == "cuda":  # the CUDA kernels read row-major int8
         return w.new_empty(w.shape)
     n, k = w.shape
     if isinstance(n, int) and isinstance(k, int):
-        row_bytes: Any = -(-_C.int8_packed_bytes(n, k) // n) if n else k
+        row_bytes: Any = -(-_C.int8_packed_bytes(n, k, bits) // n) if n else k
     else:
         row_bytes = torch.library.get_ctx().new_dynamic_size()
     return w.new_empty((n, row_bytes), dtype=torch.uint8)

@@ -144,9 +144,13 @@ def binarize_rows(x: Floats) -> tuple[Floats, NDArray[np.float32]]:
     return _C.binarize_rows(x)
 
 
-def pack_int8_weight(w: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """w int8 `[N, K]` -> an opaque blob, uint8 `[N, ...]`, for this machine's kernels. Store w, not the blob."""
-    return _C.pack_int8_weight(w)
+def pack_int8_weight(w: NDArray[np.int8], bits: int = 8) -> NDArray[np.uint8]:
+    """w int8 `[N, K]` -> an opaque blob, uint8 `[N, ...]`, for this machine's kernels. Store w, not the blob.
+
+    With `bits` 4 or 2, values from `-2**(bits - 1)` to `2**(bits - 1) - 1` take that many bits, for `int8_linear` and
+    `int8_conv2d` alone.
+    """
+    return _C.pack_int8_weight(w, bits)
 
 
 def unpack_int8_weight(packed: NDArray[np.uint8]) -> NDArray[np.int8]:

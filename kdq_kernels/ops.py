@@ -145,13 +145,18 @@ def binarize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return _ops.binarize_rows(x)
 
 
-def pack_int8_weight(w: Tensor) -> Tensor:
+def pack_int8_weight(w: Tensor, bits: int = 8) -> Tensor:
     """w int8 `[N, K]` -> an opaque blob, uint8 `[N, ...]`, in the order that this machine's kernels read.
 
+    With `bits` 4 or 2, values from `-2**(bits - 1)` to `2**(bits - 1) - 1` take that many bits in memory, which with
+    few rows of x is what takes the time; `int8_linear` and `int8_conv2d` give the same results as from 8 bits, and the
+    others refuse them.
+
     Not for storage: keep w and pack again after loading, after `set_isa`, or on another device. On a GPU the kernels
-    read row-major weights, and the result is a copy of w; what was packed on the CPU is refused there, and vice versa.
+    read row-major int8, and the result is a copy of w whatever the bits; what was packed on the CPU is refused there,
+    and vice versa.
     """
-    return _ops.pack_int8_weight(w)
+    return _ops.pack_int8_weight(w, bits)
 
 
 def unpack_int8_weight(packed: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ namespace kdq::bindings {
 
 // A packed weight is a uint8 array [n, ceil(bytes / n)], so that shape inference knows n without reading the blob. With
 // no channels there is nothing to pack: it is [0, k].
-inline Status packed_tensor_sizes(int64_t n, int64_t k, Sizes* sizes) {
+inline Status packed_tensor_sizes(int64_t n, int64_t k, int bits, Sizes* sizes) {
   size_t bytes = 0;
-  Status status = int8_packed_bytes(n, k, &bytes);
+  Status status = int8_packed_bytes(n, k, &bytes, bits);
   if (status.ok()) *sizes = {n, n == 0 ? k : (static_cast<int64_t>(bytes) + n - 1) / n};
   return status;
 }

@@ -211,12 +211,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("binarize_rows", &binarize_rows_array, x);
   m.def(
       "int8_packed_bytes",
-      [](int64_t n, int64_t k) {
+      [](int64_t n, int64_t k, int bits) {
         size_t bytes = 0;
-        check(int8_packed_bytes(n, k, &bytes));
+        check(int8_packed_bytes(n, k, &bytes, bits));
         return bytes;
       },
-      py::arg("n"), py::arg("k"));
+      py::arg("n"), py::arg("k"), py::arg("bits"));
 }
 
 }  // namespace kdq::bindings

@@ -14,18 +14,18 @@ namespace {
 using OptionalArray = std::optional<py::array>;
 using OptionalInt = std::optional<int64_t>;
 
-py::array pack_int8_weight_array(const py::array& w_in) {
+py::array pack_int8_weight_array(const py::array& w_in, int bits) {
   const py::array w = expect<int8_t>("w", w_in, 2);
   const int64_t n = w.shape(0);
   const int64_t k = w.shape(1);
   Sizes sizes;
-  check(packed_tensor_sizes(n, k, &sizes));
+  check(packed_tensor_sizes(n, k, bits, &sizes));
   py::array packed = empty(py::dtype::of<uint8_t>(), sizes);
   if (n == 0) return packed;
   void* packed_data = packed.mutable_data();
   const size_t packed_bytes = static_cast<size_t>(packed.nbytes());
   run([&, w_data = const_data<int8_t>(w)] {
-    return pack_int8_weight(w_data, n, k, packed_data, packed_bytes, default_executor());
+    return pack_int8_weight(w_data, n, k, packed_data, packed_bytes, default_executor(), bits);
   });
   return packed;
 }
@@ -59,7 +59,7 @@ py::array unpack_int8_weight_array(const py::array& packed) {
 
 py::array int8_matmul_array(const py::array& a_in, const py::array& b) {
   const py::array a = expect<int8_t>("a", a_in, 2);
-  const Packed p = parse_packed("b", has_dtype<int8_t>(b) ? pack_int8_weight_array(b) : b);
+  const Packed p = parse_packed("b", has_dtype<int8_t>(b) ? pack_int8_weight_array(b, 8) : b);
   const int64_t m = a.shape(0);
   const int64_t k = a.shape(1);
   check(check_same_k("a", k, p.shape));
@@ -149,7 +149,7 @@ void bind_int8(py::module_& m) {
   const py::arg input_zero_point("input_zero_point");
   const py::arg input_quant_max("input_quant_max");
   const py::arg activation("activation");
-  m.def("pack_int8_weight", &pack_int8_weight_array, py::arg("w"));
+  m.def("pack_int8_weight", &pack_int8_weight_array, py::arg("w"), py::arg("bits"));
   m.def("unpack_int8_weight", &unpack_int8_weight_array, packed);
   m.def("int8_matmul", &int8_matmul_array, py::arg("a"), py::arg("b"));
   m.def("int8_linear", &int8_linear_array, x, packed, weight_scale, bias, input_scale, input_zero_point,

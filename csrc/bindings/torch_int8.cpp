@@ -10,13 +10,13 @@ class Int8OnCpu : public Cpu {
  public:
   using Cpu::Cpu;
 
-  Tensor pack(const Tensor& w) const {
+  Tensor pack(const Tensor& w, int bits = 8) const {
     Sizes sizes;
-    check(packed_tensor_sizes(w.size(0), w.size(1), &sizes));
+    check(packed_tensor_sizes(w.size(0), w.size(1), bits, &sizes));
     const Tensor packed = empty(*this, sizes, ScalarType::Byte);
     if (w.size(0) > 0) {
       check(pack_int8_weight(data<int8_t>(w), w.size(0), w.size(1), packed.mutable_data_ptr(),
-                             static_cast<size_t>(packed.numel()), torch_executor()));
+                             static_cast<size_t>(packed.numel()), torch_executor(), bits));
     }
     return packed;
   }

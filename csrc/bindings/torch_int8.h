@@ -1,6 +1,6 @@
 // torch.ops.kdq: the int8 family. What a packed weight is depends on the device, so that the class on which operators
 // are templates has these members too:
-//   pack(w), unpack(packed)
+//   pack(w, bits), unpack(packed)
 //   open(name, packed), and open_factor(name, b) for a weight that may also be plain int8
 //   static_input(scale, zero_point, quant_max, &call): takes the numbers of static activations
 //   multiply(a, packed, out), linear(call), weight_only(call)
@@ -80,9 +80,10 @@ Tensor linear_layer(const On& on, const Tensor& x_in, const Tensor& packed, cons
 }
 
 template <class On>
-Tensor pack_int8_weight_op(const Tensor& w_in) {
+Tensor pack_int8_weight_op(const Tensor& w_in, int64_t bits) {
   const On on("w", w_in);
-  return on.pack(expect(on, "w", w_in, ScalarType::Char, 2));
+  if (bits != 8 && bits != 4 && bits != 2) invalid("bits: expected 8, 4 or 2, got " + std::to_string(bits));
+  return on.pack(expect(on, "w", w_in, ScalarType::Char, 2), static_cast<int>(bits));
 }
 
 template <class On>

@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(kdq, m) {
   m.def("binarize_rows_backward(Tensor? grad_signs, Tensor? grad_mean, Tensor x) -> Tensor");
   m.def("binarize_rows_backward_(Tensor(a!) grad, Tensor x, bool scaled) -> ()");
 
-  m.def("pack_int8_weight(Tensor w) -> Tensor");
+  m.def("pack_int8_weight(Tensor w, int bits=8) -> Tensor");
   m.def("unpack_int8_weight(Tensor packed) -> Tensor");
   m.def("int8_matmul(Tensor a, Tensor b) -> Tensor");
   m.def(

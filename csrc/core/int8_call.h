@@ -64,6 +64,13 @@ struct Int8Call {
     return status.ok() ? open_packed(kernels->size, packed, packed_bytes, &weight) : status;
   }
 
+  // For products that have no scale of rows to make up for the size of few-bit weights, or float rows.
+  Status check_eight_bits(const char* name) const {
+    if (weight.bits == 8) return {};
+    return Status::invalid(std::string(name) + ": holds weights of " + std::to_string(weight.bits) +
+                           " bits, which int8_linear and int8_conv2d alone take; expected 8");
+  }
+
   void set_input(const void* rows, int64_t count, int64_t length, size_t element_bytes) {
     x = static_cast<const char*>(rows);
     m = count;
@@ -142,29 +149,15 @@ struct Int8Call {
   }
 };
 
-// mr: rows of a full tile. element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
-// prepare(first, count, PreparedRows): rows of the product from `first` on.
+// tile: of `panels` panels at once, or of one where there are fewer left.
 template <class Prepare>
-Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once)(int, int),
-                void (*tile)(const Int8TileCall&), const ParallelFor& parallel_for, Prepare&& prepare) {
-  const Int8Tile& size = call.kernels->size;
-  const PackedWeight& weight = call.weight;
-  const int64_t m = call.m;
-  const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
-  call.mr = mr;
-  call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
-  ProductShape shape;
-  shape.m = m;
-  shape.row_bytes = weight.units * size.ku * element_bytes;
-  shape.mr = mr;
-  shape.groups = (weight.panels + panels - 1) / panels;
-  shape.row_work = panels * weight.panel_channels * weight.k;
-  shape.grain = call.grain();
-  return run_product(shape, parallel_for, prepare, [&](int64_t group) {
+Status run_panels(Int8Call& call, const ProductShape& shape, int panels, Int8TileFunction tile,
+                  const ParallelFor& parallel_for, Prepare&& prepare) {
+  return run_product(shape, parallel_for, prepare, [&, panels, tile](int64_t group) {
     const int64_t panel = group * panels;
-    const bool together = panel + panels <= weight.panels;
-    const int64_t end = together ? panel + 1 : weight.panels;
-    return [&, panel, end, of_group = call.tile(panel, together ? panels : 1)](const RowTile& rows) mutable {
+    const bool together = panel + panels <= call.weight.panels;
+    const int64_t end = together ? panel + 1 : call.weight.panels;
+    return [&, tile, panel, end, of_group = call.tile(panel, together ? panels : 1)](const RowTile& rows) mutable {
       call.set_rows(rows, panel, &of_group);
       tile(of_group);
       for (int64_t p = panel + 1; p < end; ++p) {
@@ -174,6 +167,58 @@ Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once
       }
     };
   });
+}
+
+// Of weights of fewer than 8 bits: each panel is expanded once for a block of rows.
+template <class Prepare>
+Status run_expanded(Int8Call& call, ProductShape shape, const ParallelFor& parallel_for, Prepare&& prepare) {
+  const PackedWeight& weight = call.weight;
+  shape.panel_bytes = weight.panel_bytes * (8 / weight.bits);
+  return run_product(shape, parallel_for, prepare, [&](int64_t panel) {
+    return [&, panel, of_panel = call.tile(panel, 1)](const RowTile& rows) mutable {
+      call.set_rows(rows, panel, &of_panel);
+      int8_t* expanded = reinterpret_cast<int8_t*>(rows.panel);
+      if (rows.tile_in_group == 0) {
+        const int8_t* packed = weight.panel + panel * weight.panel_bytes;
+        call.kernels->expand_panel(packed, weight.panel_bytes, of_panel.panels.step, weight.bits, expanded);
+      }
+      of_panel.panels.first = expanded;
+      call.kernels->tile(of_panel);
+    };
+  });
+}
+
+// mr: rows of a full tile. element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
+// prepare(first, count, PreparedRows): rows of the product from `first` on.
+template <class Prepare>
+Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once)(int, int), Int8TileFunction tile,
+                const ParallelFor& parallel_for, Prepare&& prepare) {
+  const Int8Tile& size = call.kernels->size;
+  const PackedWeight& weight = call.weight;
+  const int64_t m = call.m;
+  const bool few_bits = weight.bits < 8;
+  const auto few_bit_tile = weight.bits == 4 ? call.kernels->four_bit_tile : call.kernels->two_bit_tile;
+  const bool expands = few_bits && few_bit_tile == nullptr;
+  const int panels = m > size.mr || expands ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
+  if (few_bits) mr = size.mr;
+  call.mr = mr;
+  call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
+  ProductShape shape;
+  shape.m = m;
+  shape.row_bytes = weight.units * size.ku * element_bytes;
+  shape.mr = mr;
+  shape.groups = (weight.panels + panels - 1) / panels;
+  shape.row_work = panels * weight.panel_channels * weight.k;
+  shape.grain = call.grain();
+  if (!few_bits) return run_panels(call, shape, panels, tile, parallel_for, prepare);
+
+  const float factor = 1.0F / static_cast<float>(1 << (8 - weight.bits));  // see packed_weight.h
+  const auto prepare_scaled = [&](int64_t first, int count, const PreparedRows& to) {
+    prepare(first, count, to);
+    for (int r = 0; r < count; ++r) to.scales[r] *= factor;
+  };
+  if (expands) return run_expanded(call, shape, parallel_for, prepare_scaled);
+  return run_panels(call, shape, panels, few_bit_tile, parallel_for, prepare_scaled);
 }
 
 }  // namespace kdq

@@ -80,6 +80,7 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
                    const ParallelFor& parallel_for) {
   Int8Call call;
   Status status = call.open(packed, packed_bytes);
+  if (status.ok()) status = call.check_eight_bits("b");
   if (status.ok()) status = check_m(m);
   if (status.ok()) status = check_k("a", k, call.weight.k, kInt8MaxK);
   if (!status.ok()) return status;
@@ -120,6 +121,7 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
 Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
   Int8Call call;
   Status status = call.open(args.packed, args.packed_bytes);
+  if (status.ok()) status = call.check_eight_bits("packed");
   if (status.ok()) status = check_linear(args, call.weight, kInt8MaxK);
   if (!status.ok()) return status;
   const Int8Kernels& kernels = *call.kernels;

@@ -94,6 +94,8 @@ struct Int8RowsCall {
   float* scales;
 };
 
+using Int8TileFunction = void (*)(const Int8TileCall& call);
+
 struct Int8Kernels {
   Int8Tile size;
   int64_t ahead_step;  // bytes that `tile` asks for at a step along k, 0 if it does not
@@ -108,8 +110,13 @@ struct Int8Kernels {
   // The scales of prepare_dynamic alone: NaN or inf where a row has such values.
   void (*row_scales[3])(const void* x, int rows, int64_t k, float* scales);
 
-  void (*tile)(const Int8TileCall& call);
-  void (*weight_only_tile)(const Int8TileCall& call);  // rows of float32; no int32 result
+  Int8TileFunction tile;
+  // Of weights of 4 and of 2 bits, rows up to size.mr; or nullptr, and panels are expanded for `tile` first.
+  Int8TileFunction four_bit_tile;
+  Int8TileFunction two_bit_tile;
+  // A panel of so many bytes of weights of 4 or 2 bits, `step` to 8 / bits units -> one of 8 bits, times 2^(8 - bits).
+  void (*expand_panel)(const int8_t* panel, int64_t bytes, int64_t step, int bits, int8_t* to);
+  Int8TileFunction weight_only_tile;  // rows of float32; no int32 result
 };
 
 // The weight-only product of bfloat16 rows on a CPU that multiplies bfloat16 natively, twice as fast as float32. int8
@@ -139,6 +146,9 @@ constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
       {L::template widen<float>, L::template widen<BFloat16>, L::template widen<Float16>},
       {L::template row_scales<float>, L::template row_scales<BFloat16>, L::template row_scales<Float16>},
       L::tile,
+      L::template few_bit_tile<4>(),
+      L::template few_bit_tile<2>(),
+      L::expand_panel,
       L::weight_only_tile,
   };
 }

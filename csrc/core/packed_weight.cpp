@@ -47,21 +47,24 @@ const Int8Bf16Kernels* int8_bf16_kernels([[maybe_unused]] const Int8Kernels& ker
   return nullptr;
 }
 
-Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHeader* header) {
+Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, int bits, PackedHeader* header) {
   constexpr int64_t kLargest = int64_t{1} << 40;
   if (n < 0 || k < 0 || n > kLargest || k > kLargest) {
     return Status::invalid("n, k: expected sizes from 0 to 2^40, got " + std::to_string(n) + " and " +
                            std::to_string(k));
   }
+  if (bits != 8 && bits != 4 && bits != 2) {
+    return Status::invalid("bits: expected 8, 4 or 2, got " + std::to_string(bits));
+  }
   const int64_t padded_n = round_up(n, n < tile.nr ? tile.lanes : tile.nr);
   int64_t bytes = 0;
-  if (__builtin_mul_overflow(padded_n, round_up(k, tile.ku), &bytes)) {
+  if (__builtin_mul_overflow(padded_n, round_up(k, tile.ku * (8 / bits)) / (8 / bits), &bytes)) {
     return Status::invalid("n, k: " + std::to_string(n) + " x " + std::to_string(k) + " weights do not fit 64 bits");
   }
   *header = {};
   std::memcpy(header->magic, kMagic, sizeof(kMagic));
   header->version = kVersion;
-  header->bits = 8;
+  header->bits = static_cast<uint32_t>(bits);
   header->nr = static_cast<uint32_t>(tile.nr);
   header->ku = static_cast<uint32_t>(tile.ku);
   header->lanes = static_cast<uint32_t>(tile.lanes);
@@ -79,8 +82,10 @@ PackedWeight locate_packed(const PackedHeader& header, const void* data) {
   weight.k = header.k;
   weight.panels = (header.n + header.nr - 1) / header.nr;
   weight.panel_channels = header.n < header.nr ? round_up(header.n, header.lanes) : header.nr;
-  weight.units = (header.k + header.ku - 1) / header.ku;
-  weight.panel_bytes = weight.units * header.ku * weight.panel_channels;
+  weight.bits = static_cast<int>(header.bits);
+  const int64_t shares = 8 / weight.bits;
+  weight.units = round_up(header.k, header.ku * shares) / header.ku;
+  weight.panel_bytes = weight.units / shares * header.ku * weight.panel_channels;
   weight.column_sum = reinterpret_cast<const int32_t*>(base);
   weight.panel = reinterpret_cast<const int8_t*>(base + column_sum_bytes(weight.panels * weight.panel_channels));
   return weight;
@@ -96,10 +101,9 @@ Status open_packed(const Int8Tile& tile, const void* data, size_t bytes, PackedW
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) {
     return Status::invalid("packed: this is not a packed weight; make one with pack_int8_weight()");
   }
-  if (header.version != kVersion || header.bits != 8) {
-    return Status::invalid("packed: layout version " + std::to_string(header.version) + " with " +
-                           std::to_string(header.bits) + " bits, expected version " + std::to_string(kVersion) +
-                           " with 8; pack the weight again");
+  if (header.version != kVersion) {
+    return Status::invalid("packed: layout version " + std::to_string(header.version) + ", expected version " +
+                           std::to_string(kVersion) + "; pack the weight again");
   }
   if (header.nr != static_cast<uint32_t>(tile.nr) || header.ku != static_cast<uint32_t>(tile.ku)) {
     return Status::invalid("packed: packed for panels of " + tile_name(header.nr, header.ku) +
@@ -108,7 +112,7 @@ Status open_packed(const Int8Tile& tile, const void* data, size_t bytes, PackedW
                            "; pack the weight again on this machine");
   }
   PackedHeader expected;
-  Status status = make_packed_header(tile, header.n, header.k, &expected);
+  Status status = make_packed_header(tile, header.n, header.k, static_cast<int>(header.bits), &expected);
   if (!status.ok() || std::memcmp(&expected, &header, sizeof(header)) != 0) {
     return Status::invalid("packed: the header is corrupt; pack the weight again");
   }

@@ -4,6 +4,11 @@
 //   column sums: int32 [ceil(n / channels) * channels], padded to a multiple of 64 bytes
 //   panels:      int8 [ceil(n / channels)][ceil(k / ku)][channels][ku], padded with zeros
 //
+// Of weights of 4 or 2 bits, 2 or 4 units share bytes: the panels are [ceil(n / channels)][ceil(k / (ku * shares))]
+// [channels][ku] bytes, of which unit i of each `shares` has the bits from i * bits on, in two's complement. Kernels
+// take a value out into the upper bits of a byte, which is 2^(8 - bits) times the value, and column sums are as large;
+// the scales of rows make up for it, exactly.
+//
 // nr and ku are the register tile of the ISA that packed it: a kernel reads nr output channels side by side, and of
 // each of them ku consecutive values of k, what one dot-product instruction sums. Only the same tile can read a blob.
 // lanes are the channels of one vector: a weight narrower than a panel has one of no more vectors than it needs, as it
@@ -40,12 +45,14 @@ struct PackedWeight {
   int64_t panel_channels = 0;
   int64_t units = 0;  // steps along k
   int64_t panel_bytes = 0;
+  int bits = 8;
   const int32_t* column_sum = nullptr;
   const int8_t* panel = nullptr;
 };
 
-// The header of an [n, k] weight for a tile; fails when n or k is negative or the size does not fit.
-Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, PackedHeader* header);
+// The header of an [n, k] weight for a tile; fails when n or k is negative or the size does not fit, or bits are others
+// than 8, 4 and 2.
+Status make_packed_header(const Int8Tile& tile, int64_t n, int64_t k, int bits, PackedHeader* header);
 
 // Where the parts of a blob lie. data need not be complete for this.
 PackedWeight locate_packed(const PackedHeader& header, const void* data);

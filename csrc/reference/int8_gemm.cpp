@@ -92,6 +92,22 @@ struct Loops {
     }
   }
 
+  template <int kBits>
+  static constexpr Int8TileFunction few_bit_tile() {
+    return nullptr;
+  }
+
+  static void expand_panel(const int8_t* panel, int64_t bytes, int64_t step, int bits, int8_t* to) {
+    for (int64_t group = 0; group < bytes; group += step) {
+      for (int shift = 8 - bits; shift >= 0; shift -= bits, to += step) {
+        for (int64_t i = 0; i < step; ++i) {
+          const unsigned upper = static_cast<unsigned>(panel[group + i]) << shift & 0xFFU & (0xFFU << (8 - bits));
+          to[i] = static_cast<int8_t>(upper);
+        }
+      }
+    }
+  }
+
   static void weight_only_tile(const Int8TileCall& call) {
     const float* a = static_cast<const float*>(call.rows);
     float sum = 0.0F;

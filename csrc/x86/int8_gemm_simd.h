@@ -119,6 +119,27 @@ struct Loops {
 
   // ---- tile ----
 
+  // step(u, panel) along K, kShares units at a time, asking for what is read next and for the output's lines.
+  template <int kShares, int kRows, int kVectors, class Step>
+  static inline __attribute__((always_inline)) void for_each_step(const Int8TileCall& call, Step step) {
+    const int8_t* panel = call.panels.first;
+    const char* ahead = call.ahead;
+    int64_t u = 0;
+    const int64_t last_steps = call.out.place == Place::kNear ? 0 : kOutputSteps;
+    for (int64_t end = call.units > last_steps ? call.units - last_steps : 0;; end = call.units) {
+      for (; u < end; u += kShares, panel += step_bytes<kVectors>(call.panels)) {
+        if constexpr (kRows + 1 >= Dot::kRows) {  // lower tiles do not ask
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kAheadStep; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T1);
+          ahead += call.ahead_step;
+        }
+        step(u, panel);
+      }
+      if (u == call.units) break;
+      prefetch_output(call.out);
+    }
+  }
+
   // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.
   template <int kRows, int kVectors>
   static void tile_of(const Int8TileCall& call) {
@@ -129,36 +150,76 @@ struct Loops {
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::int_zero();
     }
     const char* a = static_cast<const char*>(call.rows);
-    const int8_t* panel = call.panels.first;
-    const char* ahead = call.ahead;
-    int64_t u = 0;
-    const int64_t last_steps = call.out.place == Place::kNear ? 0 : kOutputSteps;
-    for (int64_t end = call.units > last_steps ? call.units - last_steps : 0;; end = call.units) {
-      for (; u < end; ++u, panel += step_bytes<kVectors>(call.panels)) {
-        if constexpr (kRows + 1 >= Dot::kRows) {  // lower tiles do not ask
+    for_each_step<1, kRows, kVectors>(call, [&](int64_t u, const int8_t* panel) __attribute__((always_inline)) {
+      I weights[kVectors];
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < kAheadStep; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T1);
-          ahead += call.ahead_step;
-        }
-        I weights[kVectors];
+      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
+      for (int r = 0; r < kRows; ++r) {
+        int32_t unit = 0;
+        memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
+        const I activations = Vec::int_set(unit);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          int32_t unit = 0;
-          memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
-          const I activations = Vec::int_set(unit);
-#pragma GCC unroll 16
-          for (int v = 0; v < kVectors; ++v) {
-            sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
-            pin(sum[r][v]);
-          }
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
+          pin(sum[r][v]);
         }
       }
-      if (u == call.units) break;
-      prefetch_output(call.out);
-    }
+    });
     finish(sum, call);
+  }
+
+  // As tile_of(), of weights of kBits bits: a vector of panel bytes holds as many units as share them. Each unit's are
+  // shifted to the top of their bytes and the others masked out: 3 instructions for 128 weights of 4 bits, which
+  // hide behind reading half of the bytes.
+  template <int kBits, int kRows, int kVectors>
+  static void few_bit_tile_of(const Int8TileCall& call) {
+    constexpr int kShares = 8 / kBits;
+    I sum[kRows][kVectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kVectors; ++i) sum[i / kVectors][i % kVectors] = Vec::int_zero();
+    const char* a = static_cast<const char*>(call.rows);
+    for_each_step<kShares, kRows, kVectors>(call, [&](int64_t u, const int8_t* panel) __attribute__((always_inline)) {
+      few_bit_step<kBits, 0>(a + u * 4, panel, call, sum);
+    });
+    finish(sum, call);
+  }
+
+  template <int kBits, int kShare, int kRows, int kVectors>
+  static inline __attribute__((always_inline)) void few_bit_step(const char* a, const int8_t* panel,
+                                                                 const Int8TileCall& call, I (&sum)[kRows][kVectors]) {
+    const I upper = Vec::int_set(static_cast<int32_t>((0xFFU << (8 - kBits) & 0xFFU) * 0x01010101U));
+    I activations[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      int32_t unit = 0;
+      memcpy(&unit, a + r * call.row_stride + kShare * 4, sizeof(unit));
+      activations[r] = Vec::int_set(unit);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const I bytes = weights_at(panel, call.panels, v);
+      const I weights = Vec::int_and(upper, Vec::shift_left<8 - kBits*(kShare + 1)>(bytes));
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][v] = Dot::dot(sum[r][v], activations[r], weights);
+        pin(sum[r][v]);
+      }
+    }
+    if constexpr ((kShare + 1) * kBits < 8) few_bit_step<kBits, kShare + 1>(a, panel, call, sum);
+  }
+
+  static void expand_panel(const int8_t* panel, int64_t bytes, int64_t step, int bits, int8_t* to) {
+    bits == 4 ? expand_panel_of<4>(panel, bytes, step, to) : expand_panel_of<2>(panel, bytes, step, to);
+  }
+  template <int kBits>
+  static void expand_panel_of(const int8_t* panel, int64_t bytes, int64_t step, int8_t* to) {
+    const auto* from = reinterpret_cast<const uint8_t*>(panel);
+    for (const uint8_t* end = from + bytes; from < end; from += step) {
+      for (int shift = 8 - kBits; shift >= 0; shift -= kBits, to += step) {
+        for (int64_t i = 0; i < step; ++i) to[i] = static_cast<int8_t>(from[i] << shift & (0xFF << (8 - kBits)));
+      }
+    }
   }
 
   // As a constant where it can be one: general registers are as scarce in these loops as vector registers, and GCC
@@ -236,6 +297,14 @@ struct Loops {
       tile_of<kRows, kVectors>(call);
     }
   };
+  template <int kBits>
+  struct FewBitInstances {
+    static constexpr int at_once(int rows) { return panels_at_once(Dot::kRows, rows); }
+    template <int kRows, int kVectors>
+    static void run(const Int8TileCall& call) {
+      few_bit_tile_of<kBits, kRows, kVectors>(call);
+    }
+  };
   struct FloatInstances {
     static constexpr int at_once(int rows) { return float_panels_at_once(Dot::kRows, rows); }
     template <int kRows, int kVectors>
@@ -269,6 +338,12 @@ struct Loops {
 
   static void tile(const Int8TileCall& call) {
     call.out.rows > Dot::kRows ? choose_many_rows(call) : choose_rows<Int8Instances>(call);
+  }
+  // Where units are bytes; elsewhere weights are widened as they are read.
+  template <int kBits>
+  static constexpr Int8TileFunction few_bit_tile() {
+    if constexpr (sizeof(Prepared) == 1) return &choose_rows<FewBitInstances<kBits>>;
+    return nullptr;
   }
   static void weight_only_tile(const Int8TileCall& call) { choose_rows<FloatInstances>(call); }
 

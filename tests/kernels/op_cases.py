@@ -58,6 +58,7 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("binarize_rows", ops.binarize_rows.default, (x,), {}),
         ("binarize_rows_backward", ops.binarize_rows_backward.default, (x, torch.rand(5), x), {}),
         ("pack_int8_weight", ops.pack_int8_weight.default, (w,), {}),
+        ("pack_int8_weight 4 bits", ops.pack_int8_weight.default, (w.clamp(-8, 7), 4), {}),
         ("unpack_int8_weight", ops.unpack_int8_weight.default, (packed,), {}),
         ("int8_matmul", ops.int8_matmul.default, (int8(4, 70), packed), {}),
         ("int8_matmul plain", ops.int8_matmul.default, (int8(4, 70), w), {}),

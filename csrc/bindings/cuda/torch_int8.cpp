@@ -34,7 +34,8 @@ class Int8OnCuda : public Cuda {
     return result;
   }
 
-  Tensor pack(const Tensor& w) const {
+  // Of any bits: the kernels read int8.
+  Tensor pack(const Tensor& w, int = 8) const {
     if (w.size(1) > kInt8MaxK) {
       invalid("w: K = " + std::to_string(w.size(1)) + " would overflow int32 sums; expected at most " +
               std::to_string(kInt8MaxK));

@@ -20,12 +20,14 @@ constexpr int64_t kInt8MaxK = 131071;
 // 255 * 128 * K must fit int32 (static activations are unsigned).
 constexpr int64_t kInt8StaticMaxK = 65535;
 
-// How many bytes a packed [n, k] weight takes in the layout of the ISA in force.
-KDQ_API Status int8_packed_bytes(int64_t n, int64_t k, size_t* bytes);
+// How many bytes a packed [n, k] weight takes in the layout of the ISA in force. bits: of a value, 8, 4 or 2.
+KDQ_API Status int8_packed_bytes(int64_t n, int64_t k, size_t* bytes, int bits = 8);
 
-// w: int8 [n, k] -> packed, a buffer of at least int8_packed_bytes(n, k). 64-byte alignment helps but is not needed.
+// w: int8 [n, k] -> packed, a buffer of at least int8_packed_bytes(n, k, bits). 64-byte alignment helps but is not
+// needed. With fewer than 8 bits, values are -2^(bits - 1) ... 2^(bits - 1) - 1, and int8_linear and int8_conv2d read
+// that many bits of each from memory, which with few rows is what takes the time; their results are the same.
 KDQ_API Status pack_int8_weight(const int8_t* w, int64_t n, int64_t k, void* packed, size_t packed_bytes,
-                                const ParallelFor& parallel_for);
+                                const ParallelFor& parallel_for, int bits = 8);
 
 // Reads a blob's shape after checking that it is whole and was made for the ISA in force.
 KDQ_API Status int8_packed_shape(const void* packed, size_t packed_bytes, int64_t* n, int64_t* k);

@@ -294,6 +294,7 @@ class PackedInt8(PackedProduct):
 
     computes_activation = True
     input_quant_max = 255
+    packed_bits = 8  # of a weight, as the kernels read it from memory
 
     def __init__(self, geometry: Geometry, bias: bool, config: Any, activation: str | None) -> None:
         super().__init__(geometry, bias, config, activation)
@@ -304,7 +305,7 @@ class PackedInt8(PackedProduct):
         raise NotImplementedError
 
     def pack_weight(self) -> Tensor:
-        return kk.pack_int8_weight(self.geometry.kernel_order(self.int8_weight()))
+        return kk.pack_int8_weight(self.geometry.kernel_order(self.int8_weight()), self.packed_bits)
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         packed = self.packed_weight()

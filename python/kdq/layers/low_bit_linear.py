@@ -45,6 +45,13 @@ def unpack_bits(stream: Tensor, bits: int, k: int) -> Tensor:
     return torch.where(codes >= half, codes - 2 * half, codes).to(torch.int8)
 
 
+def kernel_bits(config: LowBit) -> int:
+    """In how many bits a weight lies in memory for the kernels: the fewest of 2, 4 and 8 that hold its integers. ±1
+    take two, DoReFa's odd ones, `2 s + 1`, one more than s."""
+    held = config.weight_bits + 1 if config.method == "dorefa" else max(config.weight_bits, 2)
+    return next(bits for bits in (2, 4, 8) if bits >= held)
+
+
 class LowBitProduct(PackedInt8):
     """What linear layers and convolutions of few-bit integers share. They occupy their bits on disk and run on the int8
     kernels.
@@ -61,6 +68,7 @@ class LowBitProduct(PackedInt8):
     def __init__(self, geometry: Geometry, bias: bool, config: LowBit, activation: str | None) -> None:
         super().__init__(geometry, bias, config, activation)
         self.input_quant_max = 2**config.act_bits - 1
+        self.packed_bits = kernel_bits(config)
         row_bytes = (geometry.row_length * config.weight_bits + 7) // 8
         self.register_buffer("weight", torch.zeros(geometry.outputs, row_bytes, dtype=torch.uint8))
         self.register_buffer("input_scale", torch.tensor(1.0))
