@@ -12,6 +12,7 @@ from kdq.bench.distillation import distillation_loss_cases
 from kdq.bench.fake_quant import fake_quantize_cases, fake_quantize_out_cases
 from kdq.bench.fake_quant_gradients import fake_quantize_backward_cases, fake_quantize_training_cases
 from kdq.bench.int8 import int8_linear_cases, int8_matmul_cases
+from kdq.bench.low_bit import low_bit_linear_cases
 from kdq.bench.models import model_cases
 from kdq.bench.target import Target
 from kdq.bench.training import training_step_cases
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Callable[[Target], Iterable[Case]]] = {
     "int8_matmul": int8_matmul_cases,
     "int8_linear": int8_linear_cases,
     "int8_weight_only_linear": weight_only_cases,
+    "low_bit_linear": low_bit_linear_cases,
     "codebook_linear": codebook_cases,
     "int8_conv2d": int8_conv2d_cases,
     "binary_matmul": binary_matmul_cases,

@@ -26,7 +26,7 @@ from kdq.bench.case import Case, Contender
 from kdq.bench.compiled import compiled
 from kdq.bench.limits import int8_products, reading
 from kdq.bench.target import Target
-from kdq.configs import Int8Dynamic
+from kdq.configs import Int8Dynamic, Int8Static
 from kdq.quantize import quantize_
 
 TOLERANCE = 0.2  # of the output of a whole model; what each contender really has is in the table
@@ -65,9 +65,46 @@ def mlp(*widths: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def linear_operations(model: nn.Module, rows: int) -> float:
-    """Multiplications and additions in the linear layers: the least that any contender does."""
-    return 2.0 * rows * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+class BasicBlock(nn.Module):
+    """Two convolutions beside a shortcut (He et al. 2016), their batch norms folded into them."""
+
+    def __init__(self, channels: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, outputs, 3, stride, 1), nn.ReLU(), nn.Conv2d(outputs, outputs, 3, 1, 1)
+        )
+        changes = stride > 1 or channels != outputs
+        self.shortcut = nn.Conv2d(channels, outputs, 1, stride) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18() -> nn.Module:
+    blocks: list[nn.Module] = []
+    for channels, outputs, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
+        blocks += [BasicBlock(channels, outputs, stride), BasicBlock(outputs, outputs, 1)]
+    stem = [nn.Conv2d(3, 64, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    model: Any = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+    last: nn.Module = model.to(memory_format=torch.channels_last)
+    return last
+
+
+def operations(model: nn.Module, x: Tensor) -> float:
+    """Multiplications and additions in the linear layers and convolutions: the least that any contender does."""
+    total = 0.0
+
+    def add(module: Any, _: Any, y: Tensor) -> None:
+        nonlocal total
+        results = y.numel() // module.weight.shape[0]  # of each output channel
+        total += 2.0 * module.weight.numel() * results
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return total
 
 
 def model_cases(target: Target) -> Iterator[Case]:
@@ -83,38 +120,45 @@ def model_cases(target: Target) -> Iterator[Case]:
     for batch in (1, 16):
         name = f"encoder of 6 layers, 384 wide, batch {batch} x 128"
         yield model_case(name, deep, torch.randn(batch, 128, 384), target)
+    if not target.gpu:  # where there are no convolutions yet
+        images = torch.randn(1, 3, 224, 224).to(memory_format=torch.channels_last)
+        yield model_case("resnet-18, batch 1 x 224 x 224", resnet18(), images, target)
 
 
 @torch.inference_mode(False)
 def model_case(shape: str, model: nn.Module, x: Tensor, target: Target) -> Case:
     """Quantized on the CPU, then moved."""
     model = model.eval().requires_grad_(False)
-    ours = copy.deepcopy(model)
-    quantize_(ours, Int8Dynamic())
-    ours, model, x = ours.to(target.device), copy.deepcopy(model).to(target.device), x.to(target.device)
+    dynamic, static = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_(dynamic, Int8Dynamic())
+    quantize_(static, Int8Static(), calibration=[x])
+    dynamic, static, model = (m.to(target.device) for m in (dynamic, static, copy.deepcopy(model)))
+    x = x.to(target.device)
     reference = copy.deepcopy(model).double()(x.double())
     contenders = [
-        Contender("kdq Int8Dynamic", partial(ours, x), "ours", TOLERANCE),
+        Contender("kdq Int8Dynamic", partial(dynamic, x), "ours", TOLERANCE),
+        Contender("kdq Int8Static", partial(static, x), "ours", TOLERANCE),
         Contender("torch float32", partial(model, x), "peer", 1e-4),
     ]
     if not target.quick:
         contenders += list(peer_models(model, x, target))
-    weights = linear_operations(model, 1) / 2
-    limits = [int8_products(linear_operations(model, x.numel() // x.shape[-1])), reading(weights)]
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    limits = [int8_products(operations(model, x)), reading(weights)]
     return Case("model", shape, limits, reference, contenders)
 
 
 def peer_models(model: nn.Module, x: Tensor, target: Target) -> Iterator[Contender]:
     half, half_x = copy.deepcopy(model).bfloat16(), x.bfloat16()
     yield Contender("torch bfloat16", partial(half, half_x), "peer", TOLERANCE)
+    linear = not any(isinstance(module, nn.Conv2d) for module in model.modules())  # others leave convolutions
     if target.gpu:
         yield Contender("torch bfloat16, compiled", partial(compiled(copy.deepcopy(half)), half_x), "peer", TOLERANCE)
-    else:
+    elif linear:
         yield Contender("torch quantize_dynamic", partial(torch_dynamic(model), x), "peer", TOLERANCE)
-    if importlib.util.find_spec("torchao"):
+    if linear and importlib.util.find_spec("torchao"):
         yield Contender("torchao int8, compiled", partial(torchao_dynamic(model), x), "peer", TOLERANCE)
     if not target.gpu and all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
-        yield Contender("ONNX Runtime dynamic", onnxruntime_dynamic(model, x), "peer", TOLERANCE)
+        yield from onnxruntime_models(model, x.contiguous(), linear)
 
 
 def torch_dynamic(model: nn.Module) -> nn.Module:
@@ -134,12 +178,11 @@ def torchao_dynamic(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return compiled(quantized)
 
 
-def onnxruntime_dynamic(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Exported, then `quantize_dynamic` with scales a channel; 7-bit weights on CPUs without VNNI, as its
-    documentation advises."""
+def onnxruntime_models(model: nn.Module, x: Tensor, linear: bool) -> Iterator[Contender]:
+    """Exported, then quantized with scales a channel; 7-bit weights on CPUs without VNNI, as its documentation
+    advises. Dynamically where all layers are linear, else statically, as its dynamic convolutions are slow."""
     import onnx
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
@@ -149,10 +192,32 @@ def onnxruntime_dynamic(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         proto = onnx.load_model(path)
         proto.graph.ClearField("value_info")
         logging.getLogger().setLevel(logging.ERROR)  # it advises preprocessing, which the exporter has done
-        reduce_range = not torch.cpu._is_vnni_supported()
-        quantize_dynamic(proto, path, per_channel=True, reduce_range=reduce_range, weight_type=QuantType.QInt8)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+        how: dict[str, Any] = {"per_channel": True, "reduce_range": not torch.cpu._is_vnni_supported()}
+        if linear:
+            quantize_dynamic(proto, path, weight_type=QuantType.QInt8, **how)
+            yield Contender("ONNX Runtime dynamic", session(path, x), "peer", TOLERANCE)
+            return
+        yield Contender("ONNX Runtime float32", session(path, x), "peer", 1e-4)
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(proto, path, Batches(proto, x), quant_format=QuantFormat.QDQ, **types, **how)
+        yield Contender("ONNX Runtime static", session(path, x), "peer", TOLERANCE)
+
+
+class Batches:
+    """What ONNX Runtime calibrates with: x, once."""
+
+    def __init__(self, proto: Any, x: Tensor) -> None:
+        self.left = [{proto.graph.input[0].name: x.numpy()}]
+
+    def get_next(self) -> dict[str, Any] | None:
+        return self.left.pop() if self.left else None
+
+
+def session(path: Path, x: Tensor) -> Callable[[], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    made: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = made.get_inputs()[0].name
+    return lambda: torch.from_numpy(made.run(None, {name: x.numpy()})[0])

@@ -43,6 +43,27 @@ def dynamic_linear(x: Tensor, w: Tensor, bias: Tensor) -> list[Contender]:
     return [Contender("OpenVINO int8", compiled(x, weights, bias, group), "peer", 0.02)]
 
 
+def four_bit_linear(x: Tensor, q: Tensor, scale: Tensor) -> list[Contender]:
+    """Weights decompressed inside, with a scale a channel; activations quantized inside, in groups, if whole."""
+    if not installed():
+        return []
+    import numpy
+    import openvino
+    from openvino import opset13 as ops
+
+    n, k = q.shape
+    if k % 2:
+        return []
+    values = q.to(torch.uint8) + 8 & 15
+    pairs = openvino.Tensor((values[:, ::2] | values[:, 1::2] << 4).numpy(), [n, k], openvino.Type.u4)
+    half = numpy.float16
+    zero = ops.convert(ops.constant(numpy.full((n, 1), 8, numpy.uint8)), half)
+    shifted = ops.subtract(ops.convert(ops.constant(pairs), half), zero)
+    weights = ops.convert(ops.multiply(shifted, ops.constant(scale.view(n, 1).half().numpy())), numpy.float32)
+    run = compiled(x, weights, torch.zeros(n), group=128 if k % 128 == 0 else 32)
+    return [Contender("OpenVINO 4 bits", run, "peer", 0.03)]
+
+
 def conv2d(x: Tensor, w: Tensor, bias: Tensor, stride: int, padding: int) -> list[Contender]:
     """float32, and int8 on fixed grids, as its quantizer writes models: FakeQuantize before a convolution. Results stay
     float."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdq.bench.case import Case, Contender
 from kdq.bench.limits import float_products
-from kdq.bench.models import encoder, linear_operations, mlp
+from kdq.bench.models import encoder, mlp, operations
 from kdq.bench.target import Target
 from kdq.configs import Binary, Config, Int8Dynamic, LowBit
 from kdq.quantize import prepare_qat_
@@ -48,7 +48,7 @@ def training_case(shape: str, model: nn.Module, x: Tensor, device: torch.device)
         student = copy.deepcopy(model)
         prepare_qat_(student, config)
         contenders.append(Contender(name, training_step(student.to(device), x, labels), "ours", TOLERANCE))
-    limits = [float_products(3 * linear_operations(model, x.numel() // x.shape[-1]), x.dtype)]
+    limits = [float_products(3 * operations(model, x), x.dtype)]
     return Case("training_step", shape, limits, reference, contenders)
 
 
