@@ -169,25 +169,6 @@ Status run_panels(Int8Call& call, const ProductShape& shape, int panels, Int8Til
   });
 }
 
-// Of weights of fewer than 8 bits: each panel is expanded once for a block of rows.
-template <class Prepare>
-Status run_expanded(Int8Call& call, ProductShape shape, const ParallelFor& parallel_for, Prepare&& prepare) {
-  const PackedWeight& weight = call.weight;
-  shape.panel_bytes = weight.panel_bytes * (8 / weight.bits);
-  return run_product(shape, parallel_for, prepare, [&](int64_t panel) {
-    return [&, panel, of_panel = call.tile(panel, 1)](const RowTile& rows) mutable {
-      call.set_rows(rows, panel, &of_panel);
-      int8_t* expanded = reinterpret_cast<int8_t*>(rows.panel);
-      if (rows.tile_in_group == 0) {
-        const int8_t* packed = weight.panel + panel * weight.panel_bytes;
-        call.kernels->expand_panel(packed, weight.panel_bytes, of_panel.panels.step, weight.bits, expanded);
-      }
-      of_panel.panels.first = expanded;
-      call.kernels->tile(of_panel);
-    };
-  });
-}
-
 // mr: rows of a full tile. element_bytes: of a prepared row. at_once: panels_at_once or float_panels_at_once.
 // prepare(first, count, PreparedRows): rows of the product from `first` on.
 template <class Prepare>
@@ -197,9 +178,7 @@ Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once
   const PackedWeight& weight = call.weight;
   const int64_t m = call.m;
   const bool few_bits = weight.bits < 8;
-  const auto few_bit_tile = weight.bits == 4 ? call.kernels->four_bit_tile : call.kernels->two_bit_tile;
-  const bool expands = few_bits && few_bit_tile == nullptr;
-  const int panels = m > size.mr || expands ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
+  const int panels = m > size.mr ? 1 : at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1)));
   if (few_bits) mr = size.mr;
   call.mr = mr;
   call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
@@ -217,7 +196,7 @@ Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once
     prepare(first, count, to);
     for (int r = 0; r < count; ++r) to.scales[r] *= factor;
   };
-  if (expands) return run_expanded(call, shape, parallel_for, prepare_scaled);
+  const Int8TileFunction few_bit_tile = weight.bits == 4 ? call.kernels->four_bit_tile : call.kernels->two_bit_tile;
   return run_panels(call, shape, panels, few_bit_tile, parallel_for, prepare_scaled);
 }
 

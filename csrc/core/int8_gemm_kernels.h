@@ -49,6 +49,9 @@ constexpr int tile_rows(const Int8Tile& size, int64_t panel_channels) {
   return panel_channels <= size.nr / 2 ? 2 * size.mr : size.mr;
 }
 
+// The bits of a byte that a weight of `bits` bits is taken to, in each unit's turn: see packed_weight.h.
+constexpr char top_bits(int bits) { return static_cast<char>(0xFF << (8 - bits)); }
+
 // Panels side by side: `count` of them, each `stride` bytes after the one before, with `step` bytes for each step along
 // k.
 struct PanelGroup {
@@ -111,11 +114,9 @@ struct Int8Kernels {
   void (*row_scales[3])(const void* x, int rows, int64_t k, float* scales);
 
   Int8TileFunction tile;
-  // Of weights of 4 and of 2 bits, rows up to size.mr; or nullptr, and panels are expanded for `tile` first.
+  // Of weights of 4 and of 2 bits, rows up to size.mr.
   Int8TileFunction four_bit_tile;
   Int8TileFunction two_bit_tile;
-  // A panel of so many bytes of weights of 4 or 2 bits, `step` to 8 / bits units -> one of 8 bits, times 2^(8 - bits).
-  void (*expand_panel)(const int8_t* panel, int64_t bytes, int64_t step, int bits, int8_t* to);
   Int8TileFunction weight_only_tile;  // rows of float32; no int32 result
 };
 
@@ -146,9 +147,8 @@ constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
       {L::template widen<float>, L::template widen<BFloat16>, L::template widen<Float16>},
       {L::template row_scales<float>, L::template row_scales<BFloat16>, L::template row_scales<Float16>},
       L::tile,
-      L::template few_bit_tile<4>(),
-      L::template few_bit_tile<2>(),
-      L::expand_panel,
+      L::template few_bit_tile<4>,
+      L::template few_bit_tile<2>,
       L::weight_only_tile,
   };
 }

@@ -79,9 +79,22 @@ struct Loops {
   }
 
   static void tile(const Int8TileCall& call) {
+    product(call, [&](int64_t i) { return call.panels.first[i]; });
+  }
+  template <int kBits>
+  static void few_bit_tile(const Int8TileCall& call) {
+    constexpr int64_t kShares = 8 / kBits;
+    product(call, [&](int64_t i) {
+      const auto byte = static_cast<unsigned>(call.panels.first[i / kShares]);
+      return static_cast<int8_t>(byte << (8 - kBits * (i % kShares + 1)) & static_cast<unsigned>(top_bits(kBits)));
+    });
+  }
+  // weight(i): of k = i.
+  template <class Weight>
+  static void product(const Int8TileCall& call, Weight weight) {
     const int16_t* a = static_cast<const int16_t*>(call.rows);
     uint32_t sum = 0;  // wraps like the vector instructions do
-    for (int64_t i = 0; i < call.units; ++i) sum += static_cast<uint32_t>(a[i] * call.panels.first[i]);
+    for (int64_t i = 0; i < call.units; ++i) sum += static_cast<uint32_t>(a[i] * weight(i));
     const Int8Epilogue& e = call.epilogue;
     const auto exact =
         static_cast<int32_t>(sum - static_cast<uint32_t>(e.offset) * static_cast<uint32_t>(*e.column_sum));
@@ -89,22 +102,6 @@ struct Loops {
       *static_cast<int32_t*>(call.out.y) = exact;
     } else {
       store_scaled(static_cast<float>(exact), call);
-    }
-  }
-
-  template <int kBits>
-  static constexpr Int8TileFunction few_bit_tile() {
-    return nullptr;
-  }
-
-  static void expand_panel(const int8_t* panel, int64_t bytes, int64_t step, int bits, int8_t* to) {
-    for (int64_t group = 0; group < bytes; group += step) {
-      for (int shift = 8 - bits; shift >= 0; shift -= bits, to += step) {
-        for (int64_t i = 0; i < step; ++i) {
-          const unsigned upper = static_cast<unsigned>(panel[group + i]) << shift & 0xFFU & (0xFFU << (8 - bits));
-          to[i] = static_cast<int8_t>(upper);
-        }
-      }
     }
   }
 

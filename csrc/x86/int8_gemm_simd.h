@@ -170,8 +170,8 @@ struct Loops {
   }
 
   // As tile_of(), of weights of kBits bits: a vector of panel bytes holds as many units as share them. Each unit's are
-  // shifted to the top of their bytes and the others masked out: 3 instructions for 128 weights of 4 bits, which
-  // hide behind reading half of the bytes.
+  // shifted to the top of their bytes and the others masked out: 3 instructions for 128 weights of 4 bits, which hide
+  // behind reading half of the bytes, and behind the products from some rows on.
   template <int kBits, int kRows, int kVectors>
   static void few_bit_tile_of(const Int8TileCall& call) {
     constexpr int kShares = 8 / kBits;
@@ -185,41 +185,43 @@ struct Loops {
     finish(sum, call);
   }
 
+  // Of activations and weights, the fewer stay in registers.
   template <int kBits, int kShare, int kRows, int kVectors>
   static inline __attribute__((always_inline)) void few_bit_step(const char* a, const int8_t* panel,
                                                                  const Int8TileCall& call, I (&sum)[kRows][kVectors]) {
-    const I upper = Vec::int_set(static_cast<int32_t>((0xFFU << (8 - kBits) & 0xFFU) * 0x01010101U));
-    I activations[kRows];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    const auto activations = [&](int r) __attribute__((always_inline)) {
       int32_t unit = 0;
       memcpy(&unit, a + r * call.row_stride + kShare * 4, sizeof(unit));
-      activations[r] = Vec::int_set(unit);
-    }
+      return Vec::int_set(unit);
+    };
+    const auto weights = [&](int v) __attribute__((always_inline)) {
+      return Dot::template load_few_bits<kBits, kShare>(panel + offset_of(call.panels, v));
+    };
+    const auto add = [&](int r, int v, I x, I w) __attribute__((always_inline)) {
+      sum[r][v] = Dot::dot(sum[r][v], x, w);
+      pin(sum[r][v]);
+    };
+    I kept[kRows < kVectors ? kRows : kVectors];
+    if constexpr (kRows <= kVectors) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      const I bytes = weights_at(panel, call.panels, v);
-      const I weights = Vec::int_and(upper, Vec::shift_left<8 - kBits*(kShare + 1)>(bytes));
+      for (int r = 0; r < kRows; ++r) kept[r] = activations(r);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const I w = weights(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) add(r, v, kept[r], w);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) kept[v] = weights(v);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        sum[r][v] = Dot::dot(sum[r][v], activations[r], weights);
-        pin(sum[r][v]);
+        const I x = activations(r);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) add(r, v, x, kept[v]);
       }
     }
     if constexpr ((kShare + 1) * kBits < 8) few_bit_step<kBits, kShare + 1>(a, panel, call, sum);
-  }
-
-  static void expand_panel(const int8_t* panel, int64_t bytes, int64_t step, int bits, int8_t* to) {
-    bits == 4 ? expand_panel_of<4>(panel, bytes, step, to) : expand_panel_of<2>(panel, bytes, step, to);
-  }
-  template <int kBits>
-  static void expand_panel_of(const int8_t* panel, int64_t bytes, int64_t step, int8_t* to) {
-    const auto* from = reinterpret_cast<const uint8_t*>(panel);
-    for (const uint8_t* end = from + bytes; from < end; from += step) {
-      for (int shift = 8 - kBits; shift >= 0; shift -= kBits, to += step) {
-        for (int64_t i = 0; i < step; ++i) to[i] = static_cast<int8_t>(from[i] << shift & (0xFF << (8 - kBits)));
-      }
-    }
   }
 
   // As a constant where it can be one: general registers are as scarce in these loops as vector registers, and GCC
@@ -229,9 +231,12 @@ struct Loops {
     return kVectors < kCols ? panels.step : kPanel * Dot::kUnit;
   }
 
-  // Vector v of the weights of one step along k; panel: where the first panel's lie.
+  // Where the weights of vector v of one step along k lie, behind the first panel's.
+  static int64_t offset_of(const PanelGroup& panels, int v) {
+    return v / kCols * panels.stride + v % kCols * kLanes * Dot::kUnit;
+  }
   static inline __attribute__((always_inline)) I weights_at(const int8_t* panel, const PanelGroup& panels, int v) {
-    return Dot::load_weights(panel + v / kCols * panels.stride + v % kCols * kLanes * Dot::kUnit);
+    return Dot::load_weights(panel + offset_of(panels, v));
   }
 
   // Weights of element j of each unit, widened to float32. With one row: the dot product with a unit of which that
@@ -339,11 +344,9 @@ struct Loops {
   static void tile(const Int8TileCall& call) {
     call.out.rows > Dot::kRows ? choose_many_rows(call) : choose_rows<Int8Instances>(call);
   }
-  // Where units are bytes; elsewhere weights are widened as they are read.
   template <int kBits>
-  static constexpr Int8TileFunction few_bit_tile() {
-    if constexpr (sizeof(Prepared) == 1) return &choose_rows<FewBitInstances<kBits>>;
-    return nullptr;
+  static void few_bit_tile(const Int8TileCall& call) {
+    choose_rows<FewBitInstances<kBits>>(call);
   }
   static void weight_only_tile(const Int8TileCall& call) { choose_rows<FloatInstances>(call); }
 
