@@ -43,7 +43,7 @@ test-cuda: $(VENV)/.deps
 		done; \
 	done
 	$(BIN)/python -m pytest --device cuda tests/kernels/test_torch_ops.py tests/kernels/test_distillation.py \
-		tests/kernels/test_cuda_ops.py tests/kernels/test_gpu_peaks.py
+		tests/kernels/test_conv2d.py tests/kernels/test_cuda_ops.py tests/kernels/test_gpu_peaks.py
 	$(BIN)/kdq bench --device cuda --quick --keep-going
 
 bench: build

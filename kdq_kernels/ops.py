@@ -240,7 +240,7 @@ def int8_conv2d(
     input_quant_max: int = 255,
     activation: str | None = None,
 ) -> Tensor:
-    """A 2d convolution on integer kernels: float in, float out, in the dtype of x; zero padding, one group. On the CPU.
+    """A 2d convolution on integer kernels: float in, float out, in the dtype of x; zero padding, one group.
 
     Each image is quantized once; the windows of the kernel are gathered a tile at a time, never all at once.
 
@@ -321,8 +321,8 @@ def binary_conv2d(
     padding: Pair = (0, 0),
     dilation: Pair = (1, 1),
 ) -> Tensor:
-    """A 2d convolution of signs by xor and popcount: `conv2d(sign(x), sign(w)) * weight_scale + bias`, of one group, on
-    the CPU (XNOR-Net, Rastegari et al. 2016).
+    """A 2d convolution of signs by xor and popcount: `conv2d(sign(x), sign(w)) * weight_scale + bias`, of one group
+    (XNOR-Net, Rastegari et al. 2016).
 
     Padding counts as 0, as in the float layer, although there is no 0 among signs: what the bits of padding add to a
     sum is subtracted again, exactly.

@@ -5,9 +5,6 @@
 
 namespace kdq::bindings {
 
-STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
-  register_binary<Cpu>(m);
-  m.impl("binary_conv2d", TORCH_BOX(&binary_conv2d_op<Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) { register_binary<Cpu>(m); }
 
 }  // namespace kdq::bindings

@@ -168,6 +168,7 @@ void register_binary(torch::stable::detail::StableLibrary& m) {
   m.impl("binary_matmul", TORCH_BOX(&binary_matmul_op<On>));
   m.impl("binary_linear", TORCH_BOX(&binary_linear_op<On>));
   m.impl("binary_threshold", TORCH_BOX(&binary_threshold_op<On>));
+  m.impl("binary_conv2d", TORCH_BOX(&binary_conv2d_op<On>));
 }
 
 }  // namespace kdq::bindings

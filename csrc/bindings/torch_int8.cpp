@@ -63,9 +63,6 @@ class Int8OnCpu : public Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) {
-  register_int8<Int8OnCpu>(m);
-  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d_op<Int8OnCpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdq, CPU, m) { register_int8<Int8OnCpu>(m); }
 
 }  // namespace kdq::bindings

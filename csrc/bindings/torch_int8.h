@@ -4,7 +4,7 @@
 //   open(name, packed), and open_factor(name, b) for a weight that may also be plain int8
 //   static_input(scale, zero_point, quant_max, &call): takes the numbers of static activations
 //   multiply(a, packed, out), linear(call), weight_only(call)
-//   convolution(shape, call), on the CPU alone
+//   convolution(shape, call)
 #pragma once
 
 #include "kdq/int8_gemm.h"
@@ -160,6 +160,7 @@ void register_int8(torch::stable::detail::StableLibrary& m) {
   m.impl("int8_matmul", TORCH_BOX(&int8_matmul_op<On>));
   m.impl("int8_linear", TORCH_BOX(&int8_linear_op<On>));
   m.impl("int8_weight_only_linear", TORCH_BOX(&int8_weight_only_linear_op<On>));
+  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d_op<On>));
 }
 
 }  // namespace kdq::bindings

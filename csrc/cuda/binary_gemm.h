@@ -33,7 +33,10 @@ struct DotOutput {
   KDQ_DEVICE Nothing column(Thread&, int64_t) const {
     return {};
   }
-  KDQ_DEVICE int32_t value(Nothing, Nothing, int32_t different) const { return dot_of(k, different); }
+  template <class Thread>
+  KDQ_DEVICE int32_t value(Thread&, Nothing, Nothing, int32_t different) const {
+    return dot_of(k, different);
+  }
   template <class Body>
   KDQ_DEVICE void with_elements(const Body& body) const {
     body(out);
@@ -58,7 +61,7 @@ struct ScaledDotOutput {
   // One result, not inlined: Tile::store() is for many.
   template <class Thread>
   KDQ_DEVICE_CALL void store(Thread& thread, int64_t row, int64_t col, int32_t different) const {
-    store_as(thread, dtype, y, row * cols + col, value({}, column(thread, col), different));
+    store_as(thread, dtype, y, row * cols + col, value(thread, {}, column(thread, col), different));
   }
   template <class Thread>
   KDQ_DEVICE Nothing row(Thread&, int64_t) const {
@@ -69,8 +72,12 @@ struct ScaledDotOutput {
     if (col >= cols) return {0.0F, 0.0F};
     return {thread.load(weight_scale + col), bias == nullptr ? 0.0F : thread.load(bias + col)};
   }
-  KDQ_DEVICE float value(Nothing, const Column& column, int32_t different) const {
-    return static_cast<float>(dot_of(k, different)) * column.scale + column.bias;
+  template <class Thread>
+  KDQ_DEVICE float value(Thread&, Nothing, const Column& column, int32_t different) const {
+    return scaled(column, dot_of(k, different));
+  }
+  static KDQ_DEVICE float scaled(const Column& column, int32_t dot) {
+    return static_cast<float>(dot) * column.scale + column.bias;
   }
   template <class Body>
   KDQ_DEVICE void with_elements(const Body& body) const {

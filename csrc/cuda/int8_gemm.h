@@ -51,8 +51,9 @@ struct ScaledOutput {
   KDQ_DEVICE LinearOutput::Column column(Thread& thread, int64_t col) const {
     return to.column(thread, col);
   }
-  KDQ_DEVICE float value(float scale, const LinearOutput::Column& column, int32_t sum) const {
-    return to.value(scale, column, static_cast<float>(sum));
+  template <class Thread>
+  KDQ_DEVICE float value(Thread& thread, float scale, const LinearOutput::Column& column, int32_t sum) const {
+    return to.value(thread, scale, column, static_cast<float>(sum));
   }
   template <class Body>
   KDQ_DEVICE void with_elements(const Body& body) const {
@@ -91,13 +92,21 @@ inline size_t linear_workspace_bytes(int64_t m, int64_t n, int64_t k) {
   return linear_partial_offset(m, k) + partial_bytes(m, n, k);
 }
 
+// Of static activations.
+inline Status check_input_grid(const Int8Linear& args) {
+  if (!args.is_static) return {};
+  return check_static_grid(args.input_scale_at == nullptr ? &args.input_scale : nullptr,
+                           args.input_zero_point_at == nullptr ? &args.input_zero_point : nullptr,
+                           args.input_quant_max);
+}
+inline StaticGrid input_grid(const Int8Linear& args) {
+  return {args.input_scale_at, args.input_scale, args.input_zero_point_at, args.input_zero_point,
+          static_cast<float>(args.input_quant_max)};
+}
+
 inline Status check_int8_linear(const Int8Linear& args) {
   Status status = check_product(args.m, args.n, args.k, args.is_static ? kInt8StaticMaxK : kInt8MaxK);
-  if (status.ok() && args.is_static) {
-    status =
-        check_static_grid(args.input_scale_at == nullptr ? &args.input_scale : nullptr,
-                          args.input_zero_point_at == nullptr ? &args.input_zero_point : nullptr, args.input_quant_max);
-  }
+  if (status.ok()) status = check_input_grid(args);
   if (status.ok()) status = check_linear_pointers(args);
   if (status.ok()) status = check_pointer("workspace", args.workspace, args.m);
   return status;
@@ -118,8 +127,7 @@ Status launch_int8_linear(const Launcher& launcher, const Int8Linear& args) {
     status = launch_quantize_rows(launcher, args.dtype, args.x, args.m, args.k, q, scale);
     return status.ok() ? launch_product(launcher, Int8Product(), rows, weight, output, partial) : status;
   }
-  const StaticGrid grid = {args.input_scale_at, args.input_scale, args.input_zero_point_at, args.input_zero_point,
-                           static_cast<float>(args.input_quant_max)};
+  const StaticGrid grid = input_grid(args);
   status = launch_quantize_rows_static(launcher, args.dtype, args.x, args.m, args.k, grid, q, scale);
   return status.ok() ? launch_product(launcher, StaticInt8Product{grid}, rows, weight, output, partial) : status;
 }

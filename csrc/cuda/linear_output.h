@@ -40,7 +40,8 @@ struct LinearOutput {
     return {weight_scale == nullptr ? 1.0F : thread.load(weight_scale + col),
             bias == nullptr ? 0.0F : thread.load(bias + col)};
   }
-  KDQ_DEVICE float value(float row_scale, const Column& column, float sum) const {
+  template <class Thread>
+  KDQ_DEVICE float value(Thread&, float row_scale, const Column& column, float sum) const {
     const float result = scaled(row_scale, column, sum);
     return activation == Activation::kNone ? result : activated(result, activation);
   }

@@ -76,7 +76,7 @@ KDQ_DEVICE uint32_t count_words(Thread& thread, const Words<16>& words) {
 //   store(thread, row, col, result), and the parts of which Tile::store() makes it;
 // or else, for results that become bits, the columns of a row side by side,
 //   bit(thread, col, result), 0 for columns past the last; row_bytes; bits, [rows, row_bytes], a multiple of 8 bytes
-template <class Product, class Output>
+template <class Product, class Output, class Source = Operand>
 struct TiledProduct {
   using Places = Tile<kTile>;
   static constexpr int kThreads = Places::kThreads;
@@ -90,7 +90,7 @@ struct TiledProduct {
     uint32_t b_count[kTile];
   };
 
-  Operand a;
+  Source a;  // tile.h says what it has
   Operand b;
   Product product;
   Output output;
@@ -99,6 +99,12 @@ struct TiledProduct {
 
   int64_t tiles() const { return ceil_div(a.rows, kTile) * ceil_div(b.rows, kTile); }
   int64_t blocks() const { return tiles() * splits; }
+
+  // The rows of which a thread loads pieces.
+  struct Rows {
+    typename Source::Row a[kLoads];
+    Operand::Row b[kLoads];
+  };
 
   // What a thread carries from step to step.
   struct Carried {
@@ -118,12 +124,18 @@ struct TiledProduct {
     const int64_t begin = split * split_bytes;
     const int64_t end = begin + split_bytes < a.row_bytes ? begin + split_bytes : a.row_bytes;
     int32_t sums[kRowFragments][kColFragments][4] = {};
+    Rows rows;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      rows.a[i] = a.row_at(row + Places::load_row(thread, i));
+      rows.b[i] = b.row_at(col + Places::load_row(thread, i));
+    }
     Carried carried = {};
-    load(thread, row, col, begin, end, &carried);
+    load(thread, rows, begin, end, &carried);
     for (int64_t byte = begin; byte < end; byte += 4 * kStepWords) {
       put(thread, carried, shared);
       thread.sync();
-      load(thread, row, col, byte + 4 * kStepWords, end, &carried);
+      load(thread, rows, byte + 4 * kStepWords, end, &carried);
       multiply(thread, shared, sums);
       thread.sync();
     }
@@ -137,13 +149,12 @@ struct TiledProduct {
 
  private:
   template <class Thread>
-  KDQ_DEVICE void load(Thread& thread, int64_t row, int64_t col, int64_t byte, int64_t end, Carried* carried) const {
+  KDQ_DEVICE void load(Thread& thread, const Rows& rows, int64_t byte, int64_t end, Carried* carried) const {
+    const int64_t at = byte + 16 * (thread.index() % kPieces);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int local = Places::load_row(thread, i);
-      const int64_t at = byte + 16 * (thread.index() % kPieces);
-      carried->a[i] = a.piece(thread, row + local, at, end);
-      carried->b[i] = b.piece(thread, col + local, at, end);
+      carried->a[i] = a.piece(thread, rows.a[i], at, end);
+      carried->b[i] = b.piece(thread, rows.b[i], at, end);
       if constexpr (Product::kCounts) {
         carried->a_count[i] += count_words<Product>(thread, carried->a[i]);
         carried->b_count[i] += count_words<Product>(thread, carried->b[i]);

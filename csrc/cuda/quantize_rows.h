@@ -123,6 +123,12 @@ struct StaticGrid {
 // What is subtracted from an unsigned activation to make it int8.
 constexpr int32_t kStaticShift = 128;
 
+KDQ_DEVICE int8_t static_integer(float x, float inverse, float zero_point, float quant_max) {
+  const float rounded = nearbyintf(x * inverse) + zero_point;
+  const float clamped = rounded > quant_max ? quant_max : rounded > 0.0F ? rounded : 0.0F;  // NaN: 0
+  return static_cast<int8_t>(static_cast<int32_t>(clamped) - kStaticShift);
+}
+
 // x -> clamp(nearbyint(x / scale) + zero_point, 0, quant_max) - kStaticShift, and the scale of each row: that of the
 // grid, or NaN where a row has one.
 template <class T, int kTeam>
@@ -157,9 +163,7 @@ struct QuantizeRowsStatic {
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) {
         has_nan |= is_nan(values[e]) ? 1U : 0U;
-        const float rounded = nearbyintf(values[e] * inverse) + zero_point;
-        const float clamped = rounded > grid.quant_max ? grid.quant_max : rounded > 0.0F ? rounded : 0.0F;  // NaN: 0
-        integers[e] = static_cast<int8_t>(static_cast<int32_t>(clamped) - kStaticShift);
+        integers[e] = static_integer(values[e], inverse, zero_point, grid.quant_max);
       }
       store_chunk(thread, q + row * cols + i, wide, cols - i, integers);
     }

@@ -10,6 +10,19 @@ namespace kdq::cuda {
 
 constexpr int kByte = 8;
 
+// The signs of the first `count` elements at x, at most 8; the other bits are 0. wide: x is a multiple of 16.
+template <class T, class Thread>
+KDQ_DEVICE uint8_t sign_byte(Thread& thread, const T* x, bool wide, int64_t count) {
+  uint32_t byte = 0;
+#pragma unroll
+  for (int c = 0; c < kByte; c += kChunk<T>) {
+    float values[kChunk<T>];
+    load_chunk(thread, x + c, wide, count - c, values);
+    for (int i = 0; i < kChunk<T>; ++i) byte |= static_cast<uint32_t>(values[i] < 0.0F) << (c + i);
+  }
+  return static_cast<uint8_t>(byte);
+}
+
 template <class T>
 struct PackSigns {
   static constexpr int kThreads = 256;
@@ -28,14 +41,7 @@ struct PackSigns {
     const int64_t row = own / bytes;
     if (row >= rows) return;
     const int64_t first = (own - row * bytes) * kByte;
-    uint32_t byte = 0;
-#pragma unroll
-    for (int c = 0; c < kByte; c += kChunk<T>) {
-      float values[kChunk<T>];
-      load_chunk(thread, x + row * k + first + c, wide, k - first - c, values);
-      for (int i = 0; i < kChunk<T>; ++i) byte |= static_cast<uint32_t>(values[i] < 0.0F) << (c + i);
-    }
-    thread.store(bits + own, static_cast<uint8_t>(byte));
+    thread.store(bits + own, sign_byte(thread, x + row * k + first, wide, k - first));
   }
 };
 

@@ -184,7 +184,10 @@ struct Int32Output {
   KDQ_DEVICE Nothing column(Thread&, int64_t) const {
     return {};
   }
-  KDQ_DEVICE int32_t value(Nothing, Nothing, int32_t result) const { return result; }
+  template <class Thread>
+  KDQ_DEVICE int32_t value(Thread&, Nothing, Nothing, int32_t result) const {
+    return result;
+  }
   template <class Body>
   KDQ_DEVICE void with_elements(const Body& body) const {
     body(out);
@@ -195,19 +198,35 @@ struct Int32Output {
 
 // Into how many pieces k is cut: as many as give a GPU some 128 blocks, none shorter than 1 KiB. It depends on the
 // shape alone, like the workspace. The sums are exact, so that no choice changes a bit.
-inline int64_t splits_of(int64_t m, int64_t n, int64_t row_bytes) {
+inline int64_t splits_of_tiles(int64_t m, int64_t n, int64_t row_bytes) {
   constexpr int64_t kBlocks = 128;
   constexpr int64_t kShortest = 1024;
-  if (m <= kSmallRows || n == 0) return 1;
+  if (m == 0 || n == 0) return 1;
   const int64_t tiles = ceil_div(m, kTile) * ceil_div(n, kTile);
   const int64_t wanted = kBlocks / tiles < row_bytes / kShortest ? kBlocks / tiles : row_bytes / kShortest;
   return wanted < 1 ? 1 : wanted;
 }
 
-// Bytes that launch_product() needs for the results of the pieces.
-inline size_t partial_bytes(int64_t m, int64_t n, int64_t row_bytes) {
-  const int64_t splits = splits_of(m, n, row_bytes);
+// The same where few rows have small_product.h.
+inline int64_t splits_of(int64_t m, int64_t n, int64_t row_bytes) {
+  return m <= kSmallRows ? 1 : splits_of_tiles(m, n, row_bytes);
+}
+
+// Bytes for the results of the pieces.
+inline size_t bytes_of_pieces(int64_t m, int64_t n, int64_t splits) {
   return splits == 1 ? 0 : static_cast<size_t>(splits * m * n) * sizeof(int32_t);
+}
+
+// What launch_product() needs of them.
+inline size_t partial_bytes(int64_t m, int64_t n, int64_t row_bytes) {
+  return bytes_of_pieces(m, n, splits_of(m, n, row_bytes));
+}
+
+template <class Launcher, class Product, class Source, class Output>
+Status launch_tiled(const Launcher& launcher, const Product& product, const Source& a, const Operand& b,
+                    const Output& output) {
+  const TiledProduct<Product, Output, Source> kernel = {a, b, product, output, 1, a.row_bytes};
+  return launcher.run(kernel, kernel.blocks());
 }
 
 template <class Launcher, class Product, class Output>
@@ -218,8 +237,21 @@ Status launch_small_or_tiled(const Launcher& launcher, const Product& product, c
     return launcher.run(kernel, kernel.blocks());
   }
   if (kUseHopper && launcher.is_hopper() && fits_hopper(a, b)) return launch_hopper(launcher, product, a, b, output);
-  const TiledProduct<Product, Output> kernel = {a, b, product, output, 1, a.row_bytes};
-  return launcher.run(kernel, kernel.blocks());
+  return launch_tiled(launcher, product, a, b, output);
+}
+
+// Tiles, however few the rows. splits: pieces of k; partial: bytes_of_pieces(...), which one piece does not use.
+template <class Launcher, class Product, class Source, class Output>
+Status launch_tiled(const Launcher& launcher, const Product& product, const Source& a, const Operand& b,
+                    const Output& output, int64_t splits, int32_t* partial) {
+  if (splits == 1) return launch_tiled(launcher, product, a, b, output);
+  constexpr int64_t kStepBytes = 4 * kStepWords;
+  const int64_t split_bytes = ceil_div(ceil_div(a.row_bytes, splits), kStepBytes) * kStepBytes;
+  const TiledProduct<Product, Int32Output, Source> first = {a, b, product, {partial, b.rows}, splits, split_bytes};
+  const Status status = launcher.run(first, first.blocks());
+  if (!status.ok()) return status;
+  const AddSplits<Output> second = {partial, splits, a.rows, b.rows, output};
+  return launcher.run(second, second.blocks());
 }
 
 // partial: partial_bytes(...), or nullptr, and k is not split.
@@ -227,14 +259,8 @@ template <class Launcher, class Product, class Output>
 Status launch_product(const Launcher& launcher, const Product& product, const Operand& a, const Operand& b,
                       const Output& output, int32_t* partial) {
   const int64_t splits = partial == nullptr ? 1 : splits_of(a.rows, b.rows, a.row_bytes);
-  if (splits == 1) return launch_small_or_tiled(launcher, product, a, b, output);
-  constexpr int64_t kStepBytes = 4 * kStepWords;
-  const int64_t split_bytes = ceil_div(ceil_div(a.row_bytes, splits), kStepBytes) * kStepBytes;
-  const TiledProduct<Product, Int32Output> first = {a, b, product, {partial, b.rows}, splits, split_bytes};
-  const Status status = launcher.run(first, first.blocks());
-  if (!status.ok()) return status;
-  const AddSplits<Output> second = {partial, splits, a.rows, b.rows, output};
-  return launcher.run(second, second.blocks());
+  return splits == 1 ? launch_small_or_tiled(launcher, product, a, b, output)
+                     : launch_tiled(launcher, product, a, b, output, splits, partial);
 }
 
 }  // namespace kdq::cuda

@@ -15,11 +15,18 @@ constexpr int kPieces = kStepWords / 4;  // of 16 bytes, of a row's step
 constexpr int kFragmentWords = 8;        // of k, of one mma
 
 // Rows of bytes. unit: how many may be read at once: 16, 4 or 1, which divides address and row_bytes.
+//
+// For the rows of a, a tiled product takes any source with rows, row_bytes, Row, row_at() and piece(): windows.h
+// has another.
 struct Operand {
   const uint8_t* data;
   int64_t rows;
   int64_t row_bytes;
   int unit;
+
+  // What a thread finds out about a row before it goes along it: here nothing.
+  using Row = int64_t;
+  KDQ_DEVICE Row row_at(int64_t row) const { return row; }
 
   // As piece(), where unit is 16. Without its branches, loads of several pieces can be on their way at once.
   template <int kBytes = 16, class Thread>
@@ -119,7 +126,7 @@ struct Tile {
   }
 
   // Writes a lane's results, those of two neighbouring columns at once where the output's rows allow that. They are
-  //   output.value(output.row(thread, row), output.column(thread, col), result(i, j, sum))
+  //   output.value(thread, output.row(thread, row), output.column(thread, col), result(i, j, sum))
   // where row() and column() read from memory what the results of a row or of a column share, and i, j is the place in
   // the tile. It has `rows` rows from `row` on, and columns from col on; those past the last of `cols` are not written.
   // with_elements(body) calls body with a pointer to the output's elements, of their type.
@@ -144,8 +151,8 @@ struct Tile {
           const int j = col_of(thread, c, 0);
           const Sum(&own)[4] = sums[half / 2][c];
           store_pair(thread, y + (row + i) * cols + col + j, wide, cols - (col + j),
-                     output.value(of_row, of_columns[c][0], result(i, j, own[first])),
-                     output.value(of_row, of_columns[c][1], result(i, j + 1, own[first + 1])));
+                     output.value(thread, of_row, of_columns[c][0], result(i, j, own[first])),
+                     output.value(thread, of_row, of_columns[c][1], result(i, j + 1, own[first + 1])));
         }
       }
     });

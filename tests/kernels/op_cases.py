@@ -32,6 +32,10 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     bits = kk.pack_signs(randn(13, 70))
     one, zero = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
     per_channel, learned = torch.rand(70) + 0.1, torch.rand(70) * 5
+    images = randn(2, 5, 6, 7)
+    last = images.to(memory_format=torch.channels_last)
+    of_windows, conv_bits = kk.pack_int8_weight(int8(13, 45)), kk.pack_signs(randn(13, 3, 3, 5))
+    window: tuple[list[int], ...] = ([2, 1], [1, 1], [1, 2])
     return [
         ("fake_quantize", ops.fake_quantize.default, (x, one, zero, 0, 15), {}),
         ("fake_quantize channel", ops.fake_quantize.default, (x, per_channel, learned, 0, 15, -1), {}),
@@ -65,10 +69,24 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("int8_linear", ops.int8_linear.default, (x, packed, scale, scale), {"activation": "gelu"}),
         ("int8_linear static", ops.int8_linear.default, (x, packed, scale, None, one, zero, 15), {}),
         ("int8_weight_only_linear", ops.int8_weight_only_linear.default, (x, packed, scale), {}),
+        (
+            "int8_conv2d",
+            ops.int8_conv2d.default,
+            (images, of_windows, scale, scale, [3, 3], *window),
+            {"activation": "relu"},
+        ),
+        (
+            "int8_conv2d static",
+            ops.int8_conv2d.default,
+            (last, of_windows, scale, None, [3, 3], *window, one, zero, 15),
+            {},
+        ),
         ("pack_signs", ops.pack_signs.default, (x,), {}),
         ("unpack_signs", ops.unpack_signs.default, (bits, 70), {}),
         ("binary_matmul", ops.binary_matmul.default, (bits, bits, 70), {}),
         ("binary_linear", ops.binary_linear.default, (x, bits, scale, scale), {}),
+        ("binary_conv2d", ops.binary_conv2d.default, (images, conv_bits, scale, scale, *window), {}),
+        ("binary_conv2d channels_last", ops.binary_conv2d.default, (last, conv_bits, scale, None, *window), {}),
         ("pack_indices", ops.pack_indices.default, (INDICES, 3), {}),
         ("unpack_indices", ops.unpack_indices.default, (kk.pack_indices(INDICES, 3), 3, 13, 70), {}),
         (
@@ -87,21 +105,6 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
             (torch.tensor(1.0), x, w.float()[:5], torch.arange(5), torch.rand(5, 5) + 1, 4.0, 0.5),
             {},
         ),
-    ]
-
-
-def cpu_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
-    """Of operators that other devices do not have."""
-    x, scale = randn(2, 5, 6, 7), torch.rand(13) + 0.1
-    packed, bits = kk.pack_int8_weight(int8(13, 45)), kk.pack_signs(randn(13, 3, 3, 5))
-    last = x.to(memory_format=torch.channels_last)
-    grid = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
-    window: tuple[list[int], ...] = ([2, 1], [1, 1], [1, 2])
-    return [
-        ("int8_conv2d", ops.int8_conv2d.default, (x, packed, scale, scale, [3, 3], *window), {"activation": "relu"}),
-        ("int8_conv2d static", ops.int8_conv2d.default, (last, packed, scale, None, [3, 3], *window, *grid, 15), {}),
-        ("binary_conv2d", ops.binary_conv2d.default, (x, bits, scale, scale, *window), {}),
-        ("binary_conv2d channels_last", ops.binary_conv2d.default, (last, bits, scale, None, *window), {}),
     ]
 
 

@@ -1,4 +1,5 @@
-"""int8_conv2d and binary_conv2d against torch's float64 convolution of the integers, on every instruction set."""
+"""int8_conv2d and binary_conv2d against torch's float64 convolution of the integers, on every instruction set, or where
+--device says."""
 
 from __future__ import annotations
 
@@ -78,54 +79,56 @@ def expected_int8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, window: Win
 
 
 def int8_conv2d(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, window: Window, **more: Any) -> Tensor:
-    return kk.int8_conv2d(x, packed(w), scale, bias, kernel_size=window.kernel_size, **window.arguments(), **more)
+    """Where x is."""
+    weights = packed(w.to(x.device)), scale.to(x.device), None if bias is None else bias.to(x.device)
+    return kk.int8_conv2d(x, *weights, kernel_size=window.kernel_size, **window.arguments(), **more)
 
 
 @pytest.mark.parametrize(("shape", "n", "window"), CASES, ids=IDS)
-def test_int8_dynamic(isa: str, shape: tuple[int, ...], n: int, window: Window) -> None:
+def test_int8_dynamic(isa: str, device: str, shape: tuple[int, ...], n: int, window: Window) -> None:
     x, w, scale, bias = layer(shape, n, window)
-    got = int8_conv2d(x, w, scale, bias, window)
+    got = int8_conv2d(x.to(device), w, scale, bias, window).cpu()
     torch.testing.assert_close(got.double(), expected_int8(x, w, scale, bias, window), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "n", "window"), CASES, ids=IDS)
 @pytest.mark.parametrize(("zero_point", "quant_max"), [(100, 255), (0, 15), (7, 7)])
 def test_int8_static_sums_are_exact(
-    isa: str, shape: tuple[int, ...], n: int, window: Window, zero_point: int, quant_max: int
+    isa: str, device: str, shape: tuple[int, ...], n: int, window: Window, zero_point: int, quant_max: int
 ) -> None:
     """With scales of 1 the results are the integers themselves: padding is the zero point's."""
     _, w, _, _ = layer(shape, n, window)
     x = (randn(*shape) * 60).round() + 0.0
-    got = int8_conv2d(
-        x, w, torch.ones(n), None, window, input_scale=1.0, input_zero_point=zero_point, input_quant_max=quant_max
-    )
+    grid: dict[str, Any] = {"input_scale": 1.0, "input_zero_point": zero_point, "input_quant_max": quant_max}
+    got = int8_conv2d(x.to(device), w, torch.ones(n), None, window, **grid).cpu()
     q = (x + zero_point).clamp(0, quant_max) - zero_point
     assert torch.equal(got.double(), sums(q, w, window).float().double())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_int8_half(isa: str, dtype: torch.dtype) -> None:
+def test_int8_half(isa: str, device: str, dtype: torch.dtype) -> None:
     shape, n, window = CASES[3]
     x, w, scale, bias = layer(shape, n, window)
-    got = int8_conv2d(x.to(dtype), w, scale, bias, window)
+    got = int8_conv2d(x.to(device, dtype), w, scale, bias, window).cpu()
     assert got.dtype == dtype
     expected = expected_int8(x.to(dtype), w, scale, bias, window)
     torch.testing.assert_close(got.double(), expected, rtol=2.0**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-def test_int8_activation(isa: str, activation: str) -> None:
+def test_int8_activation(isa: str, device: str, activation: str) -> None:
     functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
     shape, n, window = CASES[1]
     x, w, scale, bias = layer(shape, n, window)
-    got = int8_conv2d(x, w, scale, bias, window, activation=activation)
+    got = int8_conv2d(x.to(device), w, scale, bias, window, activation=activation).cpu()
     expected = functions[activation](expected_int8(x, w, scale, bias, window))
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_nan_stays_in_its_image(isa: str) -> None:
+def test_nan_stays_in_its_image(isa: str, device: str) -> None:
     shape, n, window = CASES[3]
     x, w, scale, bias = layer(shape, n, window)
+    x = x.to(device)
     clean = {static: int8_conv2d(x, w, scale, bias, window, input_scale=static) for static in (None, 0.05)}
     x[1, 3, 2, 1] = torch.nan
     for static, expected in clean.items():
@@ -137,11 +140,11 @@ def test_nan_stays_in_its_image(isa: str) -> None:
     assert int8_conv2d(x, w, scale, bias, window, input_scale=0.05).isfinite().all()
 
 
-def test_images_of_zeros_and_of_tiny_numbers(isa: str) -> None:
+def test_images_of_zeros_and_of_tiny_numbers(isa: str, device: str) -> None:
     _, w, scale, bias = layer((2, 3, 9, 7), 5, Window())
     x = torch.zeros(2, 3, 9, 7)
     x[1] = 1e-42
-    got = int8_conv2d(x, w, scale, bias, Window())
+    got = int8_conv2d(x.to(device), w, scale, bias, Window()).cpu()
     torch.testing.assert_close(got, bias[:, None, None].expand_as(got))
 
 
@@ -153,23 +156,27 @@ def signs(x: Tensor) -> Tensor:
 
 
 def binary_conv2d(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    return kk.binary_conv2d(x, kk.pack_signs(w.permute(0, 2, 3, 1)), scale, bias, **window.arguments())
+    """Where x is."""
+    bits = kk.pack_signs(w.to(x.device).permute(0, 2, 3, 1))
+    return kk.binary_conv2d(
+        x, bits, scale.to(x.device), None if bias is None else bias.to(x.device), **window.arguments()
+    )
 
 
 @pytest.mark.parametrize(("shape", "n", "window"), CASES, ids=IDS)
-def test_binary_sums_are_exact(isa: str, shape: tuple[int, ...], n: int, window: Window) -> None:
+def test_binary_sums_are_exact(isa: str, device: str, shape: tuple[int, ...], n: int, window: Window) -> None:
     """Padding counts as 0, not as a sign."""
     x, w = randn(*shape), randn(n, shape[1], *window.kernel_size, seed=1)
-    got = binary_conv2d(x, w, torch.ones(n), None, window)
+    got = binary_conv2d(x.to(device), w, torch.ones(n), None, window).cpu()
     assert torch.equal(got.double(), sums(signs(x), signs(w), window))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_binary_scale_and_bias(isa: str, dtype: torch.dtype) -> None:
+def test_binary_scale_and_bias(isa: str, device: str, dtype: torch.dtype) -> None:
     for shape, n, window in (CASES[2], CASES[3]):
         x, w = randn(*shape).to(dtype), randn(n, shape[1], *window.kernel_size, seed=1)
         scale, bias = randn(n, seed=2), randn(n, seed=3)
-        got = binary_conv2d(x, w, scale, bias, window)
+        got = binary_conv2d(x.to(device), w, scale, bias, window).cpu()
         expected = sums(signs(x), signs(w), window) * scale[:, None, None] + bias[:, None, None]
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), expected, rtol=2.0**-8 if dtype != torch.float32 else 1e-6, atol=1e-4)
@@ -222,12 +229,12 @@ def convolutions(shape: tuple[int, ...], n: int, window: Window) -> list[Callabl
     ]
 
 
-def test_memory_formats() -> None:
+def test_memory_formats(device: str) -> None:
     """As torch's own: the result has that of x; any strides are taken."""
     for shape, n, window in CASES:
-        x = randn(*shape)
+        x = randn(*shape, device=device)
         last = x.to(memory_format=torch.channels_last)
-        wide = randn(shape[0], shape[1], shape[2], 2 * shape[3])
+        wide = randn(shape[0], shape[1], shape[2], 2 * shape[3], device=device)
         wide[..., ::2] = x
         for run in convolutions(shape, n, window):
             expected = run(x)
@@ -239,10 +246,10 @@ def test_memory_formats() -> None:
             assert torch.equal(run(x.flip(0).flip(0)), expected)
 
 
-def test_images_do_not_depend_on_each_other() -> None:
+def test_images_do_not_depend_on_each_other(device: str) -> None:
     """Nor on how many are prepared at a time."""
     shape, n, window = (40, 64, 28, 28), 8, Window()
-    x = randn(*shape)
+    x = randn(*shape, device=device)
     for run in convolutions(shape, n, window):
         whole = run(x)
         for image in (0, 17, 39):
@@ -264,9 +271,9 @@ def test_threads_do_not_change_the_result() -> None:
         torch.set_num_threads(before)
 
 
-def test_nothing_to_do() -> None:
+def test_nothing_to_do(device: str) -> None:
     for run in convolutions((1, 3, 8, 8), 4, Window()):
-        assert run(torch.zeros(0, 3, 8, 8)).shape == (0, 4, 8, 8)
+        assert run(torch.zeros(0, 3, 8, 8, device=device)).shape == (0, 4, 8, 8)
 
 
 def test_numpy_is_the_same() -> None:

@@ -230,3 +230,15 @@ def test_layers_move() -> None:
     expected = model(x)
     torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.cpu()(x), expected, rtol=0, atol=0)
+
+
+@with_operators
+@with_gpu
+@pytest.mark.parametrize("config", [kdq.Int8Dynamic(), kdq.Int8Static(), kdq.Binary()])
+def test_convolutions_move(config: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.Conv2d(20, 9, 3, stride=2, padding=1))
+    x = randn(2, 3, 9, 8)
+    kdq.quantize_(model, {"0": config}, calibration=[x])
+    expected = model(x)
+    torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.cpu()(x), expected, rtol=0, atol=0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kdq_kernels as kk
 from kdq_kernels import _torch_library
-from op_cases import INDICES, cpu_cases, int8, moved, op_cases, randn
+from op_cases import INDICES, int8, moved, op_cases, randn
 
 ops = torch.ops.kdq
 
@@ -26,17 +26,12 @@ def test_opcheck(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, An
     torch.library.opcheck(op, moved(args, device), moved(kwargs, device))
 
 
-@pytest.mark.parametrize(("name", "op", "args", "kwargs"), cpu_cases(), ids=[c[0] for c in cpu_cases()])
-def test_opcheck_on_the_cpu(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    torch.library.opcheck(op, args, kwargs)
-
-
 def test_every_op_is_checked() -> None:
     """A new operator without an opcheck case fails here."""
     names = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdq::")
     }
-    assert names == {c[1]._schema.name.split("::")[1] for c in [*op_cases(), *cpu_cases()]}
+    assert names == {c[1]._schema.name.split("::")[1] for c in op_cases()}
 
 
 def test_opcheck_with_gradients(device: str) -> None:

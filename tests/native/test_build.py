@@ -77,7 +77,7 @@ def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> No
 def test_cuda_kernels_agree_with_the_reference_on_the_emulator(installed: Path) -> None:
     """tests/cuda: the kernels' own bodies, run on the CPU; needs neither nvcc nor a GPU."""
     output = require_success(run("ctest", "--test-dir", installed / "build", "--output-on-failure"))
-    assert re.search(r"100% tests passed.* out of 9\n", output)
+    assert re.search(r"100% tests passed.* out of 10\n", output)
 
 
 def test_cuda_library_needs_no_toolkit(installed: Path) -> None:
@@ -121,11 +121,15 @@ def test_cuda_products_are_on_tensor_cores(installed: Path) -> None:
     (library,) = (installed / "prefix").rglob("libkdq_cuda.so")
     kernels = instructions_by_kernel(library, cuobjdump)
     assert {architecture for architecture, _ in kernels} == {"sm_80", "sm_90a"}
-    for warp, warpgroup, product in (("IMMA", "IGMMA", "Int8Product"), ("BMMA", "BGMMA", "BinaryProduct")):
+    for warp, warpgroup, product, convolutions in (
+        ("IMMA", "IGMMA", "Int8Product", 4),  # dynamic and static, whole and in pieces of k
+        ("BMMA", "BGMMA", "BinaryProduct", 1),
+    ):
         meant = {key: counts for key, counts in kernels.items() if product in key[1]}
         for_any = [counts for key, counts in meant.items() if "HopperProduct" not in key[1]]
         assert len(for_any) >= 2 * 4  # tiled and small, two results, on two architectures
         assert all(counts[warp] > 0 for counts in for_any)
+        assert len([key for key in meant if "Windows" in key[1]]) == 2 * convolutions  # on two architectures
         for_hopper = {key: counts for key, counts in meant.items() if "HopperProduct" in key[1]}
         on_hopper = [counts for (architecture, _), counts in for_hopper.items() if architecture == "sm_90a"]
         assert len(on_hopper) == 3

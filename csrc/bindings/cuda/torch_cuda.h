@@ -98,6 +98,15 @@ class Cuda {
   }
 
   template <class... Args>
+  Status transpose_images(const Args&... args) const {
+    return cuda::transpose_images(args..., stream_);
+  }
+  Status binary_conv2d(const BinaryConv2d& args) const {
+    const Tensor scratch = workspace(cuda::binary_conv2d_workspace(args.shape, args.layer.n));
+    return cuda::binary_conv2d(args, scratch.mutable_data_ptr(), stream_);
+  }
+
+  template <class... Args>
   Status pack_indices(const Args&... args) const {
     return cuda::pack_indices(args..., stream_);
   }

@@ -82,6 +82,13 @@ class Int8OnCuda : public Cuda {
 
   Status weight_only(const LinearCall& call) const { return cuda::int8_weight_only_linear(arguments(call), stream()); }
 
+  Status convolution(const Conv2dShape& shape, const LinearCall& call) const {
+    cuda::Int8Conv2d args{shape, arguments(call)};
+    const Tensor scratch = workspace(cuda::int8_conv2d_workspace(shape, args.layer.n));
+    args.layer.workspace = scratch.mutable_data_ptr();
+    return cuda::int8_conv2d(args, stream());
+  }
+
  private:
   // int32, which the kernels read; torch's own quantizers have int64.
   Tensor zero_point_here(const Tensor& t) const {

@@ -13,6 +13,7 @@
 
 #include "kdq/binary_gemm.h"
 #include "kdq/codebook.h"
+#include "kdq/conv2d.h"
 #include "kdq/distillation.h"
 #include "kdq/fake_quant.h"
 #include "kdq/int8_gemm.h"
@@ -118,6 +119,28 @@ KDQ_API Status int8_linear(const Int8Linear& args, Stream stream);
 // As in int8_gemm.h: x stays in floating point. It needs no workspace. The order of the float32 sums depends on the
 // shape alone, and is not the CPU's.
 KDQ_API Status int8_weight_only_linear(const Int8Linear& args, Stream stream);
+
+// ---- conv2d.h: images channels last ---------------------------------------------------------------------------------
+
+// The int8 layer over the windows of images. weight: [n, kernel height * kernel width * channels]; m and k follow from
+// the shape; workspace: int8_conv2d_workspace(shape, layer.n) bytes. Less than 2^31 outputs of a channel, as everywhere
+// here.
+struct Int8Conv2d {
+  Conv2dShape shape;
+  Int8Linear layer;
+};
+
+// 0 for a shape that the functions refuse.
+KDQ_API size_t int8_conv2d_workspace(const Conv2dShape& shape, int64_t n);
+
+KDQ_API Status int8_conv2d(const Int8Conv2d& args, Stream stream);
+
+KDQ_API size_t binary_conv2d_workspace(const Conv2dShape& shape, int64_t n);
+
+KDQ_API Status binary_conv2d(const BinaryConv2d& args, void* workspace, Stream stream);
+
+KDQ_API Status transpose_images(size_t element_bytes, const void* x, int64_t images, int64_t rows, int64_t columns,
+                                void* y, Stream stream);
 
 // ---- codebook.h -----------------------------------------------------------------------------------------------------
 

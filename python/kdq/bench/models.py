@@ -120,9 +120,8 @@ def model_cases(target: Target) -> Iterator[Case]:
     for batch in (1, 16):
         name = f"encoder of 6 layers, 384 wide, batch {batch} x 128"
         yield model_case(name, deep, torch.randn(batch, 128, 384), target)
-    if not target.gpu:  # where there are no convolutions yet
-        images = torch.randn(1, 3, 224, 224).to(memory_format=torch.channels_last)
-        yield model_case("resnet-18, batch 1 x 224 x 224", resnet18(), images, target)
+    images = torch.randn(1, 3, 224, 224).to(memory_format=torch.channels_last)
+    yield model_case("resnet-18, batch 1 x 224 x 224", resnet18(), images, target)
 
 
 @torch.inference_mode(False)
