@@ -62,10 +62,11 @@ Images parse_images(const On& on, const Tensor& x, int64_t kernel_height, int64_
   check_pair("padding", args.padding);
   check_pair("dilation", args.dilation);
   const bool channels_last = is_channels_last(x);
-  Images images{channels_last ? x : transposed(on, dense(x)), dtype, {}, channels_last && !x.is_contiguous()};
+  Images images{x, dtype, {}, channels_last && !x.is_contiguous()};
   images.shape = {x.size(0),      x.size(1),      x.size(2),       x.size(3),       kernel_height,    kernel_width,
                   args.stride[0], args.stride[1], args.padding[0], args.padding[1], args.dilation[0], args.dilation[1]};
   check(conv2d_output(images.shape, &images.output_height, &images.output_width));
+  if (!channels_last) images.x = transposed(on, dense(x));
   return images;
 }
 

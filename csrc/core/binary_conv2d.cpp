@@ -44,8 +44,6 @@ class Side {
 // The classes of windows of a call.
 struct Classes {
   const Windows& windows;
-  Side rows;
-  Side columns;
   int32_t* of_row;          // [output_height]: the class of each row of outputs,
   int32_t* of_column;       // [output_width]: and of each column
   Side::Inside* row_kinds;  // what is inside, by class
@@ -60,16 +58,13 @@ struct Classes {
 
   Classes(const Windows& w, char* memory)
       : windows(w),
-        rows(w.shape.height, w.shape.kernel_height, w.shape.stride_height, w.shape.padding_height,
-             w.shape.dilation_height),
-        columns(w.shape.width, w.shape.kernel_width, w.shape.stride_width, w.shape.padding_width,
-                w.shape.dilation_width),
         of_row(reinterpret_cast<int32_t*>(memory)),
         of_column(of_row + w.output_height),
-        row_kinds(nullptr),
-        column_kinds(nullptr) {
-    row_kinds = reinterpret_cast<Side::Inside*>(memory + (w.output_height + w.output_width + 1) / 2 * 8);
-    column_kinds = row_kinds + w.output_height;
+        row_kinds(reinterpret_cast<Side::Inside*>(memory + (w.output_height + w.output_width + 1) / 2 * 8)),
+        column_kinds(row_kinds + w.output_height) {
+    const Conv2dShape& s = w.shape;
+    const Side rows(s.height, s.kernel_height, s.stride_height, s.padding_height, s.dilation_height);
+    const Side columns(s.width, s.kernel_width, s.stride_width, s.padding_width, s.dilation_width);
     n_rows = classify(rows, w.output_height, of_row, row_kinds);
     n_columns = classify(columns, w.output_width, of_column, column_kinds);
   }

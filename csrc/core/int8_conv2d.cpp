@@ -130,7 +130,6 @@ Status int8_conv2d(const Int8Conv2d& args, const ParallelFor& parallel_for) {
   if (!status.ok()) return status;
   call.set_layer(args.layer);
   call.epilogue.offset = args.layer.is_static ? args.layer.input_zero_point : kMiddle;
-  call.k = call.weight.k;
 
   const int64_t at_once = windows.images_at_once();
   Scratch scratch(static_cast<size_t>(Images::bytes(windows, at_once)));
