@@ -42,8 +42,8 @@ test-cuda: $(VENV)/.deps
 			$(SANITIZER) --tool "$$tool" --error-exitcode 1 "$$test"; \
 		done; \
 	done
-	$(BIN)/python -m pytest --device cuda tests/kernels/test_torch_ops.py tests/kernels/test_distillation.py \
-		tests/kernels/test_conv2d.py tests/kernels/test_cuda_ops.py tests/kernels/test_gpu_peaks.py
+	$(BIN)/python -m pytest --device cuda tests/kernels/test_torch_ops.py tests/kernels/test_attention.py \
+		tests/kernels/test_distillation.py tests/kernels/test_conv2d.py tests/kernels/test_cuda_ops.py tests/kernels/test_gpu_peaks.py
 	$(BIN)/kdq bench --device cuda --quick --keep-going
 
 bench: build

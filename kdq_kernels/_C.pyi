@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from numpy import float32, int8, int32, int64, uint8
+from numpy import bool_, float32, int8, int32, int64, uint8
 from numpy.typing import NDArray
 
 from kdq_kernels.cpu import BuildInfo
@@ -113,6 +113,14 @@ def codebook_linear(
     out_features: int,
     bias: NDArray[float32] | None,
     activation: str | None,
+) -> Floats: ...
+def scaled_dot_product_attention(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    attn_mask: NDArray[float32] | NDArray[bool_] | None,
+    is_causal: bool,
+    scale: float,
 ) -> Floats: ...
 def distillation_loss(
     student: Floats,

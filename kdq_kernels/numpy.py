@@ -42,6 +42,7 @@ __all__ = [
     "pack_signs",
     "quantize",
     "quantize_rows",
+    "scaled_dot_product_attention",
     "set_num_threads",
     "unpack_indices",
     "unpack_int8_weight",
@@ -318,6 +319,31 @@ def codebook_linear(
     packed: `pack_indices(indices, bits)`; codebook float32 `[2**bits]`, bits from 1 to 5.
     """
     return _C.codebook_linear(x, packed, codebook, out_features, bias, activation)
+
+
+def scaled_dot_product_attention(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    attn_mask: NDArray[np.float32] | NDArray[np.bool_] | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Floats:
+    """`softmax(scale * query @ key.T + mask) @ value`, in float32 inside.
+
+    query `[batch, heads, queries, size]`; key and value `[batch, kv heads, keys, size]` and `[..., value size]`, where
+    kv heads divides heads; attn_mask `[batch, heads, queries, keys]`, any of these may be 1, float32 (added) or bool
+    (True: takes part). Returns `[batch, heads, queries, value size]`.
+    """
+    mask: NDArray[Any] | None = attn_mask
+    if mask is not None and query.ndim == key.ndim == mask.ndim == 4:
+        shape = (*query.shape[:3], key.shape[2])
+        if all(size in (1, wanted) for size, wanted in zip(mask.shape, shape, strict=True)):
+            mask = np.broadcast_to(mask, shape)
+    if scale is None:
+        scale = max(query.shape[-1], 1) ** -0.5
+    return _C.scaled_dot_product_attention(query, key, value, mask, is_causal, scale)
 
 
 def distillation_loss(

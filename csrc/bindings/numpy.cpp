@@ -6,6 +6,7 @@
 
 #include "introspection.h"
 #include "kdq/kdq.h"
+#include "numpy_attention.h"
 #include "numpy_binary.h"
 #include "numpy_codebook.h"
 #include "numpy_common.h"
@@ -189,6 +190,7 @@ py::tuple binarize_rows_array(const py::array& x_in) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of kdq_kernels: kernels on NumPy arrays, CPU and build introspection.";
   bind_introspection(m);
+  bind_attention(m);
   bind_binary(m);
   bind_distillation(m);
   bind_codebook(m);

@@ -1,6 +1,7 @@
 // Where an operator runs: on the CPU. Results on large pages, kernels on torch's thread pool.
 #pragma once
 
+#include "kdq/attention.h"
 #include "kdq/binary_gemm.h"
 #include "kdq/codebook.h"
 #include "kdq/conv2d.h"
@@ -113,6 +114,10 @@ class Cpu {
     return kdq::unpack_indices(args..., torch_executor());
   }
   static Status codebook_linear(const CodebookLinear& args) { return kdq::codebook_linear(args, torch_executor()); }
+
+  static Status scaled_dot_product_attention(const Attention& args) {
+    return kdq::scaled_dot_product_attention(args, torch_executor());
+  }
 
   static Status distillation_loss(const DistillationLoss& args, DistillationRow* statistics, float* loss) {
     return kdq::distillation_loss(args, statistics, loss, torch_executor());

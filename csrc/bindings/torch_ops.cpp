@@ -56,6 +56,10 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "str? activation=None) -> Tensor");
 
   m.def(
+      "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+      "float scale) -> Tensor");
+
+  m.def(
       "distillation_loss(Tensor student, Tensor teacher, Tensor? target, float temperature, float alpha) -> "
       "(Tensor, Tensor)");
   m.def(

@@ -137,6 +137,29 @@ struct Vec {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
 
+  // Eight rows to eight columns: pairs of lanes, pairs of pairs, then halves.
+  static void transpose(Float (&v)[kLanes]) {
+    Float t[kLanes];
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; i += 2) {
+      t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kLanes; i += 4) {
+      v[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      v[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+      v[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      v[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Float first = v[i];
+      v[i] = _mm256_permute2f128_ps(first, v[i + 4], 0x20);
+      v[i + 4] = _mm256_permute2f128_ps(first, v[i + 4], 0x31);
+    }
+  }
+
   static Int int_zero() { return _mm256_setzero_si256(); }
   static Int int_set(int32_t value) { return _mm256_set1_epi32(value); }
   static Int int_load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

@@ -129,6 +129,37 @@ struct Vec {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
 
+  // Sixteen rows to sixteen columns: pairs of lanes, pairs of pairs, then quarters.
+  static void transpose(Float (&v)[kLanes]) {
+    Float t[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes; i += 2) {
+      t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; i += 4) {
+      v[i] = low_pairs(t[i], t[i + 2]);
+      v[i + 1] = high_pairs(t[i], t[i + 2]);
+      v[i + 2] = low_pairs(t[i + 1], t[i + 3]);
+      v[i + 3] = high_pairs(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xDD);
+      t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xDD);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+      v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
+      v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+      v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+  }
+
   static Int int_zero() { return _mm512_setzero_si512(); }
   static Int int_set(int32_t value) { return _mm512_set1_epi32(value); }
   static Int int_load(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -193,6 +224,12 @@ struct Vec {
   static void store_int_part(uint8_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, lanes_below(n), v); }
 
  private:
+  static Float low_pairs(Float a, Float b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static Float high_pairs(Float a, Float b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
   // What two levels of packs, which work on 128-bit quarters, leave of four vectors of int32.
   static Int in_order(Int bytes) {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);

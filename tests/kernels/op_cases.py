@@ -68,6 +68,18 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("int8_matmul plain", ops.int8_matmul.default, (int8(4, 70), w), {}),
         ("int8_linear", ops.int8_linear.default, (x, packed, scale, scale), {"activation": "gelu"}),
         ("int8_linear static", ops.int8_linear.default, (x, packed, scale, None, one, zero, 15), {}),
+        (
+            "scaled_dot_product_attention",
+            ops.scaled_dot_product_attention.default,
+            (randn(2, 4, 5, 6), randn(2, 2, 7, 6), randn(2, 2, 7, 9), None, True, 0.5),
+            {},
+        ),
+        (
+            "scaled_dot_product_attention of parts",
+            ops.scaled_dot_product_attention.default,
+            (*randn(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4), torch.ones(1, 1, 1, 5, dtype=torch.bool), False, 0.5),
+            {},
+        ),
         ("int8_weight_only_linear", ops.int8_weight_only_linear.default, (x, packed, scale), {}),
         (
             "int8_conv2d",

@@ -1,6 +1,7 @@
 // Everything libkdq offers.
 #pragma once
 
+#include "kdq/attention.h"
 #include "kdq/binary_gemm.h"
 #include "kdq/codebook.h"
 #include "kdq/conv2d.h"

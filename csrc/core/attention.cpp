@@ -1,0 +1,107 @@
+// Attention: checks, and who computes which queries.
+#include "kdq/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <string>
+#include <type_traits>
+
+#include "core/attention_kernels.h"
+#include "core/checks.h"
+#include "core/kernel_choice.h"
+#include "core/parallel_range.h"
+#include "core/scratch.h"
+
+namespace kdq {
+namespace {
+
+constexpr KernelChoice<AttentionKernels> kChoices[] = {
+    {Isa::kReference, CpuExtra::kNone, &kAttentionReference},
+#if defined(KDQ_HAVE_X86)
+    {Isa::kAvx2, CpuExtra::kNone, &kAttentionAvx2},
+    {Isa::kAvx512, CpuExtra::kNone, &kAttentionAvx512},
+#endif
+};
+
+// Queries that threads are given at once: whole groups of a tile's rows on every ISA.
+constexpr int64_t kPiece = 48;
+// Multiplications and additions below which waking another thread costs more than it saves (some 7 us).
+constexpr double kWorkWorthAThread = 2e6;
+
+Status check_attention(const Attention& a) {
+  if (a.batch < 0 || a.heads < 0 || a.queries < 0 || a.keys < 0 || a.head_size < 1 || a.value_size < 1) {
+    return Status::invalid("q, k, v: expected sizes of at least 0, and at least 1 of a head and of its values");
+  }
+  if (a.heads > 0 && (a.kv_heads < 1 || a.heads % a.kv_heads != 0)) {
+    return Status::invalid("k: expected a number of heads that divides the " + std::to_string(a.heads) + " of q, got " +
+                           std::to_string(a.kv_heads));
+  }
+  if (!std::isfinite(a.scale)) return Status::invalid("scale: expected a finite number, got " + format(a.scale));
+  const int64_t results = a.batch * a.heads * a.queries;
+  Status status = check_pointer("q", a.q, results);
+  if (status.ok()) status = check_pointer("k", a.k, results * a.keys);
+  if (status.ok()) status = check_pointer("v", a.v, results * a.keys);
+  if (status.ok()) status = check_pointer("y", a.y, results);
+  if (status.ok() && a.mask_kind != MaskKind::kNone) status = check_pointer("mask", a.mask, results * a.keys);
+  return status;
+}
+
+template <class T>
+T* moved(T* base, const AttentionStrides& strides, int64_t batch, int64_t head, size_t element_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  if (base == nullptr) return nullptr;
+  const int64_t elements = batch * strides.batch + head * strides.head;
+  return static_cast<Byte*>(base) + elements * static_cast<int64_t>(element_bytes);
+}
+
+HeadQueries at_head(const Attention& a, int64_t index) {
+  const int64_t batch = index / a.heads;
+  const int64_t head = index % a.heads;
+  const int64_t kv_head = head / (a.heads / a.kv_heads);
+  const size_t bytes = dtype_size(a.dtype);
+  const size_t mask_bytes = a.mask_kind == MaskKind::kFloat32 ? sizeof(float) : 1;
+  HeadQueries job = {};
+  job.args = &a;
+  job.q = moved(a.q, a.q_strides, batch, head, bytes);
+  job.k = moved(a.k, a.k_strides, batch, kv_head, bytes);
+  job.v = moved(a.v, a.v_strides, batch, kv_head, bytes);
+  job.mask = moved(a.mask, a.mask_strides, batch, head, mask_bytes);
+  job.y = moved(a.y, a.y_strides, batch, head, bytes);
+  return job;
+}
+
+}  // namespace
+
+Status scaled_dot_product_attention(const Attention& args, const ParallelFor& parallel_for) {
+  const AttentionKernels* kernels = nullptr;
+  Status status = choose_kernels(kChoices, &kernels);
+  if (status.ok()) status = check_attention(args);
+  if (!status.ok() || args.batch * args.heads * args.queries == 0) return status;
+  const auto run = kernels->run[static_cast<int>(args.dtype)];
+  const size_t scratch_bytes = static_cast<size_t>(kernels->scratch_floats(args)) * sizeof(float);
+  const int64_t pieces = (args.queries + kPiece - 1) / kPiece;  // of a head
+  const double piece_work = 2.0 * static_cast<double>(std::min(kPiece, args.queries) * (args.keys + 1)) *
+                            static_cast<double>(args.head_size + args.value_size);
+  const int64_t grain = static_cast<int64_t>(kWorkWorthAThread / piece_work) + 1;
+  std::atomic<bool> out_of_memory{false};
+  parallel_range(parallel_for, args.batch * args.heads * pieces, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(scratch_bytes);
+    if (scratch.data() == nullptr) {
+      out_of_memory = true;
+      return;
+    }
+    for (int64_t i = begin; i < end;) {
+      HeadQueries job = at_head(args, i / pieces);
+      const int64_t last = std::min({i - i % pieces + pieces, end, i + kMostQueries / kPiece});  // of the same head
+      job.first = i % pieces * kPiece;
+      job.count = std::min(args.queries - job.first, (last - i) * kPiece);
+      run(job, reinterpret_cast<float*>(scratch.data()));
+      i = last;
+    }
+  });
+  if (out_of_memory) return Status::internal("out of memory for a block of keys");
+  return status;
+}
+
+}  // namespace kdq
