@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from kdq.bench.attention import attention_cases
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases, binary_threshold_cases
 from kdq.bench.case import Case
 from kdq.bench.codebook import codebook_cases
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Callable[[Target], Iterable[Case]]] = {
     "low_bit_linear": low_bit_linear_cases,
     "codebook_linear": codebook_cases,
     "int8_conv2d": int8_conv2d_cases,
+    "attention": attention_cases,
     "binary_matmul": binary_matmul_cases,
     "binary_linear": binary_linear_cases,
     "binary_threshold": binary_threshold_cases,

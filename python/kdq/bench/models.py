@@ -28,6 +28,7 @@ from kdq.bench.limits import int8_products, reading
 from kdq.bench.target import Target
 from kdq.configs import Int8Dynamic, Int8Static
 from kdq.quantize import quantize_
+from kdq_kernels import scaled_dot_product_attention
 
 TOLERANCE = 0.2  # of the output of a whole model; what each contender really has is in the table
 
@@ -35,8 +36,11 @@ TOLERANCE = 0.2  # of the output of a whole model; what each contender really ha
 class EncoderLayer(nn.Module):
     """A pre-norm transformer layer whose four projections are plain nn.Linear, as in most people's models.
 
-    Two of them are in an nn.Sequential with their GELU, so `quantize_` lets the first one's kernel compute it.
+    Two of them are in an nn.Sequential with their GELU, so `quantize_` lets the first one's kernel compute it. Which
+    function computes attention is, as in most libraries, an attribute.
     """
+
+    attention: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -48,7 +52,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        attended = self.attention(qkv[0], qkv[1], qkv[2])
         x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
         y: Tensor = x + self.feed_forward(self.norm2(x))
         return y
@@ -131,7 +135,10 @@ def model_case(shape: str, model: nn.Module, x: Tensor, target: Target) -> Case:
     dynamic, static = copy.deepcopy(model), copy.deepcopy(model)
     quantize_(dynamic, Int8Dynamic())
     quantize_(static, Int8Static(), calibration=[x])
-    dynamic, static, model = (m.to(target.device) for m in (dynamic, static, copy.deepcopy(model)))
+    elsewhere = copy.deepcopy(dynamic)
+    has_attention = use_own_attention(dynamic) and use_own_attention(static)
+    models = dynamic, static, elsewhere, copy.deepcopy(model)
+    dynamic, static, elsewhere, model = (m.to(target.device) for m in models)
     x = x.to(target.device)
     reference = copy.deepcopy(model).double()(x.double())
     contenders = [
@@ -139,11 +146,21 @@ def model_case(shape: str, model: nn.Module, x: Tensor, target: Target) -> Case:
         Contender("kdq Int8Static", partial(static, x), "ours", TOLERANCE),
         Contender("torch float32", partial(model, x), "peer", 1e-4),
     ]
+    if has_attention:
+        contenders.append(Contender("kdq Int8Dynamic, torch's attention", partial(elsewhere, x), "context", TOLERANCE))
     if not target.quick:
         contenders += list(peer_models(model, x, target))
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
     limits = [int8_products(operations(model, x)), reading(weights)]
     return Case("model", shape, limits, reference, contenders)
+
+
+def use_own_attention(model: nn.Module) -> bool:
+    """Whether there is any attention that can be computed by kdq's kernel; it then is."""
+    layers = [module for module in model.modules() if isinstance(module, EncoderLayer)]
+    for layer in layers:
+        layer.attention = scaled_dot_product_attention
+    return bool(layers)
 
 
 def peer_models(model: nn.Module, x: Tensor, target: Target) -> Iterator[Contender]:

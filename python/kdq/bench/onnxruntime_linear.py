@@ -103,6 +103,17 @@ def conv2d(x: Tensor, w: Tensor, bias: Tensor, stride: int, padding: int) -> lis
     ]
 
 
+def attention(x: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> list[Contender]:
+    """MultiHeadAttention, to which its optimizer fuses the parts of exported models."""
+    if not installed():
+        return []
+    from onnx import helper
+
+    settings: dict[str, Any] = {"num_heads": heads, "unidirectional": int(causal)}
+    node = helper.make_node("MultiHeadAttention", ["x", "k", "v"], ["y"], domain="com.microsoft", **settings)
+    return [Contender("ONNX Runtime float32", session_run([node], x, {"k": k, "v": v}), "peer", 1e-5)]
+
+
 def session_run(nodes: list[Any], x: Tensor, constants: dict[str, Tensor]) -> Callable[[], Tensor]:
     """A graph from input x to output y on torch's number of threads."""
     import onnx

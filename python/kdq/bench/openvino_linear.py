@@ -90,6 +90,22 @@ def conv2d(x: Tensor, w: Tensor, bias: Tensor, stride: int, padding: int) -> lis
     ]
 
 
+def attention(x: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> list[Contender]:
+    if not installed():
+        return []
+    import numpy
+    from openvino import opset13 as ops
+
+    def split(t: Any) -> Any:
+        return ops.transpose(ops.reshape(t, [len(x), -1, heads, x.shape[2] // heads], False), [0, 2, 1, 3])
+
+    parameter = ops.parameter(list(x.shape), numpy.float32)
+    operands = [split(t) for t in (parameter, ops.constant(k.numpy()), ops.constant(v.numpy()))]
+    y = ops.scaled_dot_product_attention(*operands, causal=causal)
+    joined = ops.reshape(ops.transpose(y, [0, 2, 1, 3]), list(x.shape), False)
+    return [Contender("OpenVINO float32", inference(joined, parameter, x, group=0), "peer", 1e-5)]
+
+
 def compiled(x: Tensor, weights: Any, bias: Tensor, group: int) -> Callable[[], Tensor]:
     """`x @ weights.T + bias`; group 0: activations stay float32."""
     import numpy

@@ -1,0 +1,80 @@
+"""Contenders for attention in float32: torch's, ONNX Runtime's and OpenVINO's.
+
+Each gets queries as a projection leaves them, [batch, queries, heads x size], and gives its result so. Keys and values
+are likewise, and the same from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdq_kernels as kk
+from kdq.bench import onnxruntime_linear, openvino_linear
+from kdq.bench.case import Case, Contender
+from kdq.bench.limits import float_products, reading
+from kdq.bench.target import Target
+
+
+class Heads(NamedTuple):
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    size: int
+    causal: bool
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.heads}x{self.queries}x{self.size}, {self.keys} keys"
+        return f"{sizes}, causal" if self.causal else sizes
+
+
+# An encoder at two batches, a vision transformer, two causal prompts, a token that is generated, and odd sizes.
+SHAPES = [
+    Heads(1, 6, 128, 128, 64, False),
+    Heads(16, 6, 128, 128, 64, False),
+    Heads(1, 12, 197, 197, 64, False),
+    Heads(1, 12, 512, 512, 64, True),
+    Heads(1, 8, 2048, 2048, 128, True),
+    Heads(1, 32, 1, 1024, 128, False),
+    Heads(1, 5, 37, 61, 40, False),
+]
+QUICK_SHAPES = [Heads(1, 2, 9, 9, 16, True)]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attention_cases(target: Target) -> Iterator[Case]:
+    """float32. Operations: of both products, for causal ones of the half that counts. On a GPU kdq calls torch's."""
+    if target.gpu:
+        return
+    generator = target.generator(9)
+    for shape in QUICK_SHAPES if target.quick else SHAPES:
+        width = shape.heads * shape.size
+        x = torch.randn(shape.batch, shape.queries, width, generator=generator)
+        k, v = (torch.randn(shape.batch, shape.keys, width, generator=generator) for _ in range(2))
+        ours = partial(split, partial(kk.scaled_dot_product_attention, is_causal=shape.causal), shape)
+        torchs = partial(split, partial(F.scaled_dot_product_attention, is_causal=shape.causal), shape)
+        contenders = [
+            Contender("kdq scaled_dot_product_attention", partial(ours, x, k, v), "ours", 1e-5),
+            Contender("torch float32", partial(torchs, x, k, v), "peer", 1e-5),
+        ]
+        if not target.quick:
+            contenders += onnxruntime_linear.attention(x, k, v, shape.heads, shape.causal)
+            contenders += openvino_linear.attention(x, k, v, shape.heads, shape.causal)
+        scores = shape.batch * shape.heads * shape.queries * shape.keys
+        if shape.causal:
+            scores = shape.batch * shape.heads * sum(min(i + 1, shape.keys) for i in range(shape.queries))
+        limits = [float_products(4.0 * scores * shape.size, torch.float32), reading(4.0 * (k.numel() + v.numel()))]
+        yield Case("attention", str(shape), limits, torchs(x.double(), k.double(), v.double()), contenders)
+
+
+def split(attend: Attend, shape: Heads, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention on the heads of three projections, its results side by side as they were."""
+    q, k, v = (t.view(shape.batch, -1, shape.heads, shape.size).transpose(1, 2) for t in (x, k, v))
+    return attend(q, k, v).transpose(1, 2).flatten(2)
