@@ -103,13 +103,15 @@ def conv2d(x: Tensor, w: Tensor, bias: Tensor, stride: int, padding: int) -> lis
     ]
 
 
-def attention(x: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> list[Contender]:
-    """MultiHeadAttention, to which its optimizer fuses the parts of exported models."""
+def attention(x: Tensor, k: Tensor, v: Tensor, causal: bool) -> list[Contender]:
+    """MultiHeadAttention, to which its optimizer fuses the parts of exported models; k and v as they lie in memory."""
     if not installed():
         return []
     from onnx import helper
 
-    settings: dict[str, Any] = {"num_heads": heads, "unidirectional": int(causal)}
+    settings: dict[str, Any] = {"num_heads": k.shape[1], "unidirectional": int(causal)}
+    if not k.is_contiguous():
+        k, v = (t.transpose(1, 2).flatten(2) for t in (k, v))
     node = helper.make_node("MultiHeadAttention", ["x", "k", "v"], ["y"], domain="com.microsoft", **settings)
     return [Contender("ONNX Runtime float32", session_run([node], x, {"k": k, "v": v}), "peer", 1e-5)]
 
