@@ -32,6 +32,7 @@ from kdq.losses import (
     Weighted,
 )
 from kdq.observers import KLHistogram, MeanSquaredError, MinMax, MovingAverage, Percentile
+from kdq.open_attention import open_attention_
 from kdq.phases import Phase, pruning_phases, qkd_phases
 from kdq.planning import ConversionReport
 from kdq.progressive import lower_precision_
@@ -115,6 +116,7 @@ __all__ = [
     "freeze_",
     "load",
     "lower_precision_",
+    "open_attention_",
     "pact_penalty",
     "precision_of",
     "precisions",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from kdq.layers.embedding import QuantizedEmbedding
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.layers.qat import TrainingTwin
+from kdq.open_attention import attention_of, replace_attention_, why_not_open
 from kdq.transformer import run_layers_of_transformers
 
 METADATA_KEY = "kdq"
@@ -91,7 +93,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Args:
         path: the file.
         model: the float architecture; its layers are replaced as the file says, the activations that they compute taken
-            out, and all tensors loaded, in place. None rebuilds models made of nn.Sequential and common layers.
+            out, its attention opened (`open_attention_`), and all tensors loaded, in place. None rebuilds models made
+            of nn.Sequential and common layers.
 
     Returns:
         The model, in eval mode if it was rebuilt.
@@ -111,22 +114,62 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         model = build_architecture(info["architecture"], layers).eval()
         _check_tensors(path, model, layers, tensors)
     else:
-        for name in layers:
-            _check_place(path, model, name, layers[name])
-        _check_tensors(path, model, layers, tensors)
-        fusions = _fusions_left(path, model, layers)
-        for name, layer in layers.items():
-            parent_name, _, child = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            before = getattr(parent, child)
-            if isinstance(layer, QuantizedEmbedding):  # it decides what the layers after it compute in
-                layer.dtype = before.dtype if isinstance(before, QuantizedEmbedding) else before.weight.dtype
-            setattr(parent, child, layer.train(before.training))
-        for fusion in fusions:
-            fusion.take_out()
-        run_layers_of_transformers(model)
+        with _opened_as(path, model, tensors):
+            _replace(path, model, layers, tensors)
     model.load_state_dict(tensors)
     return model
+
+
+@contextmanager
+def _opened_as(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Opens the model's attention where the file's was (`open_attention_`), in the same form; after an error inside,
+    the model is as it was.
+
+    Raises:
+        ValueError: the file's attention is open, but that of the model cannot be opened.
+    """
+    closed = {name: module for name, module in attention_of(model).items() if name}
+    kinds = {name: kind for name in closed if (kind := _projections(name, tensors)) is not None}
+    for name in kinds:
+        reason = why_not_open(closed[name])
+        if reason is not None:
+            raise ValueError(
+                f"{path}: its attention {name!r} was opened by open_attention_, the model's is not: {reason}"
+            )
+    replace_attention_(model, {name: kind == "in_proj" for name, kind in kinds.items()})
+    try:
+        yield
+    except BaseException:
+        for name in kinds:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, closed[name])
+        raise
+
+
+def _projections(name: str, tensors: dict[str, Tensor]) -> str | None:
+    """The first of the input projections that attention of that name has as layers in the file; None if there are
+    none."""
+    return next((k for k in ("in_proj", "q_proj") if any(t.startswith(f"{name}.{k}.") for t in tensors)), None)
+
+
+def _replace(
+    path: str | os.PathLike[str], model: nn.Module, layers: dict[str, InferenceLayer], tensors: dict[str, Tensor]
+) -> None:
+    """Puts the file's layers in the model's, once all is checked."""
+    for name in layers:
+        _check_place(path, model, name, layers[name])
+    _check_tensors(path, model, layers, tensors)
+    fusions = _fusions_left(path, model, layers)
+    for name, layer in layers.items():
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        before = getattr(parent, child)
+        if isinstance(layer, QuantizedEmbedding):  # it decides what the layers after it compute in
+            layer.dtype = before.dtype if isinstance(before, QuantizedEmbedding) else before.weight.dtype
+        setattr(parent, child, layer.train(before.training))
+    for fusion in fusions:
+        fusion.take_out()
+    run_layers_of_transformers(model)
 
 
 def _encode(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:

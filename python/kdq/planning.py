@@ -33,7 +33,8 @@ NO_PATTERN = "no pattern of the config matches its name"
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a call did with every leaf module that has weights: changed (name -> config) or left (name -> reason).
+    """What a call did with every leaf module that has weights, and with every nn.MultiheadAttention, which has some
+    beside its child: changed (name -> config) or left (name -> reason).
 
     fused: the changed layers that compute the activation behind them too (name -> "relu", "gelu" or "silu").
     """
@@ -189,10 +190,9 @@ def _check_shared(plan: LayerPlan, leaves: Mapping[str, nn.Module], role: str) -
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Linear | nn.Conv2d | TrainingTwin | SwitchableNorm | InferenceLayer)
-        or next(module.children(), None) is None
-    )
+    layers = nn.Linear | nn.Conv2d | TrainingTwin | SwitchableNorm | InferenceLayer
+    # An nn.MultiheadAttention has parameters beside its one child.
+    return isinstance(module, layers | nn.MultiheadAttention) or next(module.children(), None) is None
 
 
 def _has_tensors(module: nn.Module) -> bool:
@@ -237,6 +237,8 @@ def why_not_linear(module: nn.Module) -> str | None:
         return "an embedding: quantize_ and prepare_qat_ take it where a pattern of the config matches its name"
     if isinstance(module, nn.Conv2d):
         return "a convolution: quantize_ and prepare_qat_ take it, this is for linear layers"
+    if isinstance(module, nn.MultiheadAttention):
+        return "its input projections are parameters, not layers; call kdq.open_attention_ first"
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} has no quantized form"
     return _why_not_float(module, nn.Linear, module.in_features * module.out_features)
@@ -251,6 +253,8 @@ def _why_not_float(module: Any, kind: type[nn.Module], weights: int) -> str | No
     """What linear layers and convolutions are left for alike."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
+    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return "nn.MultiheadAttention reads its weight and does not call it; call kdq.open_attention_ first"
     if type(module) is not kind:
         name = f"nn.{kind.__name__}"
         return f"{type(module).__name__} is a subclass of {name}, whose own code might read the float weight"

@@ -1,5 +1,7 @@
-"""Quantized layers: for inference on the kernels, and their twins for training (`kdq.layers.qat`)."""
+"""Quantized layers: for inference on the kernels, and their twins for training (`kdq.layers.qat`); and attention that
+consists of layers."""
 
+from kdq.layers.attention import MultiheadAttention
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
 from kdq.layers.codebook_linear import CodebookLinear
@@ -38,6 +40,7 @@ __all__ = [
     "LowBitLinear",
     "LowBitQATConv2d",
     "LowBitQATLinear",
+    "MultiheadAttention",
     "PACTQATConv2d",
     "PACTQATLinear",
     "PrunedLinear",
