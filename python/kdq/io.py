@@ -122,34 +122,31 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
 @contextmanager
 def _opened_as(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Opens the model's attention where the file's was (`open_attention_`), in the same form; after an error inside,
-    the model is as it was.
+    """Opens the model's attention where the file's was (`open_attention_`); after an error inside, the model is as it
+    was.
 
     Raises:
         ValueError: the file's attention is open, but that of the model cannot be opened.
     """
-    closed = {name: module for name, module in attention_of(model).items() if name}
-    kinds = {name: kind for name in closed if (kind := _projections(name, tensors)) is not None}
-    for name in kinds:
-        reason = why_not_open(closed[name])
+    closed = {
+        name: module
+        for name, module in attention_of(model).items()
+        if name and any(key.startswith(f"{name}.q_proj.") for key in tensors)
+    }
+    for name, module in closed.items():
+        reason = why_not_open(module)
         if reason is not None:
             raise ValueError(
                 f"{path}: its attention {name!r} was opened by open_attention_, the model's is not: {reason}"
             )
-    replace_attention_(model, {name: kind == "in_proj" for name, kind in kinds.items()})
+    replace_attention_(model, closed)
     try:
         yield
     except BaseException:
-        for name in kinds:
+        for name, module in closed.items():
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, closed[name])
+            setattr(model.get_submodule(parent), child, module)
         raise
-
-
-def _projections(name: str, tensors: dict[str, Tensor]) -> str | None:
-    """The first of the input projections that attention of that name has as layers in the file; None if there are
-    none."""
-    return next((k for k in ("in_proj", "q_proj") if any(t.startswith(f"{name}.{k}.") for t in tensors)), None)
 
 
 def _replace(

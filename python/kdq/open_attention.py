@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,15 +11,13 @@ from torch.nn.utils import parametrize
 
 from kdq.distributed import check_plain
 from kdq.fuse import has_own_code
-from kdq.layers.attention import MultiheadAttention, is_packed, why_not_attention
+from kdq.layers.attention import MultiheadAttention, why_not_attention
 from kdq.planning import FilterFn
 from kdq.ptq.tool_report import ToolReport
 from kdq.transformer import run_layers_of_transformers
 
 
-def open_attention_(
-    model: nn.Module, filter_fn: FilterFn | None = None, *, self_attention: FilterFn | None = None
-) -> ToolReport:
+def open_attention_(model: nn.Module, filter_fn: FilterFn | None = None) -> ToolReport:
     """Replaces every nn.MultiheadAttention of a model, in place, by a `kdq.layers.MultiheadAttention`, which computes
     the same from linear layers.
 
@@ -29,18 +27,15 @@ def open_attention_(
     compared or copied; make the optimizer after it.
 
         kdq.open_attention_(model)
-        kdq.quantize_(model, kdq.Int8Dynamic())  # takes self_attn.in_proj and self_attn.out_proj as well
+        kdq.quantize_(model, kdq.Int8Dynamic())  # takes self_attn.q_proj, k_proj, v_proj and out_proj as well
 
     The model computes the same to float rounding, and still loads state dicts of what it was; `load` opens a model by
-    itself as its file says. torch's transformer layers run layer by layer from now on, without their fused path, which
-    in float is the faster one. Left are subclasses, modules with hooks or parametrizations, and those with
+    itself as its file says. torch's transformer layers run layer by layer from now on, without their fused path and
+    its nested tensors of padded batches. Left are subclasses, modules with hooks or parametrizations, and those with
     add_bias_kv or add_zero_attn. Code outside that reads `in_proj_weight` of the module will not find it.
 
     Args:
         filter_fn: `filter_fn(module, name)`; only attention for which it is true is replaced.
-        self_attention: likewise, says where query, key and value are one tensor: these get one projection `in_proj`,
-            which is faster there, and the others `q_proj`, `k_proj` and `v_proj` (see `kdq.layers.MultiheadAttention`;
-            both are right everywhere). None: `self_attn` of nn.TransformerEncoderLayer and nn.TransformerDecoderLayer.
 
     Returns:
         What was replaced by which layers, and what was left and why: every nn.MultiheadAttention.
@@ -52,20 +47,16 @@ def open_attention_(
     check_plain(model)
     places = attention_of(model)
     tied = _tied(model)
-    fused: dict[int, bool] = {}
     left: dict[str, str] = {}
-    for name, module in places.items():
-        says_self = _is_self_attention(model, name) if self_attention is None else self_attention(module, name)
-        fused[id(module)] = bool(says_self) and is_packed(module) and fused.get(id(module), True)
     for name, module in places.items():
         reason = why_not_open(module)
         if reason is None and filter_fn is not None and not filter_fn(module, name):
             reason = "filter_fn is false"
-        if reason is None and not fused[id(module)] and tied & _parameters_to_split(module):
-            reason = "it shares parameters that would be split with another module"
+        if reason is None and tied & {id(module.in_proj_weight), id(module.in_proj_bias)}:
+            reason = "another module shares its in_proj_weight or in_proj_bias, which would be split"
         if reason is not None:
             left[name] = reason
-    chosen = {name: fused[id(module)] for name, module in places.items() if name not in left}
+    chosen = [name for name in places if name not in left]
     _check_places(places, chosen)
     replace_attention_(model, chosen)
     run_layers_of_transformers(model)
@@ -87,27 +78,13 @@ def why_not_open(module: Any) -> str | None:
     return why_not_attention(module)
 
 
-def replace_attention_(model: nn.Module, fused: Mapping[str, bool]) -> None:
-    """Builds what takes the place of each named module, in the form that it is to have, then puts all in. One under
-    several names is built once."""
-    modules = {name: model.get_submodule(name) for name in fused}
-    built: dict[int, MultiheadAttention] = {}
-    for name, module in modules.items():
-        if id(module) in built:
-            continue
-        try:
-            built[id(module)] = MultiheadAttention(module, fused[name])  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+def replace_attention_(model: nn.Module, names: Iterable[str]) -> None:
+    """Builds what takes the place of each named module, then puts all in. One under several names is built once."""
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    built = {id(module): MultiheadAttention(module) for module in modules.values()}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, built[id(module)])
-
-
-def _is_self_attention(model: nn.Module, name: str) -> bool:
-    parent, _, child = name.rpartition(".")
-    layers = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
-    return child == "self_attn" and isinstance(model.get_submodule(parent), layers)
 
 
 def _tied(model: nn.Module) -> set[int]:
@@ -116,11 +93,7 @@ def _tied(model: nn.Module) -> set[int]:
     return {parameter for parameter, count in owners.items() if count > 1}
 
 
-def _parameters_to_split(module: nn.MultiheadAttention) -> set[int]:
-    return {id(p) for p in (module.in_proj_weight, module.in_proj_bias) if p is not None}
-
-
-def _check_places(places: Mapping[str, nn.Module], chosen: Mapping[str, bool]) -> None:
+def _check_places(places: Mapping[str, nn.Module], chosen: Iterable[str]) -> None:
     """Raises ValueError if the model itself is chosen, or a module at some of its names alone, which is by filter_fn:
     all other reasons are the module's own."""
     if "" in chosen:

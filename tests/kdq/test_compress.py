@@ -259,15 +259,19 @@ class Encoder(nn.Module):
         return {"logits": self.head(self.encoder(tokens))}
 
 
-def test_dicts_of_tokens_some_of_which_do_not_count(tmp_path) -> None:
+@pytest.mark.parametrize("opened", [False, True])
+def test_dicts_of_tokens_some_of_which_do_not_count(opened: bool, tmp_path) -> None:
     torch.manual_seed(0)
     encoder, teacher = Encoder(), Encoder()
+    if opened:
+        kdq.open_attention_(encoder)
+    attention = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] if opened else []
     labels = torch.tensor([[0, 3, -100], [-100, -100, -100], [2, -100, 1]])
     batches = [{"tokens": torch.randn(3, 3, 12), "labels": labels} for _ in range(2)]
     result = kdq.compress(encoder, batches, budget=BUDGET, teacher=teacher, folder=tmp_path, **SETTINGS)
     assert result.report.samples == 8
     assert {layer.name for layer in result.report.layers} == {
-        *(f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)),
+        *(f"encoder.layers.{i}.{name}" for i in range(2) for name in ("linear1", "linear2", *attention)),
         "head",
     }
     assert all(layer.sqnr_db is not None for layer in result.report.layers)

@@ -104,7 +104,8 @@ def compress(
     the losses, are not compared: use a new folder where they change.
 
     Args:
-        model: trained, float; it is left as it is.
+        model: trained, float; it is left as it is. An nn.MultiheadAttention stays in float: call `open_attention_` on
+            the model first, so that the plan has names of layers that it has.
         loader: batches to train on, as for `Distiller`; gone through once an epoch, always as many batches. A
             DataLoader's own generator is seeded for each epoch; other sources of randomness than torch, NumPy and
             random, and those in persistent workers, are not repeated after an interruption.

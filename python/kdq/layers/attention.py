@@ -13,60 +13,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Projected = tuple[Tensor, Tensor, Tensor]
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class MultiheadAttention(nn.Module):
-    """nn.MultiheadAttention on nn.Linear children (Vaswani et al.: Attention Is All You Need, 2017).
+    """nn.MultiheadAttention on nn.Linear children (Vaswani et al.: Attention Is All You Need, 2017): `q_proj` (E -> E),
+    `k_proj` (kdim -> E), `v_proj` (vdim -> E) and `out_proj` (E -> E).
 
-    `fused`: `in_proj` (E -> 3 E) computes queries, keys and values in one product. Else `q_proj`, `k_proj` and `v_proj`
-    do. `out_proj` (E -> E) follows the attention in both.
-
-    Either form takes any query, key and value; they differ in time alone. Three products cost more than one where all
-    three read the same tensor, above all with few rows: an int8 layer quantizes the rows once instead of three times
-    (384 features, one thread of a Zen 5: 2.2 times the time at 1 row, 1.5 at 16, 1.1 at 128). But `in_proj` computes
-    all three parts of whatever it gets: with other keys than queries, as in cross-attention, it costs twice what three
-    do.
+    They are three projections also where query, key and value are one tensor. One product for all three is faster there
+    (an int8 layer of 384 features takes 125 us instead of 140 at 128 rows, and a quantized encoder of such layers 1.5
+    to 2.5 % less time, 5 % less at 16 rows; Zen 5, one thread), but a module cannot know that it will always be
+    given one tensor, a quantized layer cannot be cut where it is not, and three may have a precision each.
 
     Args:
-        layer: whose parameters it takes, the objects themselves where they stay whole. Three projections out of one
-            `in_proj_weight` are copies.
-        fused: which of the two forms.
+        layer: whose parameters it takes: the objects themselves, but those of a packed `in_proj`, of which it has
+            copies.
 
     Attributes are named as in nn.MultiheadAttention: embed_dim (E), num_heads, head_dim, kdim, vdim, dropout,
     batch_first. A state dict of an nn.MultiheadAttention loads too.
 
     Raises:
-        ValueError: the layer cannot be taken (`why_not_attention`), or fused with kdim or vdim other than embed_dim.
+        ValueError: the layer cannot be taken (`why_not_attention`).
     """
-
-    in_proj: nn.Linear
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
 
     # By these torch's transformer layers decide about their fused path, which would read parameters that are not here.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
-    def __init__(self, layer: nn.MultiheadAttention, fused: bool) -> None:
+    def __init__(self, layer: nn.MultiheadAttention) -> None:
         super().__init__()
         reason = why_not_attention(layer)
         if reason is not None:
             raise ValueError(f"layer: {reason}")
-        if fused and not is_packed(layer):
-            raise ValueError(
-                f"fused: expected kdim and vdim {layer.embed_dim}, as embed_dim, got {layer.kdim} and {layer.vdim}"
-            )
         self.embed_dim, self.kdim, self.vdim = layer.embed_dim, layer.kdim, layer.vdim
         self.num_heads, self.head_dim = layer.num_heads, layer.head_dim
         self.dropout = layer.dropout
         self.batch_first = layer.batch_first
-        self.fused = fused
-        if fused:
-            self.in_proj = _linear(layer.in_proj_weight, layer.in_proj_bias)
-        else:
-            self.q_proj, self.k_proj, self.v_proj = map(_linear, _weights(layer), _split(layer.in_proj_bias))
+        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        if layer.in_proj_weight is not None:
+            weights = _three(layer.in_proj_weight)
+        biases = (None, None, None) if layer.in_proj_bias is None else _three(layer.in_proj_bias)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
         self.out_proj = _linear(layer.out_proj.weight, layer.out_proj.bias)
         self.train(layer.training)
 
@@ -102,7 +89,7 @@ class MultiheadAttention(nn.Module):
                 without attn_mask.
         """
         self._check(query, key, value)
-        q, k, v = map(self._heads, self._project(query, key, value))
+        q, k, v = map(self._heads, (self.q_proj(query), self.k_proj(key), self.v_proj(value)))
         if is_causal and attn_mask is None:
             raise ValueError("is_causal: expected attn_mask too, which it says is causal, got None")
         hinted = is_causal and key_padding_mask is None and not need_weights
@@ -137,17 +124,6 @@ class MultiheadAttention(nn.Module):
         if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
             raise ValueError(f"key: expected a batch of {query.shape[batch]}, as query has, got {key.shape[batch]}")
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Projected:
-        """Queries, keys and values, of embed_dim features; in the fused form each tensor goes through once."""
-        if not self.fused:
-            return self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        q = self.in_proj(query)
-        k = q if key is query else self.in_proj(key)
-        v = q if value is query else k if value is key else self.in_proj(value)
-        parts = (slice(i * self.embed_dim, (i + 1) * self.embed_dim) for i in range(3))
-        q, k, v = (x[..., part] for x, part in zip((q, k, v), parts, strict=True))
-        return q, k, v
-
     def _heads(self, x: Tensor) -> Tensor:
         """`[N, num_heads, positions, head_dim]` of projected queries, keys or values."""
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -163,13 +139,12 @@ class MultiheadAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Of an nn.MultiheadAttention, gives its parameters the names that they have here."""
-        names = ["in_proj"] if self.fused else ["q_proj", "k_proj", "v_proj"]
         for kind in ("weight", "bias"):
             packed = state_dict.pop(f"{prefix}in_proj_{kind}", None)
             if packed is not None:
-                parts = zip(names, packed.tensor_split(len(names)), strict=True)
+                parts = zip(PROJECTIONS, packed.tensor_split(3), strict=True)
                 state_dict |= {f"{prefix}{name}.{kind}": part for name, part in parts}
-        for name in names:
+        for name in PROJECTIONS:
             own = state_dict.pop(f"{prefix}{name}_weight", None)
             if own is not None:
                 state_dict[f"{prefix}{name}.weight"] = own
@@ -241,11 +216,6 @@ def _added(name: str, mask: Tensor, like: Tensor) -> Tensor:
 # ---- from nn.MultiheadAttention --------------------------------------------------------------------------------------
 
 
-def is_packed(layer: nn.MultiheadAttention) -> bool:
-    """Whether its three input projections are one parameter: kdim and vdim are embed_dim."""
-    return layer.in_proj_weight is not None
-
-
 def why_not_attention(layer: Any) -> str | None:
     """The reason why an nn.MultiheadAttention cannot be taken; None if it can."""
     if type(layer) is not nn.MultiheadAttention:
@@ -257,19 +227,9 @@ def why_not_attention(layer: Any) -> str | None:
     return "it has add_zero_attn, a key and a value that no projection computes" if layer.add_zero_attn else None
 
 
-def _weights(layer: nn.MultiheadAttention) -> Any:
-    """Those of the three projections: parameters."""
-    if not is_packed(layer):
-        return layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight
-    return _split(layer.in_proj_weight)
-
-
-def _split(parameter: Any) -> Any:
-    """Three parameters of the rows of one; of a bias that there is not, None three times."""
-    if parameter is None:
-        return None, None, None
-    parts = parameter.detach().chunk(3)
-    return [nn.Parameter(part.clone(), requires_grad=parameter.requires_grad) for part in parts]
+def _three(packed: nn.Parameter) -> Any:
+    """Parameters of their own for queries, keys and values."""
+    return [nn.Parameter(p.clone(), requires_grad=packed.requires_grad) for p in packed.detach().chunk(3)]
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:
