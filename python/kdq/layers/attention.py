@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kdq_kernels as kk
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -169,6 +172,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`softmax(query key^T / sqrt(D) + mask) value`, and the weights if they are needed.
 
+    Without these, and where nothing is trained, by the kernel on CPU tensors; else by torch.
+
     Args:
         query: `[N, H, L, D]`; key and value `[N, H, S, D]`.
         mask: float, of a shape that broadcasts to `[N, H, L, S]`.
@@ -177,6 +182,9 @@ def attention(
     Returns:
         `[N, H, L, D]`; `[N, H, L, S]` or None.
     """
+    if not need_weights and dropout == 0 and _has_kernel(query, key, value):
+        added = None if mask is None else mask.float()
+        return kk.scaled_dot_product_attention(query, key, value, added, is_causal=is_causal), None
     if not need_weights:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal), None
     logits = (query * math.sqrt(1 / query.shape[-1])) @ key.transpose(-2, -1)
@@ -184,6 +192,11 @@ def attention(
     if dropout > 0:
         weights = F.dropout(weights, dropout)
     return weights @ value, weights
+
+
+def _has_kernel(*operands: Tensor) -> bool:
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    return not trained and all(x.is_cpu and x.dtype in KERNEL_DTYPES for x in operands)
 
 
 def _attention_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
