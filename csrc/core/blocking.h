@@ -6,9 +6,9 @@
 
 namespace kdq {
 
-// Rows of a block: about `most`, by a third more at most, and all blocks of one size but for a row or so. Executors hand
-// out equal numbers of blocks, so that a smaller last one would leave a thread idle, and of an odd number of them two
-// threads would both prepare the one in the middle.
+// Rows of a block: about `most`, by a third more at most, and all blocks of one size but for a row or so. Executors
+// hand out equal numbers of blocks, so that a smaller last one would leave a thread idle, and of an odd number of them
+// two threads would both prepare the one in the middle.
 inline int64_t even_block(int64_t rows, int64_t most) {
   int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
   if (blocks > 1 && blocks % 2 == 1) blocks += rows <= (blocks - 1) * (most + most / 3) ? -1 : 1;
