@@ -253,6 +253,20 @@ def _(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
+@fake("int8_linear_chain")
+def _(
+    x: Tensor,
+    packed: list[Tensor],
+    weight_scale: list[Tensor],
+    bias: list[Tensor | None],
+    input_scale: list[Tensor | None],
+    input_zero_point: list[Tensor | None],
+    input_quant_max: list[int],
+    activation: list[str],
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed[-1].shape[0]))
+
+
 @fake("int8_weight_only_linear")
 def _(
     x: Tensor,

@@ -8,6 +8,7 @@ functions work under `torch.compile(fullgraph=True)` and stay `kdq.*` nodes in `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias, cast
 
 import torch
@@ -18,6 +19,7 @@ from kdq_kernels import _torch_library as _torch_library  # registers torch.ops.
 _ops = torch.ops.kdq
 # Of the layers' operators, the overloads themselves: looking one up takes as long as a small layer's product.
 _int8_linear = _ops.int8_linear.default
+_int8_linear_chain = _ops.int8_linear_chain.default
 _int8_weight_only_linear = _ops.int8_weight_only_linear.default
 _int8_conv2d = _ops.int8_conv2d.default
 _binary_conv2d = _ops.binary_conv2d.default
@@ -212,6 +214,42 @@ def int8_linear(
     if is_plain:
         return _int8_linear(x, packed, weight_scale, bias, *grid)
     return _int8_linear(x, packed, weight_scale, bias, *grid, input_quant_max, activation)
+
+
+def int8_linear_chain(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    *,
+    input_scale: Sequence[Tensor | None] | None = None,
+    input_zero_point: Sequence[Tensor | None] | None = None,
+    input_quant_max: Sequence[int] | None = None,
+    activation: Sequence[str | None] | None = None,
+) -> Tensor:
+    """`int8_linear` several times, each on the result of the one before, in one call: a small layer's call takes longer
+    than its kernel.
+
+    Args:
+        x: `[..., K]` of the first layer.
+        packed, weight_scale, bias, ...: one for each layer, as `int8_linear` takes them; scales and zero points of
+            activations are tensors. None for all: dynamic activations, 255, no activation function.
+
+    Returns:
+        `[..., N]` of the last layer, the bits that the calls one by one would give.
+    """
+    layers = len(packed)
+    nothing = [None] * layers
+    return _int8_linear_chain(
+        x,
+        packed,
+        weight_scale,
+        bias,
+        nothing if input_scale is None else input_scale,
+        nothing if input_zero_point is None else input_zero_point,
+        [255] * layers if input_quant_max is None else input_quant_max,
+        [""] * layers if activation is None else [name or "" for name in activation],
+    )
 
 
 def int8_weight_only_linear(

@@ -113,6 +113,35 @@ Tensor int8_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weigh
       [&](LinearCall* call) { on.static_input(input_scale, input_zero_point, input_quant_max, call); });
 }
 
+// Layers one after the other: what a call costs beside its kernel is paid once.
+template <class On>
+Tensor int8_linear_chain_op(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<Tensor>& weight_scale,
+                            const std::vector<OptionalTensor>& bias, const std::vector<OptionalTensor>& input_scale,
+                            const std::vector<OptionalTensor>& input_zero_point,
+                            const std::vector<int64_t>& input_quant_max, const std::vector<std::string>& activation) {
+  const size_t layers = packed.size();
+  if (layers == 0) invalid("packed: expected the weights of at least one layer, got none");
+  const auto check_count = [&](const char* name, size_t count) {
+    if (count == layers) return;
+    invalid(std::string(name) + ": expected one for each of " + std::to_string(layers) + " layers, got " +
+            std::to_string(count));
+  };
+  check_count("weight_scale", weight_scale.size());
+  check_count("bias", bias.size());
+  check_count("input_scale", input_scale.size());
+  check_count("input_zero_point", input_zero_point.size());
+  check_count("input_quant_max", input_quant_max.size());
+  check_count("activation", activation.size());
+  Tensor y = x;
+  for (size_t i = 0; i < layers; ++i) {
+    const std::optional<std::string> name =
+        activation[i].empty() ? std::nullopt : std::optional<std::string>(activation[i]);
+    y = int8_linear_op<On>(y, packed[i], weight_scale[i], bias[i], input_scale[i], input_zero_point[i],
+                           input_quant_max[i], name);
+  }
+  return y;
+}
+
 template <class On>
 Tensor int8_weight_only_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
                                   const OptionalTensor& bias, const std::optional<std::string>& activation) {
@@ -159,6 +188,7 @@ void register_int8(torch::stable::detail::StableLibrary& m) {
   m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_op<On>));
   m.impl("int8_matmul", TORCH_BOX(&int8_matmul_op<On>));
   m.impl("int8_linear", TORCH_BOX(&int8_linear_op<On>));
+  m.impl("int8_linear_chain", TORCH_BOX(&int8_linear_chain_op<On>));
   m.impl("int8_weight_only_linear", TORCH_BOX(&int8_weight_only_linear_op<On>));
   m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d_op<On>));
 }

@@ -32,6 +32,9 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "int8_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias=None, Tensor? input_scale=None, "
       "Tensor? input_zero_point=None, int input_quant_max=255, str? activation=None) -> Tensor");
   m.def(
+      "int8_linear_chain(Tensor x, Tensor[] packed, Tensor[] weight_scale, Tensor?[] bias, Tensor?[] input_scale, "
+      "Tensor?[] input_zero_point, int[] input_quant_max, str[] activation) -> Tensor");
+  m.def(
       "int8_weight_only_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias=None, "
       "str? activation=None) -> Tensor");
 

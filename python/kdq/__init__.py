@@ -1,6 +1,7 @@
 """kdq: distil a teacher into a low-bit student, and run it on integer and binary kernels."""
 
 from kdq.blocks import distill_blocks
+from kdq.chain import chain_layers_
 from kdq.compression import Compressed, CompressionReport, compress
 from kdq.configs import Binary, Codebook, Int8Dynamic, Int8Static, Int8WeightOnly, LowBit
 from kdq.distill import Distiller, History
@@ -104,6 +105,7 @@ __all__ = [
     "TeacherEnsemble",
     "ToolReport",
     "Weighted",
+    "chain_layers_",
     "clip_weights_",
     "compress",
     "convert_",

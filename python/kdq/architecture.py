@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from kdq.chain import ChainedSequential
 from kdq.layers.base import InferenceLayer
 from kdq.qnn import QuantizeGradient, ShiftBatchNorm1d
 
@@ -52,7 +53,7 @@ def describe_architecture(model: nn.Module, name: str = "") -> dict[str, Any] | 
     """A JSON-ready description, or None if any part is not among the known layers."""
     if isinstance(model, InferenceLayer):
         return {"type": "kdq", "name": name}
-    if type(model) is nn.Sequential:
+    if type(model) in (nn.Sequential, ChainedSequential):
         children = {  # not named_children(), which names a module once that stands in several places
             key: None if child is None else describe_architecture(child, f"{name}.{key}" if name else key)
             for key, child in model._modules.items()

@@ -95,5 +95,5 @@ def _has_code_of(module: nn.Module, cls: type[nn.Module], *methods: str) -> bool
 
 def has_own_code(module: nn.Module) -> bool:
     """Whether this one module does something beside what its class does: by hooks, or by a forward that was put in."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(watched) or "forward" in module.__dict__

@@ -29,6 +29,7 @@ INDICES = torch.randint(0, 8, (13, 70), dtype=torch.uint8, generator=torch.Gener
 def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     x, w = randn(5, 70), int8(13, 70)
     packed, scale = kk.pack_int8_weight(w), torch.rand(13) + 0.1
+    narrow = kk.pack_int8_weight(int8(6, 13))
     bits = kk.pack_signs(randn(13, 70))
     one, zero = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
     per_channel, learned = torch.rand(70) + 0.1, torch.rand(70) * 5
@@ -78,6 +79,21 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
             "scaled_dot_product_attention of parts",
             ops.scaled_dot_product_attention.default,
             (*randn(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4), torch.ones(1, 1, 1, 5, dtype=torch.bool), False, 0.5),
+            {},
+        ),
+        (
+            "int8_linear_chain",
+            ops.int8_linear_chain.default,
+            (
+                x,
+                [packed, narrow],
+                [scale, scale[:6]],
+                [scale, None],
+                [None, one],
+                [None, zero],
+                [255, 15],
+                ["relu", ""],
+            ),
             {},
         ),
         ("int8_weight_only_linear", ops.int8_weight_only_linear.default, (x, packed, scale), {}),

@@ -26,6 +26,7 @@ from kdq.bench.case import Case, Contender
 from kdq.bench.compiled import compiled
 from kdq.bench.limits import int8_products, reading
 from kdq.bench.target import Target
+from kdq.chain import chain_layers_
 from kdq.configs import Int8Dynamic, Int8Static
 from kdq.quantize import quantize_
 from kdq_kernels import scaled_dot_product_attention
@@ -137,8 +138,8 @@ def model_case(shape: str, model: nn.Module, x: Tensor, target: Target) -> Case:
     quantize_(static, Int8Static(), calibration=[x])
     elsewhere = copy.deepcopy(dynamic)
     has_attention = use_own_attention(dynamic) and use_own_attention(static)
-    models = dynamic, static, elsewhere, copy.deepcopy(model)
-    dynamic, static, elsewhere, model = (m.to(target.device) for m in models)
+    models = dynamic, static, elsewhere, copy.deepcopy(dynamic), copy.deepcopy(model)
+    dynamic, static, elsewhere, chained, model = (m.to(target.device) for m in models)
     x = x.to(target.device)
     reference = copy.deepcopy(model).double()(x.double())
     contenders = [
@@ -146,6 +147,8 @@ def model_case(shape: str, model: nn.Module, x: Tensor, target: Target) -> Case:
         Contender("kdq Int8Static", partial(static, x), "ours", TOLERANCE),
         Contender("torch float32", partial(model, x), "peer", 1e-4),
     ]
+    if chain_layers_(chained).changed:
+        contenders.append(Contender("kdq Int8Dynamic, chained", partial(chained, x), "ours", TOLERANCE))
     if has_attention:
         contenders.append(Contender("kdq Int8Dynamic, torch's attention", partial(elsewhere, x), "context", TOLERANCE))
     if not target.quick:
