@@ -104,6 +104,23 @@ def binary_conv2d(
 def binary_threshold(
     x: Floats | NDArray[int64], weight_bits: NDArray[int64], threshold: NDArray[int32], k: int | None
 ) -> NDArray[int64]: ...
+def pack_bitplanes(q: NDArray[Any], bits: int, form: str) -> NDArray[int64]: ...
+def unpack_bitplanes(planes: NDArray[int64], k: int, form: str) -> NDArray[Any]: ...
+def bitplane_matmul(
+    a_planes: NDArray[int64], b_planes: NDArray[int64], k: int, a_form: str, b_form: str
+) -> NDArray[int32]: ...
+def bitplane_linear(
+    x: Floats,
+    weight_planes: NDArray[int64],
+    weight_sum: NDArray[int32],
+    weight_scale: NDArray[float32],
+    bias: NDArray[float32] | None,
+    input_scale: float,
+    input_zero_point: int | None,
+    input_quant_max: int,
+    weight_form: str,
+    activation: str | None,
+) -> Floats: ...
 def pack_indices(indices: NDArray[uint8], bits: int) -> NDArray[int32]: ...
 def unpack_indices(packed: NDArray[int32], bits: int, n: int, k: int) -> NDArray[uint8]: ...
 def codebook_linear(

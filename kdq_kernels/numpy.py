@@ -25,6 +25,8 @@ __all__ = [
     "binary_conv2d",
     "binary_linear",
     "binary_matmul",
+    "bitplane_linear",
+    "bitplane_matmul",
     "codebook_linear",
     "dequantize",
     "distillation_loss",
@@ -37,6 +39,7 @@ __all__ = [
     "int8_matmul",
     "int8_weight_only_linear",
     "num_threads",
+    "pack_bitplanes",
     "pack_indices",
     "pack_int8_weight",
     "pack_signs",
@@ -44,6 +47,7 @@ __all__ = [
     "quantize_rows",
     "scaled_dot_product_attention",
     "set_num_threads",
+    "unpack_bitplanes",
     "unpack_indices",
     "unpack_int8_weight",
     "unpack_signs",
@@ -293,6 +297,62 @@ def binary_threshold(
     x as for `binary_linear`; threshold int32 `[N]`.
     """
     return _C.binary_threshold(x, weight_bits, threshold, k)
+
+
+def pack_bitplanes(q: NDArray[Any], bits: int, form: str = "signed") -> NDArray[np.int64]:
+    """q int8, or uint8 for "unsigned", `[..., K]` -> bit planes, int64 `[bits, ..., ceil(K / 64)]`.
+
+    `form` says what the integers are: "unsigned", "signed" (two's complement) or "odd" (up to 7 bits).
+    """
+    return _C.pack_bitplanes(q, bits, form)
+
+
+def unpack_bitplanes(planes: NDArray[np.int64], k: int, form: str = "signed") -> Ints:
+    """The inverse of `pack_bitplanes`: int8, or uint8 for "unsigned", `[..., k]`."""
+    return _C.unpack_bitplanes(planes, k, form)
+
+
+def bitplane_matmul(
+    a_planes: NDArray[np.int64],
+    b_planes: NDArray[np.int64],
+    k: int,
+    *,
+    a_form: str = "unsigned",
+    b_form: str = "signed",
+) -> NDArray[np.int32]:
+    """Products of integers in planes: a_planes `[P, M, W]`, b_planes `[Q, N, W]` -> int32 `[M, N]`, exact."""
+    return _C.bitplane_matmul(a_planes, b_planes, k, a_form, b_form)
+
+
+def bitplane_linear(
+    x: Floats,
+    weight_planes: NDArray[np.int64],
+    weight_sum: NDArray[np.int32],
+    weight_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None = None,
+    *,
+    input_scale: float,
+    input_zero_point: int | None = None,
+    input_quant_max: int,
+    weight_form: str = "signed",
+    activation: str | None = None,
+) -> Floats:
+    """x `[..., K]` -> what `int8_linear` gives of the same integers on the same static grid, by xor and popcount.
+
+    weight_planes: `pack_bitplanes(w, bits, weight_form)` of w int8 `[N, K]`; weight_sum int32 `[N]`: `w.sum(1)`.
+    """
+    return _C.bitplane_linear(
+        x,
+        weight_planes,
+        weight_sum,
+        weight_scale,
+        bias,
+        input_scale,
+        input_zero_point,
+        input_quant_max,
+        weight_form,
+        activation,
+    )
 
 
 def pack_indices(indices: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "kdq/bitplanes.h"
 #include "kdq/codebook.h"
 #include "kdq/int8_gemm.h"
 #include "quant_layout.h"
@@ -58,6 +59,27 @@ inline Status activation_from_name(const std::optional<std::string>& name, Activ
     return Status::invalid("activation: expected None, 'relu', 'gelu' or 'silu', got '" + *name + "'");
   }
   return {};
+}
+
+inline Status plane_form_from_name(const char* argument, const std::string& name, PlaneForm* form) {
+  if (name == "unsigned") {
+    *form = PlaneForm::kUnsigned;
+  } else if (name == "signed") {
+    *form = PlaneForm::kSigned;
+  } else if (name == "odd") {
+    *form = PlaneForm::kOdd;
+  } else {
+    return Status::invalid(std::string(argument) + ": expected 'unsigned', 'signed' or 'odd', got '" + name + "'");
+  }
+  return {};
+}
+
+// Of a tensor's first axis, or an argument.
+inline Status check_plane_count(const char* name, int64_t bits, PlaneForm form) {
+  const int64_t most = form == PlaneForm::kOdd ? kMostOddBits : kMostPlaneBits;
+  if (bits >= 1 && bits <= most) return {};
+  return Status::invalid(std::string(name) + ": expected 1 to " + std::to_string(most) + " bits" +
+                         (form == PlaneForm::kOdd ? " of odd integers" : "") + ", got " + std::to_string(bits));
 }
 
 // The bits of an index, from the length of the codebook.

@@ -8,6 +8,7 @@
 #include "kdq/kdq.h"
 #include "numpy_attention.h"
 #include "numpy_binary.h"
+#include "numpy_bitplanes.h"
 #include "numpy_codebook.h"
 #include "numpy_common.h"
 #include "numpy_distillation.h"
@@ -192,6 +193,7 @@ PYBIND11_MODULE(_C, m) {
   bind_introspection(m);
   bind_attention(m);
   bind_binary(m);
+  bind_bitplanes(m);
   bind_distillation(m);
   bind_codebook(m);
   bind_int8(m);

@@ -46,12 +46,8 @@ class Int8OnCpu : public Cpu {
   }
 
   void static_input(const OptionalTensor& input_scale, const OptionalTensor& input_zero_point, int64_t input_quant_max,
-                    LinearCall* call) const {
-    std::optional<float> step;
-    OptionalInt zero_point;
-    if (input_scale) step = *data<float>(expect_scalar(*this, "input_scale", *input_scale, ScalarType::Float));
-    if (input_zero_point) zero_point = integer_scalar(*this, "input_zero_point", *input_zero_point);
-    check(set_static_input(step, zero_point, input_quant_max, &call->args));
+                    LayerCall* call) const {
+    static_input_of(*this, input_scale, input_zero_point, input_quant_max, call);
   }
 
   Status linear(const LinearCall& call) const { return int8_linear(call.args, torch_executor()); }

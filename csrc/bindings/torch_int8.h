@@ -11,6 +11,7 @@
 #include "layer_args.h"
 #include "torch_common.h"
 #include "torch_images.h"
+#include "torch_static_input.h"
 
 namespace kdq::bindings {
 
@@ -24,28 +25,9 @@ struct Packed {
 };
 
 // A call of one of the two linear layers.
-struct LinearCall {
-  Int8Linear args;
+struct LinearCall : LayerCall {
   Packed packed;
-  OptionalTensor input_scale;       // on the device, where they count instead of the numbers in args
-  OptionalTensor input_zero_point;  // likewise
 };
-
-// A tensor of one element.
-template <class On>
-Tensor expect_scalar(const On& on, const char* name, const Tensor& t, ScalarType type) {
-  const Tensor value = expect(on, name, t, type);
-  if (value.numel() != 1) {
-    invalid(std::string(name) + ": expected one element, got shape " + to_string(sizes_of(t)));
-  }
-  return value;
-}
-
-template <class On>
-int64_t integer_scalar(const On& on, const char* name, const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Long) return *data<int64_t>(expect_scalar(on, name, t, ScalarType::Long));
-  return *data<int32_t>(expect_scalar(on, name, t, ScalarType::Int));
-}
 
 // Runs one of the two linear layers: `fill` sets what only one of them has.
 template <class On, class Layer, class Fill>
@@ -56,7 +38,7 @@ Tensor linear_layer(const On& on, const Tensor& x_in, const Tensor& packed, cons
   args.dtype = float_dtype("x", x_in);
   args.m = rows_of("x", x_in);
   const Tensor x = expect_here(on, "x", x_in);
-  LinearCall call{args, on.open("packed", packed), {}, {}};
+  LinearCall call{{args, {}, {}}, on.open("packed", packed)};
   const int64_t n = call.packed.shape.n;
   const Tensor weight_scale = expect_vector(on, "weight_scale", weight_scale_in, n);
   OptionalTensor bias;
@@ -160,7 +142,7 @@ Tensor int8_conv2d_op(const Tensor& x, const Tensor& packed, const Tensor& weigh
   const On on("x", x);
   check_pair("kernel_size", kernel_size);
   const Images images = parse_images(on, x, kernel_size[0], kernel_size[1], {stride, padding, dilation});
-  LinearCall call{{}, on.open("packed", packed), {}, {}};
+  LinearCall call{{}, on.open("packed", packed)};
   Int8Linear& layer = call.args;
   const int64_t n = call.packed.shape.n;
   const Tensor weight_scale = expect_vector(on, "weight_scale", weight_scale_in, n);

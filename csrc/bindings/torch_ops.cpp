@@ -52,6 +52,14 @@ STABLE_TORCH_LIBRARY(kdq, m) {
       "int[] dilation) -> Tensor");
   m.def("binary_threshold(Tensor x, Tensor weight_bits, Tensor threshold, int? k=None) -> Tensor");
 
+  m.def("pack_bitplanes(Tensor q, int bits, str form) -> Tensor");
+  m.def("unpack_bitplanes(Tensor planes, int k, str form) -> Tensor");
+  m.def("bitplane_matmul(Tensor a_planes, Tensor b_planes, int k, str a_form, str b_form) -> Tensor");
+  m.def(
+      "bitplane_linear(Tensor x, Tensor weight_planes, Tensor weight_sum, Tensor weight_scale, Tensor? bias, "
+      "Tensor input_scale, Tensor? input_zero_point, int input_quant_max, str weight_form, str? activation=None) -> "
+      "Tensor");
+
   m.def("pack_indices(Tensor indices, int bits) -> Tensor");
   m.def("unpack_indices(Tensor packed, int bits, int n, int k) -> Tensor");
   m.def(

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <new>
 #include <string>
 #include <thread>
@@ -48,6 +49,21 @@ inline Status check_binary_scale(const float* scale, int64_t n) {
   return {};
 }
 
+// Of a product of bit planes, in which a plane of the weights is n rows of bits after the one before.
+struct BinaryPlanes {
+  int of_rows;
+  int of_weights;
+  PlaneEpilogue epilogue;  // of channel 0; what belongs to a row comes from its memory and scale
+
+  PlaneEpilogue epilogue_at(int64_t channel) const {
+    PlaneEpilogue e = epilogue;
+    e.layer.column_sum += channel;
+    if (e.layer.weight_scale != nullptr) e.layer.weight_scale += channel;
+    if (e.layer.bias != nullptr) e.layer.bias += channel;
+    return e;
+  }
+};
+
 // What is the same in every tile of a call.
 struct BinaryCall {
   const BinaryKernels* kernels;
@@ -58,12 +74,19 @@ struct BinaryCall {
   BinaryEpilogue epilogue;  // of channel 0
   Result result;
   void* y;
+  const BinaryPlanes* planes = nullptr;  // or nullptr: signs
+
+  int row_planes() const { return planes == nullptr ? 1 : planes->of_rows; }
+  int weight_planes() const { return planes == nullptr ? 1 : planes->of_weights; }
+
+  // Of one plane of a prepared row.
+  int64_t plane_bytes() const { return words * 64 / kernels->size.step_bits * kernels->size.step_bytes; }
+
+  // Where a prepared row's term of its product lies: behind its planes.
+  int64_t term_at() const { return row_planes() * plane_bytes(); }
 
   // Where a row's bits may lie in the memory of its steps, for `spread`: at the end.
-  uint64_t* bits_of(char* steps) const {
-    const BinaryTile& size = kernels->size;
-    return reinterpret_cast<uint64_t*>(steps + words * 64 / size.step_bits * size.step_bytes) - words;
-  }
+  uint64_t* bits_of(char* steps) const { return reinterpret_cast<uint64_t*>(steps + plane_bytes()) - words; }
 
   BinaryEpilogue epilogue_at(int64_t channel) const {
     BinaryEpilogue e = epilogue;
@@ -135,6 +158,9 @@ struct BinaryInput {
 // Of rows whose dots are complete.
 struct NoCorrection {};
 
+// Few rows, row-major: their signs, or the planes of each. planes: with what belongs to rows.
+void run_direct(const BinaryCall& call, const uint64_t* a, const ParallelFor& parallel_for);
+
 // prepare(first, count, PreparedRows): the steps of rows.
 // correction(first, count, to): what is subtracted from each row's dots, of all channels, or nullptr; false if nothing.
 template <class Prepare, class Correction = NoCorrection>
@@ -142,8 +168,10 @@ Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const 
                         Prepare&& prepare, Correction correction = {}) {
   const BinaryTile& size = call.kernels->size;
   const int64_t steps = call.words * 64 / size.step_bits;
-  const int64_t row_bytes = steps * size.step_bytes;
-  const int64_t panel_bytes = std::max<int64_t>(sizeof(uint64_t), row_bytes * size.nr);
+  const int64_t plane_bytes = call.plane_bytes();
+  const int64_t row_bytes = call.term_at() + (call.planes == nullptr ? 0 : static_cast<int64_t>(sizeof(int32_t)));
+  const int64_t panel_bytes = std::max<int64_t>(sizeof(uint64_t), call.weight_planes() * plane_bytes * size.nr);
+  const PlanePasses passes(call.row_planes(), call.weight_planes(), plane_bytes, plane_bytes * size.nr);
   const int64_t panels = (call.n + size.nr - 1) / size.nr;
   const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelBytes / panel_bytes));
   Scratch scratch(Panels::bytes(chunk, panel_bytes));
@@ -152,21 +180,37 @@ Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const 
   for (int64_t first = 0; first < panels; first += chunk) {
     const int64_t count = std::min(chunk, panels - first);
     Panels shared(scratch.data(), count, panel_bytes);
-    const ProductShape shape = {call.m, row_bytes, size.mr, count, size.nr * (call.words + 1), kWordsWorthAThread};
+    const int64_t row_work = size.nr * (passes.count * call.words + 1);
+    const ProductShape shape = {call.m, row_bytes, size.mr, count, row_work, kWordsWorthAThread};
     Status status = run_product(shape, parallel_for, prepare, [&](int64_t group) {
       const int64_t channel = (first + group) * size.nr;
       const char* panel = shared.get(group, [&](char* made) {
         const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
-        call.kernels->interleave(call.weight_bits + channel * call.words, call.words, channels, made);
+        for (int q = 0; q < call.weight_planes(); ++q) {
+          call.kernels->interleave(call.weight_bits + (q * call.n + channel) * call.words, call.words, channels,
+                                   made + q * plane_bytes * size.nr);
+        }
       });
       const TileOutput out = call.output_at(0, 0, channel, size.nr);
-      BinaryTileCall tile = {nullptr, 0, panel, steps, call.epilogue_at(channel), out, nullptr, nullptr};
-      return [&, channel, y = static_cast<char*>(out.y), tile](const RowTile& rows) mutable {
+      BinaryTileCall tile = {nullptr, 0,       panel,   steps,   call.epilogue_at(channel),
+                             out,     nullptr, nullptr, &passes, nullptr};
+      PlaneEpilogue planes = {};
+      if (call.planes != nullptr) planes = call.planes->epilogue_at(channel);
+      return [&, channel, y = static_cast<char*>(out.y), tile, planes](const RowTile& rows) mutable {
         tile.rows = rows.rows;
         tile.row_stride = rows.stride;
         tile.out.rows = rows.count;
         tile.out.y = y + rows.first * tile.out.y_stride * tile.out.element_bytes;
         tile.ahead = input.ahead(rows, steps, call.m);
+        int32_t terms[kMostBinaryRows];
+        if (call.planes != nullptr) {
+          for (int r = 0; r < rows.count; ++r) {
+            std::memcpy(terms + r, rows.rows + r * rows.stride + call.term_at(), sizeof(int32_t));
+          }
+          planes.row_term = terms;
+          planes.row_scale = rows.scales;
+          tile.planes = &planes;
+        }
         const int32_t* corrections[kMostBinaryRows];
         if constexpr (!std::is_same_v<Correction, NoCorrection>) {
           tile.corrections = correction(rows.first, rows.count, corrections) ? corrections : nullptr;

@@ -21,21 +21,6 @@ constexpr KernelChoice<BinaryKernels> kChoices[] = {
 #endif
 };
 
-// a: bits, row-major.
-void run_direct(const BinaryCall& call, const uint64_t* a, const ParallelFor& parallel_for) {
-  constexpr int64_t kChannels = kDirectChannels;
-  const int64_t groups = (call.n + kChannels - 1) / kChannels;
-  const int64_t grain = kWordsWorthAThread / (kChannels * (call.words + 1)) + 1;
-  parallel_range(parallel_for, call.m * groups, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / groups;
-      const int64_t channel = i % groups * kChannels;
-      call.kernels->direct(a + row * call.words, call.weight_bits + channel * call.words, call.words,
-                           call.epilogue_at(channel), call.output_at(row, 1, channel, kChannels));
-    }
-  });
-}
-
 void pack_rows(const BinaryKernels& kernels, DType dtype, const void* x, int64_t rows, int64_t k, uint64_t* bits,
                const ParallelFor& parallel_for) {
   constexpr int64_t kElementsWorthAThread = 1 << 15;
@@ -104,6 +89,35 @@ Status run(const BinaryCall& call, const Rows& rows, const ParallelFor& parallel
 }  // namespace
 
 Status binary_kernels(const BinaryKernels** kernels) { return choose_kernels(kChoices, kernels); }
+
+void run_direct(const BinaryCall& call, const uint64_t* a, const ParallelFor& parallel_for) {
+  constexpr int64_t kChannels = kDirectChannels;
+  constexpr int64_t kWord = sizeof(uint64_t);
+  const PlanePasses passes(call.row_planes(), call.weight_planes(), call.words * kWord, call.n * call.words * kWord);
+  const int64_t groups = (call.n + kChannels - 1) / kChannels;
+  const int64_t grain = kWordsWorthAThread / (kChannels * (passes.count * call.words + 1)) + 1;
+  parallel_range(parallel_for, call.m * groups, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / groups;
+      const int64_t channel = i % groups * kChannels;
+      BinaryDirectCall direct = {a + row * call.row_planes() * call.words,
+                                 call.weight_bits + channel * call.words,
+                                 call.words,
+                                 call.epilogue_at(channel),
+                                 call.output_at(row, 1, channel, kChannels),
+                                 &passes,
+                                 nullptr};
+      PlaneEpilogue planes;
+      if (call.planes != nullptr) {
+        planes = call.planes->epilogue_at(channel);
+        planes.row_term += row;
+        planes.row_scale += row;
+        direct.planes = &planes;
+      }
+      call.kernels->direct(direct);
+    }
+  });
+}
 
 Status pack_signs(DType dtype, const void* x, int64_t rows, int64_t k, uint64_t* bits,
                   const ParallelFor& parallel_for) {

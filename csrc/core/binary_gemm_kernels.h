@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/elements.h"
+#include "core/int8_gemm_kernels.h"
 #include "core/tile_output.h"
 #include "kdq/types.h"
 
@@ -20,6 +21,46 @@ struct BinaryEpilogue {
   const float* weight_scale;
   const float* bias;  // or nullptr
   const int32_t* threshold;
+};
+
+// Products of bit planes (kdq/bitplanes.h) run over K once for each pair of a plane of the rows and one of the weights,
+// in the order of their weights in the sum, the largest first: counts are doubled where the next is half as large.
+// Plain signs are one pass over one plane.
+struct PlanePass {
+  int64_t rows;     // bytes from the first plane of a row to this one
+  int64_t weights;  // likewise, of a panel or, in `direct`, of row-major weights
+  bool doubles;     // the counts so far, before it
+};
+constexpr int kMostPlanes = 8;
+
+// The passes of so many planes that lie so many bytes apart.
+struct PlanePasses {
+  PlanePass at[kMostPlanes * kMostPlanes];
+  int count;
+
+  constexpr PlanePasses(int row_planes, int weight_planes, int64_t row_bytes, int64_t weight_bytes) : at(), count(0) {
+    for (int power = row_planes + weight_planes - 2; power >= 0; --power) {
+      bool doubles = count > 0;
+      for (int p = 0; p < row_planes; ++p) {
+        const int q = power - p;
+        if (q < 0 || q >= weight_planes) continue;
+        at[count++] = {p * row_bytes, q * weight_bytes, doubles};
+        doubles = false;
+      }
+    }
+  }
+};
+
+// What turns the counts of bit planes, weighted sums over passes, into results. Pointers are those of the tile's first
+// row and channel; sums wrap modulo 2^32, but twice the product fits.
+//   product = (row_term + column_factor * layer.column_sum - count_factor * count) / 2
+// and further as in the int8 family.
+struct PlaneEpilogue {
+  int32_t column_factor;
+  int32_t count_factor;
+  const int32_t* row_term;
+  const float* row_scale;
+  Int8Epilogue layer;
 };
 
 struct BinaryTile {
@@ -41,17 +82,50 @@ struct BinaryTileCall {
   const char* ahead;  // what is read later, for kernels that ask meanwhile: a line a step from here on; or nullptr
   // What is subtracted from the dots of each row, by channel, or nullptr for nothing; or nullptr where no row has any.
   const int32_t* const* corrections;
+  const PlanePasses* passes;
+  const PlaneEpilogue* planes;  // instead of `epilogue`; or nullptr
 };
 
 constexpr int kMostBinaryRows = 16;  // no tile has more
 
 constexpr int kDirectChannels = 64;
 
+// One row of `words` 64-bit words a plane against out.cols row-major channels, at most kDirectChannels.
+struct BinaryDirectCall {
+  const uint64_t* a;
+  const uint64_t* b;
+  int64_t words;
+  BinaryEpilogue epilogue;
+  TileOutput out;
+  const PlanePasses* passes;
+  const PlaneEpilogue* planes;  // instead of `epilogue`; or nullptr
+};
+
+// One row of k values -> the planes of their integers on an unsigned grid of so many bits, `stride` words apart, tail
+// bits zero.
+struct PlaneRowCall {
+  const void* x;
+  int64_t k;
+  StaticGrid grid;
+  int bits;
+  uint64_t* planes;
+  int64_t stride;
+};
+
+// Of a row: the sum of its integers, and whether there is a NaN in it, whose integers do not matter then.
+struct PlaneRow {
+  int64_t sum;
+  bool has_nan;
+};
+
 struct BinaryKernels {
   BinaryTile size;
 
   // One row of k values -> ceil(k / 64) words, tail bits zero. Indexed by DType.
   void (*pack_row[3])(const void* x, int64_t k, uint64_t* bits);
+
+  // Indexed by DType.
+  PlaneRow (*pack_planes[3])(const PlaneRowCall& call);
 
   // Row-major channels, at most nr of `words` 64-bit words each, -> a panel; missing channels are zero.
   void (*interleave)(const uint64_t* b, int64_t words, int channels, char* panel);
@@ -61,9 +135,7 @@ struct BinaryKernels {
 
   void (*tile)(const BinaryTileCall& call);
 
-  // One row of `words` 64-bit words against out.cols row-major channels, at most kDirectChannels.
-  void (*direct)(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& epilogue,
-                 const TileOutput& out);
+  void (*direct)(const BinaryDirectCall& call);
 };
 
 // The table of an ISA whose loops are the static members of L. L lives in an anonymous namespace, so nothing here has
@@ -71,9 +143,13 @@ struct BinaryKernels {
 template <class L>
 constexpr BinaryKernels make_binary_kernels(const BinaryTile& size) {
   return {
-      size,          {L::template pack_row<float>, L::template pack_row<BFloat16>, L::template pack_row<Float16>},
-      L::interleave, L::spread,
-      L::tile,       L::direct,
+      size,
+      {L::template pack_row<float>, L::template pack_row<BFloat16>, L::template pack_row<Float16>},
+      {L::template pack_planes<float>, L::template pack_planes<BFloat16>, L::template pack_planes<Float16>},
+      L::interleave,
+      L::spread,
+      L::tile,
+      L::direct,
   };
 }
 

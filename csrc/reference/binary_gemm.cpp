@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "core/binary_gemm_kernels.h"
+#include "reference/int8_epilogue.h"
 #include "reference/scalar.h"
 
 namespace kdq {
@@ -26,6 +27,25 @@ struct Loops {
     }
   }
 
+  template <class T>
+  static PlaneRow pack_planes(const PlaneRowCall& call) {
+    PlaneRow row = {0, false};
+    const int64_t words = (call.k + 63) / 64;
+    for (int p = 0; p < call.bits; ++p) {
+      for (int64_t w = 0; w < words; ++w) call.planes[p * call.stride + w] = 0;
+    }
+    for (int64_t i = 0; i < call.k; ++i) {
+      const float value = reference::load(static_cast<const T*>(call.x) + i);
+      const int32_t q = reference::quantize(value, call.grid);
+      row.has_nan = row.has_nan || std::isnan(value);
+      row.sum += q;
+      for (int p = 0; p < call.bits; ++p) {
+        call.planes[p * call.stride + i / 64] |= static_cast<uint64_t>(q >> p & 1) << (i % 64);
+      }
+    }
+    return row;
+  }
+
   // Not interleaved: the channels as they are.
   static void interleave(const uint64_t* b, int64_t words, int channels, char* panel) {
     std::memcpy(panel, b, static_cast<size_t>(channels * words) * sizeof(uint64_t));
@@ -36,20 +56,33 @@ struct Loops {
   }
 
   static void tile(const BinaryTileCall& call) {
-    product(reinterpret_cast<const uint64_t*>(call.rows), reinterpret_cast<const uint64_t*>(call.panel), call.steps,
-            call.epilogue, call.out, call.corrections == nullptr ? nullptr : call.corrections[0]);
+    product({reinterpret_cast<const uint64_t*>(call.rows), reinterpret_cast<const uint64_t*>(call.panel), call.steps,
+             call.epilogue, call.out, call.passes, call.planes},
+            call.corrections == nullptr ? nullptr : call.corrections[0]);
   }
 
-  static void direct(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
-                     const TileOutput& out) {
-    product(a, b, words, e, out, nullptr);
+  static void direct(const BinaryDirectCall& call) { product(call, nullptr); }
+
+  // Over the passes, modulo 2^32.
+  static uint32_t differing_bits(const BinaryDirectCall& call, int c) {
+    uint32_t count = 0;
+    for (int i = 0; i < call.passes->count; ++i) {
+      const PlanePass& pass = call.passes->at[i];
+      const uint64_t* a = call.a + pass.rows / 8;
+      const uint64_t* b = call.b + pass.weights / 8 + c * call.words;
+      if (pass.doubles) count *= 2;
+      count += static_cast<uint32_t>(kdq::differing_bits(a, b, call.words));
+    }
+    return count;
   }
 
-  static void product(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
-                      const TileOutput& out, const int32_t* correction) {
+  static void product(const BinaryDirectCall& call, const int32_t* correction) {
+    if (call.planes != nullptr) return plane_product(call, *call.planes);
+    const BinaryEpilogue& e = call.epilogue;
+    const TileOutput& out = call.out;
     if (out.type == Result::kBits) std::memset(out.y, 0, static_cast<size_t>(out.cols + 63) / 64 * sizeof(uint64_t));
     for (int c = 0; c < out.cols; ++c) {
-      const auto all = static_cast<int32_t>(e.k - 2 * differing_bits(a, b + c * words, words));
+      const auto all = static_cast<int32_t>(static_cast<uint32_t>(e.k) - 2 * differing_bits(call, c));
       const int32_t dot = all - (correction == nullptr ? 0 : correction[c]);
       if (out.type == Result::kInt32) {
         static_cast<int32_t*>(out.y)[c] = dot;
@@ -59,6 +92,16 @@ struct Loops {
         const float scaled = static_cast<float>(dot) * e.weight_scale[c];
         reference::store_as(out.type, out.y, c, scaled + (e.bias == nullptr ? 0.0F : e.bias[c]));
       }
+    }
+  }
+
+  static void plane_product(const BinaryDirectCall& call, const PlaneEpilogue& e) {
+    for (int c = 0; c < call.out.cols; ++c) {
+      const auto column_sum = static_cast<uint32_t>(e.layer.column_sum[c]);
+      const uint32_t terms = static_cast<uint32_t>(*e.row_term) + static_cast<uint32_t>(e.column_factor) * column_sum;
+      const uint32_t twice = terms - static_cast<uint32_t>(e.count_factor) * differing_bits(call, c);
+      const int32_t sum = static_cast<int32_t>(twice) >> 1;
+      reference::store_exact(static_cast<uint32_t>(sum), *e.row_scale, e.layer, c, call.out);
     }
   }
 };

@@ -5,13 +5,12 @@
 #include <cmath>
 
 #include "core/int8_gemm_kernels.h"
-#include "reference/activation.h"
+#include "reference/int8_epilogue.h"
 #include "reference/scalar.h"
 
 namespace kdq {
 namespace {
 
-using reference::activate;
 using reference::load;
 
 struct Loops {
@@ -64,8 +63,7 @@ struct Loops {
       for (int64_t i = 0; i < call.k; ++i) {
         const float value = load(x + i);
         has_nan = has_nan || std::isnan(value);
-        const float q = std::nearbyint(value * grid.inverse) + grid.zero_point;
-        row[i] = std::isnan(q) ? int16_t{0} : static_cast<int16_t>(std::min(std::max(q, 0.0F), grid.quant_max));
+        row[i] = static_cast<int16_t>(reference::quantize(value, grid));
       }
       call.scales[r] = has_nan ? NAN : scale;
     });
@@ -95,29 +93,15 @@ struct Loops {
     const int16_t* a = static_cast<const int16_t*>(call.rows);
     uint32_t sum = 0;  // wraps like the vector instructions do
     for (int64_t i = 0; i < call.units; ++i) sum += static_cast<uint32_t>(a[i] * weight(i));
-    const Int8Epilogue& e = call.epilogue;
-    const auto exact =
-        static_cast<int32_t>(sum - static_cast<uint32_t>(e.offset) * static_cast<uint32_t>(*e.column_sum));
-    if (call.out.type == Result::kInt32) {
-      *static_cast<int32_t*>(call.out.y) = exact;
-    } else {
-      store_scaled(static_cast<float>(exact), call);
-    }
+    const float row_scale = call.row_scale == nullptr ? 0.0F : *call.row_scale;
+    reference::store_exact(sum, row_scale, call.epilogue, 0, call.out);
   }
 
   static void weight_only_tile(const Int8TileCall& call) {
     const float* a = static_cast<const float*>(call.rows);
     float sum = 0.0F;
     for (int64_t i = 0; i < call.units; ++i) sum += a[i] * static_cast<float>(call.panels.first[i]);
-    store_scaled(sum, call);
-  }
-
-  static void store_scaled(float sum, const Int8TileCall& call) {
-    const Int8Epilogue& e = call.epilogue;
-    float scale = *call.row_scale * *e.weight_scale;
-    if (scale > FLT_MAX) scale = FLT_MAX;  // inf * 0 would be NaN where the true result is 0
-    const float y = activate(sum * scale + (e.bias == nullptr ? 0.0F : *e.bias), e.activation);
-    reference::store_as(call.out.type, call.out.y, 0, y);
+    reference::store_scaled(sum, *call.row_scale, call.epilogue, 0, call.out);
   }
 };
 

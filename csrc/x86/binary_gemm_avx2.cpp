@@ -69,6 +69,7 @@ struct RowBits {
     return _mm256_add_epi8(sum, _mm256_add_epi8(low, high));
   }
   static Words add_widened(Words total, Words sum) { return _mm256_add_epi64(total, _mm256_sad_epu8(sum, zero())); }
+  static Words twice(Words total) { return _mm256_add_epi64(total, total); }
   static int64_t sum_lanes(Words total) {
     const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
     return _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);

@@ -67,6 +67,7 @@ struct RowBits {
     return _mm512_add_epi8(sum, _mm512_add_epi8(low, high));
   }
   static Words add_widened(Words total, Words sum) { return _mm512_add_epi64(total, _mm512_sad_epu8(sum, zero())); }
+  static Words twice(Words total) { return _mm512_add_epi64(total, total); }
   static int64_t sum_lanes(Words total) { return _mm512_reduce_add_epi64(total); }
 };
 

@@ -88,6 +88,7 @@ struct RowBits {
   }
   static Words add(Words sum, Words v) { return _mm512_add_epi32(sum, _mm512_popcnt_epi32(v)); }
   static Words add_widened(Words total, Words sum) { return _mm512_add_epi32(total, sum); }
+  static Words twice(Words total) { return _mm512_add_epi32(total, total); }
   static int64_t sum_lanes(Words total) { return _mm512_reduce_add_epi32(total); }
 };
 

@@ -6,9 +6,13 @@
 // so no sum ever crosses a lane. Bits::add(sum, Bits::set(word), weights) adds the number of differing bits to running
 // sums. These are int32 results at once (Bits::kFlush = 0), or bytes that Bits::add_widened takes into 16 bits every
 // Bits::kFlush steps.
+//
+// Products of bit planes take the same loop once for each pair of planes and double the sums in between, so that they
+// need no further registers.
 #pragma once
 
 #include "core/binary_gemm_kernels.h"
+#include "x86/bitplanes_simd.h"
 #include "x86/loops_simd.h"
 
 namespace kdq {
@@ -40,6 +44,11 @@ struct Loops {
     bits[first / 64] = word;
   }
 
+  template <class T>
+  static PlaneRow pack_planes(const PlaneRowCall& call) {
+    return quantize_planes<T>(call);
+  }
+
   static void interleave(const uint64_t* b, int64_t words, int channels, char* panel) {
     Bits::interleave(b, words, channels, kPanel, panel);
   }
@@ -53,41 +62,57 @@ struct Loops {
     if constexpr (Bits::kFlush == 0) {
       W sum[kRows][kCols];
       clear(sum);
-      if (kRows + 1 >= Bits::kRows && call.ahead != nullptr) {
-        count<true>(call, 0, call.steps, sum);
-      } else {
-        count<false>(call, 0, call.steps, sum);
+      bool may_ask = kRows + 1 >= Bits::kRows && call.ahead != nullptr;
+      for (int i = 0; i < call.passes->count; ++i) {
+        const PlanePass& pass = call.passes->at[i];
+        if (pass.doubles) twice(sum);
+        if (may_ask) {
+          count<true>(call, pass, 0, call.steps, sum);
+          may_ask = false;
+        } else {
+          count<false>(call, pass, 0, call.steps, sum);
+        }
       }
       finish<kRows, kCols>(sum, call);
     } else {
+      constexpr int kCounts = kRows * kCols * Bits::kLanes;
       alignas(64) int32_t counts[kRows][kCols * Bits::kLanes];
       constexpr int64_t kSpan = 65535 / 255 * Bits::kFlush;  // steps that 16 bits hold
-      int64_t first = 0;
-      do {
-        count_span<Bits>(call, first, call.steps - first < kSpan ? call.steps : first + kSpan, counts);
-        first += kSpan;
-      } while (first < call.steps);
       int32_t* dots = counts[0];
-      for (int i = 0; i < kRows * kCols * Bits::kLanes; i += kLanes) {
+      for (int i = 0; i < call.passes->count; ++i) {
+        const PlanePass& pass = call.passes->at[i];
+        for (int j = 0; pass.doubles && j < kCounts; j += kLanes) {
+          const I count = Vec::int_load(dots + j);
+          Vec::store_int(dots + j, Vec::int_add(count, count));
+        }
+        int64_t first = 0;
+        do {
+          const int64_t last = call.steps - first < kSpan ? call.steps : first + kSpan;
+          count_span<Bits>(call, pass, first, last, i + first > 0, counts);
+          first += kSpan;
+        } while (first < call.steps);
+      }
+      if (call.planes != nullptr) return store_planes(dots, kCols * Bits::kLanes, *call.planes, call.out);
+      for (int i = 0; i < kCounts; i += kLanes) {
         Vec::store_int(dots + i, dots_of(Vec::int_load(dots + i), call.epilogue.k));
       }
       store_dots(dots, kCols * Bits::kLanes, call);
     }
   }
 
-  // Sets (first = 0) or adds to the counts what steps [first, last) differ in. B: Bits, a parameter since those that do
-  // not count in bytes lack what is used here.
+  // Sets the counts to what steps [first, last) differ in, or adds it. B: Bits, a parameter since those that do not
+  // count in bytes lack what is used here.
   template <class B, int kRows, int kChannels>
-  static inline __attribute__((always_inline)) void count_span(const BinaryTileCall& call, int64_t first, int64_t last,
+  static inline __attribute__((always_inline)) void count_span(const BinaryTileCall& call, const PlanePass& pass,
+                                                               int64_t first, int64_t last, bool add,
                                                                int32_t (&counts)[kRows][kChannels]) {
     constexpr int kCols = kChannels / B::kLanes;
-    const bool add = first > 0;
     W total[kRows][kCols][2];
     for (auto& row : total) clear(row);
     for (; first < last; first += B::kFlush) {
       W sum[kRows][kCols];
       clear(sum);
-      count<false>(call, first, last - first < B::kFlush ? last : first + B::kFlush, sum);
+      count<false>(call, pass, first, last - first < B::kFlush ? last : first + B::kFlush, sum);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
@@ -112,12 +137,21 @@ struct Loops {
     }
   }
 
-  // Adds the bits in which steps [first, last) differ to the sums.
+  template <int kRows, int kVectors>
+  static inline __attribute__((always_inline)) void twice(W (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::int_add(sum[r][v], sum[r][v]);
+    }
+  }
+
+  // Adds the bits in which steps [first, last) of a pass differ to the sums.
   template <bool kAhead, int kRows, int kVectors>
-  static inline __attribute__((always_inline)) void count(const BinaryTileCall& call, int64_t first, int64_t last,
-                                                          W (&sum)[kRows][kVectors]) {
-    const Word* panel = reinterpret_cast<const Word*>(call.panel) + first * kPanel;
-    const char* a = call.rows + first * static_cast<int64_t>(sizeof(Word));
+  static inline __attribute__((always_inline)) void count(const BinaryTileCall& call, const PlanePass& pass,
+                                                          int64_t first, int64_t last, W (&sum)[kRows][kVectors]) {
+    const Word* panel = reinterpret_cast<const Word*>(call.panel + pass.weights) + first * kPanel;
+    const char* a = call.rows + pass.rows + first * static_cast<int64_t>(sizeof(Word));
     for (int64_t w = first; w < last; ++w, panel += kPanel, a += sizeof(Word)) {
       if (kAhead) _mm_prefetch(call.ahead + w * kLine, _MM_HINT_T1);
       W weights[kVectors];
@@ -160,7 +194,7 @@ struct Loops {
   template <int kRows, int kCols>
   static inline __attribute__((always_inline)) void finish(const W (&count)[kRows][kCols], const BinaryTileCall& call) {
     const TileOutput& out = call.out;
-    const bool whole = out.cols == kCols * kLanes && call.corrections == nullptr;
+    const bool whole = out.cols == kCols * kLanes && call.corrections == nullptr && call.planes == nullptr;
     if (whole && out.type == Result::kInt32) {
       out.place == Place::kMemory ? store_whole_int32<true, kRows, kCols>(count, call)
                                   : store_whole_int32<false, kRows, kCols>(count, call);
@@ -172,9 +206,11 @@ struct Loops {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-        for (int v = 0; v < kCols; ++v) {
-          Vec::store_int(dots + (r * kCols + v) * kLanes, dots_of(count[r][v], call.epilogue.k));
-        }
+        for (int v = 0; v < kCols; ++v) Vec::store_int(dots + (r * kCols + v) * kLanes, count[r][v]);
+      }
+      if (call.planes != nullptr) return store_planes(dots, kCols * kLanes, *call.planes, out);
+      for (int i = 0; i < kRows * kCols * kLanes; i += kLanes) {
+        Vec::store_int(dots + i, dots_of(Vec::int_load(dots + i), call.epilogue.k));
       }
       store_dots(dots, kCols * kLanes, call);
     }
@@ -292,28 +328,47 @@ struct Loops {
   // ---- direct ----
 
   // Runs along K on row-major weights; out.cols <= kDirectChannels.
-  static void direct(const uint64_t* a, const uint64_t* b, int64_t words, const BinaryEpilogue& e,
-                     const TileOutput& out) {
-    alignas(64) int32_t dots[kDirectChannels];
-    for (int c = 0; c < out.cols; ++c) dots[c] = e.k - 2 * differing_bits(a, b + c * words, words);
-    store_dots(dots, kDirectChannels, e, out);
+  static void direct(const BinaryDirectCall& call) {
+    alignas(64) int32_t dots[kDirectChannels] = {};
+    for (int c = 0; c < call.out.cols; ++c) dots[c] = differing_bits(call, call.b + c * call.words);
+    if (call.planes != nullptr) return store_planes(dots, kDirectChannels, *call.planes, call.out);
+    for (int c = 0; c < call.out.cols; ++c) dots[c] = call.epilogue.k - 2 * dots[c];
+    store_dots(dots, kDirectChannels, call.epilogue, call.out);
   }
 
-  static int32_t differing_bits(const uint64_t* a, const uint64_t* b, int64_t words) {
+  // Of one channel, whose first plane is at b; sums over the passes wrap.
+  static int32_t differing_bits(const BinaryDirectCall& call, const uint64_t* b) {
+    using R = RowBits::Words;
+    constexpr int64_t kStep = sizeof(R) / sizeof(uint64_t);
+    R total = RowBits::zero();
+    uint64_t rest = 0;  // of the words that do not fill a vector
+    for (int i = 0; i < call.passes->count; ++i) {
+      const PlanePass& pass = call.passes->at[i];
+      const uint64_t* of_row = call.a + pass.rows / static_cast<int64_t>(sizeof(uint64_t));
+      const uint64_t* of_channel = b + pass.weights / static_cast<int64_t>(sizeof(uint64_t));
+      if (pass.doubles) total = RowBits::twice(total);
+      if (pass.doubles) rest *= 2;
+      const int64_t whole = call.words / kStep * kStep;
+      total = add_differing(total, of_row, of_channel, whole);
+      for (int64_t w = whole; w < call.words; ++w) {
+        rest += static_cast<uint64_t>(__builtin_popcountll(of_row[w] ^ of_channel[w]));
+      }
+    }
+    return static_cast<int32_t>(static_cast<uint64_t>(RowBits::sum_lanes(total)) + rest);
+  }
+
+  // words: of whole vectors.
+  static RowBits::Words add_differing(RowBits::Words total, const uint64_t* a, const uint64_t* b, int64_t words) {
     using R = RowBits::Words;
     constexpr int64_t kStep = sizeof(R) / sizeof(uint64_t);
     constexpr int64_t kFlush = RowBits::kFlush == 0 ? int64_t{1} << 40 : RowBits::kFlush;
-    const int64_t whole = words / kStep * kStep;
-    R total = RowBits::zero();
-    for (int64_t first = 0; first < whole; first += kFlush * kStep) {
-      const int64_t last = whole - first < kFlush * kStep ? whole : first + kFlush * kStep;
+    for (int64_t first = 0; first < words; first += kFlush * kStep) {
+      const int64_t last = words - first < kFlush * kStep ? words : first + kFlush * kStep;
       R sum = RowBits::zero();
       for (int64_t w = first; w < last; w += kStep) sum = RowBits::add(sum, RowBits::differ(a + w, b + w));
       total = RowBits::add_widened(total, sum);
     }
-    int64_t count = RowBits::sum_lanes(total);
-    for (int64_t w = whole; w < words; ++w) count += __builtin_popcountll(a[w] ^ b[w]);
-    return static_cast<int32_t>(count);
+    return total;
   }
 };
 

@@ -225,6 +225,17 @@ struct Vec {
     const Int bytes = _mm256_packus_epi16(rounded_words<kOffset>(v[0], v[1]), rounded_words<kOffset>(v[2], v[3]));
     store_whole(p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
   }
+  // Of 64 bytes below 2^bits, the planes: bit i of word p * stride is bit p of byte i.
+  static void store_bits(const uint8_t* bytes, int bits, uint64_t* planes, int64_t stride) {
+    const __m128i above = _mm_cvtsi32_si128(8 - bits);
+    const __m256i* halves = reinterpret_cast<const __m256i*>(bytes);
+    Int low = _mm256_sll_epi16(_mm256_loadu_si256(halves), above);
+    Int high = _mm256_sll_epi16(_mm256_loadu_si256(halves + 1), above);
+    for (int p = bits - 1; p >= 0; --p, low = _mm256_add_epi8(low, low), high = _mm256_add_epi8(high, high)) {
+      planes[p * stride] = static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(low))) |
+                           static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
+    }
+  }
   template <class Out>
   static void store_int_part(Out* p, Int v, int n) {
     Out lanes[kLanes];

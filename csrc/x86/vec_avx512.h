@@ -218,6 +218,11 @@ struct Vec {
     const Int words = _mm512_packus_epi16(low_halves(q[0], q[1]), low_halves(q[2], q[3]));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi64(even_then_odd(), words));
   }
+  // Of 64 bytes below 2^bits, the planes: bit i of word p * stride is bit p of byte i.
+  static void store_bits(const uint8_t* bytes, int bits, uint64_t* planes, int64_t stride) {
+    Int v = _mm512_sll_epi16(_mm512_loadu_si512(bytes), _mm_cvtsi32_si128(8 - bits));
+    for (int p = bits - 1; p >= 0; --p, v = _mm512_add_epi8(v, v)) planes[p * stride] = _mm512_movepi8_mask(v);
+  }
   static void store_int_part(int32_t* p, Int v, int n) { _mm512_mask_storeu_epi32(p, lanes_below(n), v); }
   static void store_int_part(int16_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi16(p, lanes_below(n), v); }
   static void store_int_part(int8_t* p, Int v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, lanes_below(n), v); }

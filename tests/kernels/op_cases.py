@@ -30,7 +30,7 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     x, w = randn(5, 70), int8(13, 70)
     packed, scale = kk.pack_int8_weight(w), torch.rand(13) + 0.1
     narrow = kk.pack_int8_weight(int8(6, 13))
-    bits = kk.pack_signs(randn(13, 70))
+    bits, planes = kk.pack_signs(randn(13, 70)), kk.pack_bitplanes(w.clamp(-2, 1), 2)
     one, zero = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
     per_channel, learned = torch.rand(70) + 0.1, torch.rand(70) * 5
     images = randn(2, 5, 6, 7)
@@ -115,6 +115,15 @@ def op_cases() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         ("binary_linear", ops.binary_linear.default, (x, bits, scale, scale), {}),
         ("binary_conv2d", ops.binary_conv2d.default, (images, conv_bits, scale, scale, *window), {}),
         ("binary_conv2d channels_last", ops.binary_conv2d.default, (last, conv_bits, scale, None, *window), {}),
+        ("pack_bitplanes", ops.pack_bitplanes.default, (w.clamp(-2, 1), 2, "signed"), {}),
+        ("unpack_bitplanes", ops.unpack_bitplanes.default, (planes, 70, "signed"), {}),
+        ("bitplane_matmul", ops.bitplane_matmul.default, (planes, planes, 70, "unsigned", "signed"), {}),
+        (
+            "bitplane_linear",
+            ops.bitplane_linear.default,
+            (x, planes, w.clamp(-2, 1).sum(1, dtype=torch.int32), scale, scale, one, zero, 3, "signed"),
+            {"activation": "relu"},
+        ),
         ("pack_indices", ops.pack_indices.default, (INDICES, 3), {}),
         ("unpack_indices", ops.unpack_indices.default, (kk.pack_indices(INDICES, 3), 3, 13, 70), {}),
         (

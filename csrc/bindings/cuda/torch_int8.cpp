@@ -55,7 +55,7 @@ class Int8OnCuda : public Cuda {
 
   // Numbers on the GPU stay there, unread: reading them would wait for it. They count as in range.
   void static_input(const OptionalTensor& input_scale, const OptionalTensor& input_zero_point, int64_t input_quant_max,
-                    LinearCall* call) const {
+                    LayerCall* call) const {
     std::optional<float> step;
     OptionalInt zero_point;
     if (input_scale && input_scale->is_cuda()) {

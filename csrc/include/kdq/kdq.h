@@ -3,6 +3,7 @@
 
 #include "kdq/attention.h"
 #include "kdq/binary_gemm.h"
+#include "kdq/bitplanes.h"
 #include "kdq/codebook.h"
 #include "kdq/conv2d.h"
 #include "kdq/distillation.h"
