@@ -19,7 +19,7 @@ except ImportError as error:
         f"kdq_kernels: the native module is missing or cannot be loaded ({error}); build it with "
         "'pip install --no-build-isolation .' from the source folder"
     ) from error
-from kdq_kernels.cpu import available_isas, build_info, cpu_isa, machine_peak, machine_peaks, set_isa
+from kdq_kernels.cpu import available_isas, bitplane_pairs, build_info, cpu_isa, machine_peak, machine_peaks, set_isa
 
 if TYPE_CHECKING:
     from kdq_kernels.ops import (
@@ -64,6 +64,7 @@ __all__ = [
     "binary_threshold",
     "bitplane_linear",
     "bitplane_matmul",
+    "bitplane_pairs",
     "build_info",
     "codebook_linear",
     "cpu_isa",

@@ -60,6 +60,12 @@ def set_isa(name: str) -> None:
     _C.set_isa(name)
 
 
+def bitplane_pairs() -> int:
+    """The most pairs of bit planes, of activations times of weights, with which `bitplane_linear` of many rows takes
+    less time than `int8_linear`, on the instruction set in force; 0: none."""
+    return _C.bitplane_pairs()
+
+
 def build_info() -> BuildInfo:
     """Version, compiler, CPU and its relevant features."""
     return _C.build_info()

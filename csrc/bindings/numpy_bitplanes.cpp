@@ -117,6 +117,11 @@ py::array bitplane_linear_array(const py::array& x_in, const py::array& weight_p
 }  // namespace
 
 void bind_bitplanes(py::module_& m) {
+  m.def("bitplane_pairs", [] {
+    int pairs = 0;
+    check(bitplane_pairs(&pairs));
+    return pairs;
+  });
   m.def("pack_bitplanes", &pack_bitplanes_array, py::arg("q"), py::arg("bits"), py::arg("form"));
   m.def("unpack_bitplanes", &unpack_bitplanes_array, py::arg("planes"), py::arg("k"), py::arg("form"));
   m.def("bitplane_matmul", &bitplane_matmul_array, py::arg("a_planes"), py::arg("b_planes"), py::arg("k"),

@@ -53,14 +53,9 @@ struct Bits {
 // Row-major on both sides: xor, then vpshufb looks up the bit count of each half byte (Mula, Kurz, Lemire 2018); bytes
 // are widened by vpsadbw before they can overflow, at 8 bits a word.
 struct RowBits {
-  using Words = __m256i;
   static constexpr int64_t kFlush = 31;
 
-  static Words zero() { return _mm256_setzero_si256(); }
-  static Words differ(const uint64_t* a, const uint64_t* b) { return _mm256_xor_si256(load(a), load(b)); }
-  static Words load(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-
-  static Words add(Words sum, Words v) {
+  static __m256i add(__m256i sum, __m256i v) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
                                            2, 3, 2, 3, 3, 4);
     const __m256i mask = _mm256_set1_epi8(15);
@@ -68,11 +63,9 @@ struct RowBits {
     const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi32(v, 4), mask));
     return _mm256_add_epi8(sum, _mm256_add_epi8(low, high));
   }
-  static Words add_widened(Words total, Words sum) { return _mm256_add_epi64(total, _mm256_sad_epu8(sum, zero())); }
-  static Words twice(Words total) { return _mm256_add_epi64(total, total); }
-  static int64_t sum_lanes(Words total) {
-    const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-    return _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+  // 64-bit lanes of which the upper half stays 0.
+  static __m256i add_widened(__m256i total, __m256i sum) {
+    return _mm256_add_epi32(total, _mm256_sad_epu8(sum, _mm256_setzero_si256()));
   }
 };
 

@@ -51,24 +51,19 @@ struct Bits {
 };
 
 struct RowBits {
-  using Words = __m512i;
   static constexpr int64_t kFlush = 31;
 
-  static Words zero() { return _mm512_setzero_si512(); }
-  static Words differ(const uint64_t* a, const uint64_t* b) {
-    return _mm512_xor_si512(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
-  }
-
-  static Words add(Words sum, Words v) {
+  static __m512i add(__m512i sum, __m512i v) {
     const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
     const __m512i mask = _mm512_set1_epi8(15);
     const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(v, mask));
     const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi32(v, 4), mask));
     return _mm512_add_epi8(sum, _mm512_add_epi8(low, high));
   }
-  static Words add_widened(Words total, Words sum) { return _mm512_add_epi64(total, _mm512_sad_epu8(sum, zero())); }
-  static Words twice(Words total) { return _mm512_add_epi64(total, total); }
-  static int64_t sum_lanes(Words total) { return _mm512_reduce_add_epi64(total); }
+  // 64-bit lanes of which the upper half stays 0.
+  static __m512i add_widened(__m512i total, __m512i sum) {
+    return _mm512_add_epi32(total, _mm512_sad_epu8(sum, _mm512_setzero_si512()));
+  }
 };
 
 }  // namespace

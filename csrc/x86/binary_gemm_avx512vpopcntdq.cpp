@@ -79,17 +79,9 @@ struct Bits {
 };
 
 struct RowBits {
-  using Words = __m512i;
   static constexpr int64_t kFlush = 0;
-
-  static Words zero() { return _mm512_setzero_si512(); }
-  static Words differ(const uint64_t* a, const uint64_t* b) {
-    return _mm512_xor_si512(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
-  }
-  static Words add(Words sum, Words v) { return _mm512_add_epi32(sum, _mm512_popcnt_epi32(v)); }
-  static Words add_widened(Words total, Words sum) { return _mm512_add_epi32(total, sum); }
-  static Words twice(Words total) { return _mm512_add_epi32(total, total); }
-  static int64_t sum_lanes(Words total) { return _mm512_reduce_add_epi32(total); }
+  static __m512i add(__m512i sum, __m512i v) { return _mm512_add_epi32(sum, _mm512_popcnt_epi32(v)); }
+  static __m512i add_widened(__m512i total, __m512i sum) { return _mm512_add_epi32(total, sum); }
 };
 
 }  // namespace

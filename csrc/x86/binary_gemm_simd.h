@@ -1,6 +1,6 @@
 // The binary family's loops, written once. An ISA file includes its vec_*.h, defines `struct Bits` (the steps along K,
-// how they are counted, the register tile) and `struct RowBits` (as much for the row-major `direct`), and then includes
-// this.
+// how they are counted, the register tile) and `struct RowBits` (how `direct` counts the bits of row-major vectors),
+// and then includes this.
 //
 // Lanes are output channels: each step along K loads the vectors of weights and takes one Word of each activation row,
 // so no sum ever crosses a lane. Bits::add(sum, Bits::set(word), weights) adds the number of differing bits to running
@@ -327,48 +327,66 @@ struct Loops {
 
   // ---- direct ----
 
+  static constexpr int kAtOnce = 4;  // channels, whose lanes are added up together
+
   // Runs along K on row-major weights; out.cols <= kDirectChannels.
   static void direct(const BinaryDirectCall& call) {
     alignas(64) int32_t dots[kDirectChannels] = {};
-    for (int c = 0; c < call.out.cols; ++c) dots[c] = differing_bits(call, call.b + c * call.words);
+    for (int c = 0; c < call.out.cols; c += kAtOnce) count_channels(call, c, dots + c);
     if (call.planes != nullptr) return store_planes(dots, kDirectChannels, *call.planes, call.out);
-    for (int c = 0; c < call.out.cols; ++c) dots[c] = call.epilogue.k - 2 * dots[c];
+    for (int c = 0; c < call.out.cols; c += kLanes) {
+      Vec::store_int(dots + c, dots_of(Vec::int_load(dots + c), call.epilogue.k));
+    }
     store_dots(dots, kDirectChannels, call.epilogue, call.out);
   }
 
-  // Of one channel, whose first plane is at b; sums over the passes wrap.
-  static int32_t differing_bits(const BinaryDirectCall& call, const uint64_t* b) {
-    using R = RowBits::Words;
-    constexpr int64_t kStep = sizeof(R) / sizeof(uint64_t);
-    R total = RowBits::zero();
-    uint64_t rest = 0;  // of the words that do not fill a vector
+  // Of channels first ... first + kAtOnce - 1, the last one in place of those that are not there.
+  static void count_channels(const BinaryDirectCall& call, int first, int32_t* counts) {
+    I total[kAtOnce];
+    for (I& sum : total) sum = Vec::int_zero();
     for (int i = 0; i < call.passes->count; ++i) {
       const PlanePass& pass = call.passes->at[i];
-      const uint64_t* of_row = call.a + pass.rows / static_cast<int64_t>(sizeof(uint64_t));
-      const uint64_t* of_channel = b + pass.weights / static_cast<int64_t>(sizeof(uint64_t));
-      if (pass.doubles) total = RowBits::twice(total);
-      if (pass.doubles) rest *= 2;
-      const int64_t whole = call.words / kStep * kStep;
-      total = add_differing(total, of_row, of_channel, whole);
-      for (int64_t w = whole; w < call.words; ++w) {
-        rest += static_cast<uint64_t>(__builtin_popcountll(of_row[w] ^ of_channel[w]));
+      const uint64_t* b[kAtOnce];
+#pragma GCC unroll 4
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int channel = first + j < call.out.cols ? first + j : call.out.cols - 1;
+        b[j] = call.b + channel * call.words + pass.weights / kWordBytes;
+        if (pass.doubles) total[j] = Vec::int_add(total[j], total[j]);
       }
+      add_differing(call.a + pass.rows / kWordBytes, b, call.words, total);
     }
-    return static_cast<int32_t>(static_cast<uint64_t>(RowBits::sum_lanes(total)) + rest);
+    Vec::store_sums(counts, total);
   }
 
-  // words: of whole vectors.
-  static RowBits::Words add_differing(RowBits::Words total, const uint64_t* a, const uint64_t* b, int64_t words) {
-    using R = RowBits::Words;
-    constexpr int64_t kStep = sizeof(R) / sizeof(uint64_t);
-    constexpr int64_t kFlush = RowBits::kFlush == 0 ? int64_t{1} << 40 : RowBits::kFlush;
-    for (int64_t first = 0; first < words; first += kFlush * kStep) {
-      const int64_t last = words - first < kFlush * kStep ? words : first + kFlush * kStep;
-      R sum = RowBits::zero();
-      for (int64_t w = first; w < last; w += kStep) sum = RowBits::add(sum, RowBits::differ(a + w, b + w));
-      total = RowBits::add_widened(total, sum);
+  static constexpr int64_t kWordBytes = sizeof(uint64_t);
+  static constexpr int64_t kWords = sizeof(I) / kWordBytes;  // of a vector
+  static constexpr int64_t kFlushWords = RowBits::kFlush == 0 ? int64_t{1} << 40 : RowBits::kFlush * kWords;
+
+  static inline __attribute__((always_inline)) void add_differing(const uint64_t* a, const uint64_t* (&b)[kAtOnce],
+                                                                  int64_t words, I (&total)[kAtOnce]) {
+    for (int64_t w = 0; w < words;) {
+      const int64_t last = words - w < kFlushWords ? words : w + kFlushWords;
+      I sum[kAtOnce];
+      for (I& of_channel : sum) of_channel = Vec::int_zero();
+      for (; w + kWords <= last; w += kWords) {
+        const I of_row = Vec::load_words(a + w);
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j) {
+          sum[j] = RowBits::add(sum[j], Vec::int_xor(of_row, Vec::load_words(b[j] + w)));
+        }
+      }
+      if (w < last) {
+        const int n = static_cast<int>(last - w);
+        const I of_row = Vec::load_words_part(a + w, n);
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j) {
+          sum[j] = RowBits::add(sum[j], Vec::int_xor(of_row, Vec::load_words_part(b[j] + w, n)));
+        }
+        w = last;
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kAtOnce; ++j) total[j] = RowBits::add_widened(total[j], sum[j]);
     }
-    return total;
   }
 };
 

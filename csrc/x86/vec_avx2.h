@@ -176,6 +176,7 @@ struct Vec {
   static Int int_add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int int_mul(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static Int int_max(Int a, Int b) { return _mm256_max_epi32(a, b); }
+  static Int int_xor(Int a, Int b) { return _mm256_xor_si256(a, b); }
   static Int int_and(Int a, Int b) { return _mm256_and_si256(a, b); }
   template <int kBits>
   static Int shift_left(Int v) {
@@ -194,6 +195,18 @@ struct Vec {
   // v * 2^n for an integer n from -126 to 127, where 2^n is a float; at 128 it is inf.
   static Float times_power(Float v, Float n) {
     return mul(v, as_float(_mm256_slli_epi32(int_add(to_int(n), int_set(127)), 23)));
+  }
+  // Of words of 64 bits.
+  static Int load_words(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Int load_words_part(const uint64_t* p, int n) {
+    return _mm256_maskload_epi64(reinterpret_cast<const long long*>(p), lanes_below(2 * n));
+  }
+  // The sums of the lanes of four vectors.
+  static void store_sums(int32_t* p, const Int (&v)[4]) {
+    const Int first = int_add(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+    const Int second = int_add(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+    const Int halves = int_add(_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_add_epi32(low(halves), high(halves)));
   }
   static int32_t max_lane(Int v) {
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -176,6 +176,7 @@ struct Vec {
   static Int int_add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int int_mul(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
   static Int int_max(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  static Int int_xor(Int a, Int b) { return _mm512_xor_si512(a, b); }
   static Int int_and(Int a, Int b) { return _mm512_and_si512(a, b); }
   template <int kBits>
   static Int shift_left(Int v) {
@@ -191,6 +192,16 @@ struct Vec {
   static Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
   static Int to_int(Float v) { return _mm512_cvtps_epi32(v); }
   static Float times_power(Float v, Float n) { return _mm512_scalef_ps(v, n); }
+  static Int load_words(const uint64_t* p) { return _mm512_loadu_si512(p); }
+  static Int load_words_part(const uint64_t* p, int n) {
+    return _mm512_maskz_loadu_epi64(static_cast<__mmask8>((1U << n) - 1U), p);
+  }
+  static void store_sums(int32_t* p, const Int (&v)[4]) {
+    const Int four = sums_in_quarters(v);
+    const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
+    const __m128i one = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), one);
+  }
   static int32_t max_lane(Int v) { return _mm512_reduce_max_epi32(v); }
 
   static void store_int(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
@@ -234,6 +245,12 @@ struct Vec {
   }
   static Float high_pairs(Float a, Float b) {
     return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  // Of each 128 bits of four vectors, the sums, side by side.
+  static Int sums_in_quarters(const Int (&v)[4]) {
+    const Int first = int_add(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const Int second = int_add(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    return int_add(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
   }
   // What two levels of packs, which work on 128-bit quarters, leave of four vectors of int32.
   static Int in_order(Int bytes) {

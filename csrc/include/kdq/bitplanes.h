@@ -76,4 +76,8 @@ struct BitplaneLinear {
 
 KDQ_API Status bitplane_linear(const BitplaneLinear& args, const ParallelFor& parallel_for);
 
+// The most pairs of planes, P * Q, with which a layer of many rows takes less time so than by int8_linear() of few-bit
+// weights, by the kernels in force; 0: none.
+KDQ_API Status bitplane_pairs(int* pairs);
+
 }  // namespace kdq

@@ -308,7 +308,9 @@ class PackedInt8(PackedProduct):
         return kk.pack_int8_weight(self.geometry.kernel_order(self.int8_weight()), self.packed_bits)
 
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
-        packed = self.packed_weight()
+        return self.int8_kernel(x, self.packed_weight(), activation)
+
+    def int8_kernel(self, x: Tensor, packed: Tensor, activation: str | None) -> Tensor:
         own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
         return self.geometry.int8(
             x,

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+import kdq_kernels as kk
 from kdq.configs import LowBit
 from kdq.grids import (
     AffineGrid,
@@ -50,6 +51,16 @@ def kernel_bits(config: LowBit) -> int:
     take two, DoReFa's odd ones, `2 s + 1`, one more than s."""
     held = config.weight_bits + 1 if config.method == "dorefa" else max(config.weight_bits, 2)
     return next(bits for bits in (2, 4, 8) if bits >= held)
+
+
+def rows_for_planes(config: LowBit) -> int | None:
+    """From how many rows of x on a linear layer runs on bit planes; None: never.
+
+    Where their pairs are few enough for the CPU, they take less time than int8 products (1 bit by 2 bits half of it,
+    with AVX-512 VPOPCNTDQ), but for few rows, when what counts is how the weights are read.
+    """
+    pairs = config.weight_bits * config.act_bits
+    return 8 * pairs if pairs <= kk.bitplane_pairs() else None
 
 
 class LowBitProduct(PackedInt8):
@@ -120,4 +131,58 @@ class LowBitProduct(PackedInt8):
 
 
 class LowBitLinear(InferenceLinear, LowBitProduct):
-    """A linear layer of few-bit integers; its buffers are those of `LowBitProduct`, with K = in_features."""
+    """A linear layer of few-bit integers; its buffers are those of `LowBitProduct`, with K = in_features.
+
+    Beside the packed weight it may keep another for the same results in less time: the bit planes, `planes`, and the
+    sums of their integers, `weight_sum`, which many rows of x are multiplied by (`rows_for_planes`). They are made and
+    remade with it, and as little saved.
+    """
+
+    planes: Tensor | None
+    weight_sum: Tensor | None
+    plane_rows: int | None
+
+    def pack(self) -> None:
+        super().pack()
+        self.plane_rows = rows_for_planes(self.config) if self.weight_scale.is_cpu else None
+        planes = sums = None
+        if self.plane_rows is not None:
+            integers = self.int8_weight()
+            planes = kk.pack_bitplanes(integers, self.config.weight_bits, self.plane_form)
+            sums = integers.sum(1, dtype=torch.int32)
+        self.register_buffer("planes", planes, persistent=False)
+        self.register_buffer("weight_sum", sums, persistent=False)
+
+    @property
+    def plane_form(self) -> str:
+        """Of the weight's integers, as `pack_bitplanes` names it."""
+        return "odd" if self.config.weight_bits == 1 or self.config.method == "dorefa" else "signed"
+
+    def kernel(self, x: Tensor, activation: str | None) -> Tensor:
+        packed = self.packed_weight()  # first: where it has to be remade, so have the planes
+        own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
+        if not self.on_planes(x):
+            return self.int8_kernel(x, packed, activation)
+        return kk.bitplane_linear(
+            x,
+            own["planes"],
+            own["weight_sum"],
+            own["weight_scale"],
+            own["bias"],
+            input_scale=own["input_scale"],
+            input_zero_point=own["input_zero_point"],
+            input_quant_max=self.input_quant_max,
+            weight_form=self.plane_form,
+            activation=activation,
+        )
+
+    def on_planes(self, x: Tensor) -> bool:
+        """Whether x is multiplied by bit planes. What is exported is not: it may get any number of rows."""
+        if self.plane_rows is None or torch.compiler.is_exporting():
+            return False
+        return x.numel() >= self.plane_rows * self.inputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_buffers"] = {**state["_buffers"], "planes": None, "weight_sum": None}
+        return state
