@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from kdq.bench.attention import attention_cases
 from kdq.bench.binary import binary_linear_cases, binary_matmul_cases, binary_threshold_cases
+from kdq.bench.bitplanes import bitplane_linear_cases
 from kdq.bench.case import Case
 from kdq.bench.codebook import codebook_cases
 from kdq.bench.conv2d import binary_conv2d_cases, int8_conv2d_cases
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Callable[[Target], Iterable[Case]]] = {
     "int8_linear": int8_linear_cases,
     "int8_weight_only_linear": weight_only_cases,
     "low_bit_linear": low_bit_linear_cases,
+    "bitplane_linear": bitplane_linear_cases,
     "codebook_linear": codebook_cases,
     "int8_conv2d": int8_conv2d_cases,
     "attention": attention_cases,
