@@ -1,6 +1,7 @@
 // The arithmetic of bit planes that does not look at the bits: see kdq/bitplanes.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 

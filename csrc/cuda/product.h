@@ -76,7 +76,7 @@ KDQ_DEVICE uint32_t count_words(Thread& thread, const Words<16>& words) {
 //   store(thread, row, col, result), and the parts of which Tile::store() makes it;
 // or else, for results that become bits, the columns of a row side by side,
 //   bit(thread, col, result), 0 for columns past the last; row_bytes; bits, [rows, row_bytes], a multiple of 8 bytes
-template <class Product, class Output, class Source = Operand>
+template <class Product, class Output, class Source = Operand, class ColumnSource = Operand>
 struct TiledProduct {
   using Places = Tile<kTile>;
   static constexpr int kThreads = Places::kThreads;
@@ -90,8 +90,8 @@ struct TiledProduct {
     uint32_t b_count[kTile];
   };
 
-  Source a;  // tile.h says what it has
-  Operand b;
+  Source a;  // tile.h says what they have
+  ColumnSource b;
   Product product;
   Output output;
   int64_t splits;       // of k. The result of split s goes to row s * a.rows + row
@@ -103,7 +103,7 @@ struct TiledProduct {
   // The rows of which a thread loads pieces.
   struct Rows {
     typename Source::Row a[kLoads];
-    Operand::Row b[kLoads];
+    typename ColumnSource::Row b[kLoads];
   };
 
   // What a thread carries from step to step.
@@ -136,6 +136,9 @@ struct TiledProduct {
       put(thread, carried, shared);
       thread.sync();
       load(thread, rows, byte + 4 * kStepWords, end, &carried);
+      if constexpr (ColumnSource::kPasses) {
+        if (b.doubles_at(byte)) double_sums(sums);
+      }
       multiply(thread, shared, sums);
       thread.sync();
     }
@@ -148,6 +151,14 @@ struct TiledProduct {
   }
 
  private:
+  static KDQ_DEVICE void double_sums(int32_t (&sums)[kRowFragments][kColFragments][4]) {
+#pragma unroll
+    for (int i = 0; i < kRowFragments * kColFragments * 4; ++i) {
+      int32_t& sum = sums[i / (4 * kColFragments)][i / 4 % kColFragments][i % 4];
+      sum = static_cast<int32_t>(2U * static_cast<uint32_t>(sum));
+    }
+  }
+
   template <class Thread>
   KDQ_DEVICE void load(Thread& thread, const Rows& rows, int64_t byte, int64_t end, Carried* carried) const {
     const int64_t at = byte + 16 * (thread.index() % kPieces);

@@ -17,8 +17,9 @@ constexpr int kFragmentWords = 8;        // of k, of one mma
 // Rows of bytes. unit: how many may be read at once: 16, 4 or 1, which divides address and row_bytes.
 //
 // For the rows of a, a tiled product takes any source with rows, row_bytes, Row, row_at() and piece(): windows.h
-// has another.
+// has another. So has bitplanes.h, for those of b too: kPasses says that doubles_at() has something to say.
 struct Operand {
+  static constexpr bool kPasses = false;
   const uint8_t* data;
   int64_t rows;
   int64_t row_bytes;

@@ -2,16 +2,10 @@
 // kernels read that; what the CPU's kernels packed is uint8, and refused.
 #include "torch_int8.h"
 
-#include "cuda/torch_cuda.h"
+#include "cuda/torch_static_input.h"
 
 namespace kdq::bindings {
 namespace {
-
-// Where the numbers of static activations may be beside the GPU of x.
-struct Host {
-  static bool has(const Tensor& t) { return t.is_cpu(); }
-  static std::string kind() { return "a tensor on the CPU or on a GPU"; }
-};
 
 class Int8OnCuda : public Cuda {
  public:
@@ -53,24 +47,9 @@ class Int8OnCuda : public Cuda {
                              scratch.mutable_data_ptr(), stream());
   }
 
-  // Numbers on the GPU stay there, unread: reading them would wait for it. They count as in range.
   void static_input(const OptionalTensor& input_scale, const OptionalTensor& input_zero_point, int64_t input_quant_max,
                     LayerCall* call) const {
-    std::optional<float> step;
-    OptionalInt zero_point;
-    if (input_scale && input_scale->is_cuda()) {
-      call->input_scale = expect_scalar(*this, "input_scale", *input_scale, ScalarType::Float);
-      step = 1.0F;
-    } else if (input_scale) {
-      step = *data<float>(expect_scalar(Host(), "input_scale", *input_scale, ScalarType::Float));
-    }
-    if (input_zero_point && input_zero_point->is_cuda()) {
-      call->input_zero_point = zero_point_here(*input_zero_point);
-      zero_point = 0;
-    } else if (input_zero_point) {
-      zero_point = integer_scalar(Host(), "input_zero_point", *input_zero_point);
-    }
-    check(set_static_input(step, zero_point, input_quant_max, &call->args));
+    static_input_of(static_cast<const Cuda&>(*this), input_scale, input_zero_point, input_quant_max, call);
   }
 
   Status linear(const LinearCall& call) const {
@@ -90,14 +69,6 @@ class Int8OnCuda : public Cuda {
   }
 
  private:
-  // int32, which the kernels read; torch's own quantizers have int64.
-  Tensor zero_point_here(const Tensor& t) const {
-    if (t.scalar_type() != ScalarType::Long) return expect_scalar(*this, "input_zero_point", t, ScalarType::Int);
-    Tensor narrow = empty(*this, sizes_of(t), ScalarType::Int);
-    torch::stable::copy_(narrow, expect_scalar(*this, "input_zero_point", t, ScalarType::Long));
-    return narrow;
-  }
-
   static cuda::Int8Linear arguments(const LinearCall& call) {
     const Int8Linear& from = call.args;
     cuda::Int8Linear args;

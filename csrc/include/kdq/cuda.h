@@ -12,6 +12,7 @@
 #pragma once
 
 #include "kdq/binary_gemm.h"
+#include "kdq/bitplanes.h"
 #include "kdq/codebook.h"
 #include "kdq/conv2d.h"
 #include "kdq/distillation.h"
@@ -76,6 +77,33 @@ KDQ_API size_t binary_layer_workspace(int64_t m, int64_t k);
 KDQ_API Status binary_linear(const BinaryLinear& args, void* workspace, Stream stream);
 
 KDQ_API Status binary_threshold(const BinaryThreshold& args, void* workspace, Stream stream);
+
+// ---- bitplanes.h ----------------------------------------------------------------------------------------------------
+
+// Of integers that are none of the form, the lower bits of a code count, unchecked.
+KDQ_API Status pack_bitplanes(const void* q, int64_t rows, int64_t k, int bits, PlaneForm form, uint64_t* planes,
+                              Stream stream);
+
+KDQ_API Status unpack_bitplanes(const uint64_t* planes, int64_t rows, int64_t k, int bits, PlaneForm form, void* q,
+                                Stream stream);
+
+KDQ_API size_t bitplane_matmul_workspace(int64_t m, int64_t n);
+
+KDQ_API Status bitplane_matmul(const PlaneMatrix& a, const PlaneMatrix& b, int64_t k, int32_t* out, void* workspace,
+                               Stream stream);
+
+// Numbers of the grid may also be on the device: input_scale_at, input_zero_point_at, if not null, count instead,
+// unchecked.
+struct BitplaneLinear {
+  kdq::BitplaneLinear layer;
+  void* workspace = nullptr;  // bitplane_linear_workspace(m, k, input_quant_max) bytes
+  const float* input_scale_at = nullptr;
+  const int32_t* input_zero_point_at = nullptr;
+};
+
+KDQ_API size_t bitplane_linear_workspace(int64_t m, int64_t k, int32_t input_quant_max);
+
+KDQ_API Status bitplane_linear(const BitplaneLinear& args, Stream stream);
 
 // ---- int8_gemm.h: weights are row-major, not packed -----------------------------------------------------------------
 
