@@ -59,17 +59,44 @@ inline PlaneRow quantize_planes(const PlaneRowCall& call) {
   return row;
 }
 
-// counts: rows of `width`, whole vectors; products take their places, and results those of the products.
+// body(i, n, columns) for vectors of channels i ... i + n - 1, with what products of all rows have in common there.
+template <class Body>
+inline __attribute__((always_inline)) void for_each_columns(const PlaneEpilogue& planes, int cols, Body body) {
+  const Vec::Int factor = Vec::int_set(planes.column_factor);
+  for_each_vector(cols, [&](int64_t i, int n) __attribute__((always_inline)) {
+    body(i, n, Vec::int_mul(load_int(planes.layer.column_sum + i, n), factor));
+  });
+}
+inline Vec::Int plane_product(const PlaneEpilogue& planes, int r, Vec::Int columns, const int32_t* count) {
+  const Vec::Int terms = Vec::int_add(columns, Vec::int_set(planes.row_term[r]));
+  const Vec::Int less = Vec::int_mul(Vec::int_load(count), Vec::int_set(planes.count_factor));
+  return Vec::shift_right_signed<1>(Vec::int_sub(terms, less));
+}
+
+// As the int8 family's tiles finish theirs in registers.
+inline void store_planes_float32(const int32_t* counts, int width, const PlaneEpilogue& planes, const TileOutput& out) {
+  const Int8Epilogue& e = planes.layer;
+  const Vec::Float floor = Vec::set(e.activation == Activation::kRelu ? 0.0F : -__builtin_inff());
+  for_each_columns(planes, out.cols, [&](int64_t i, int n, Vec::Int columns) __attribute__((always_inline)) {
+    const Vec::Int off = correction(e, i, n);
+    const Channels c = channels_at(e, i, n);
+    float* y = static_cast<float*>(out.y) + i;
+    for (int r = 0; r < out.rows; ++r) {
+      const Vec::Int exact = Vec::int_sub(plane_product(planes, r, columns, counts + r * width + i), off);
+      store(y + r * out.y_stride, Vec::at_least(floor, scaled(Vec::to_float(exact), planes.row_scale[r], c)), n);
+    }
+  });
+}
+
+// counts: rows of `width`, whole vectors, which may be overwritten.
 inline void store_planes(int32_t* counts, int width, const PlaneEpilogue& planes, const TileOutput& out) {
-  const Vec::Int column_factor = Vec::int_set(planes.column_factor);
-  const Vec::Int count_factor = Vec::int_set(planes.count_factor);
-  for_each_vector(out.cols, [&](int64_t i, int n) __attribute__((always_inline)) {
-    const Vec::Int column_term = Vec::int_mul(load_int(planes.layer.column_sum + i, n), column_factor);
+  if (out.type == Result::kFloat32 && planes.layer.activation <= Activation::kRelu) {
+    return store_planes_float32(counts, width, planes, out);
+  }
+  for_each_columns(planes, out.cols, [&](int64_t i, int, Vec::Int columns) __attribute__((always_inline)) {
     for (int r = 0; r < out.rows; ++r) {
       int32_t* at = counts + r * width + i;
-      const Vec::Int terms = Vec::int_add(column_term, Vec::int_set(planes.row_term[r]));
-      const Vec::Int twice = Vec::int_sub(terms, Vec::int_mul(Vec::int_load(at), count_factor));
-      Vec::store_int(at, Vec::shift_right_signed<1>(twice));
+      Vec::store_int(at, plane_product(planes, r, columns, at));
     }
   });
   Int8TileCall call = {};

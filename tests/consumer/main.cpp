@@ -65,6 +65,26 @@ std::vector<int32_t> run_binary() {
   return out;
 }
 
+std::vector<int32_t> run_bitplanes() {
+  const int64_t m = 9;
+  const int64_t n = 21;
+  const int64_t k = 300;
+  const int bits = 2;
+  std::vector<uint8_t> a(m * k);
+  std::vector<int8_t> b(n * k);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<uint8_t>(i * 7 % 4);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<int8_t>(static_cast<int>(i * 5 % 4) - 2);
+  std::vector<uint64_t> a_planes(bits * m * kdq::binary_words(k));
+  std::vector<uint64_t> b_planes(bits * n * kdq::binary_words(k));
+  const kdq::PlaneForm forms[] = {kdq::PlaneForm::kUnsigned, kdq::PlaneForm::kSigned};
+  require(kdq::pack_bitplanes(a.data(), m, k, bits, forms[0], a_planes.data(), kdq::default_executor()));
+  require(kdq::pack_bitplanes(b.data(), n, k, bits, forms[1], b_planes.data(), kdq::default_executor()));
+  std::vector<int32_t> out(m * n);
+  require(kdq::bitplane_matmul({a_planes.data(), m, bits, forms[0]}, {b_planes.data(), n, bits, forms[1]}, k,
+                               out.data(), kdq::default_executor()));
+  return out;
+}
+
 std::vector<float> run_codebook() {
   const int64_t n = 37;
   const int64_t k = 131;
@@ -155,8 +175,9 @@ int main() {
   const bool int8 = same_on_every_isa("int8_matmul", run_int8);
   const bool binary = same_on_every_isa("binary_matmul", run_binary);
   const bool threshold = same_on_every_isa("binary_threshold", run_binary_threshold);
+  const bool planes = same_on_every_isa("bitplane_matmul", run_bitplanes);
   const bool codebook = same_on_every_isa("codebook_linear", run_codebook);
   const bool distillation = same_on_every_isa("distillation_loss", run_distillation);
   const bool refused = !kdq::set_isa("mmx").ok();
-  return fake_quant && int8 && binary && threshold && codebook && distillation && refused ? 0 : 1;
+  return fake_quant && int8 && binary && threshold && planes && codebook && distillation && refused ? 0 : 1;
 }

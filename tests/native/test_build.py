@@ -64,7 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_consumer_agrees_with_the_reference(installed: Path) -> None:
     output = require_success(run(installed / "consumer" / "consumer"))
     assert "DIFFERENT" not in output
-    assert output.count("equal") == 6 * len(kdq_kernels.available_isas())
+    assert output.count("equal") == 7 * len(kdq_kernels.available_isas())
 
 
 def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> None:
@@ -77,7 +77,7 @@ def test_installed_library_needs_neither_torch_nor_python(installed: Path) -> No
 def test_cuda_kernels_agree_with_the_reference_on_the_emulator(installed: Path) -> None:
     """tests/cuda: the kernels' own bodies, run on the CPU; needs neither nvcc nor a GPU."""
     output = require_success(run("ctest", "--test-dir", installed / "build", "--output-on-failure"))
-    assert re.search(r"100% tests passed.* out of 10\n", output)
+    assert re.search(r"100% tests passed.* out of 11\n", output)
 
 
 def test_cuda_library_needs_no_toolkit(installed: Path) -> None:
@@ -138,6 +138,9 @@ def test_cuda_products_are_on_tensor_cores(installed: Path) -> None:
         assert all(counts["WARPGROUP"] <= counts[warpgroup] for counts in on_hopper)
         elsewhere = [counts for (architecture, _), counts in for_hopper.items() if architecture == "sm_80"]
         assert all(set(counts) <= {"LDC", "MOV", "EXIT", "BRA", "NOP"} for counts in elsewhere)  # empty
+    planes = [counts for key, counts in kernels.items() if "PlaneProduct" in key[1]]
+    assert len(planes) == 2 * 2  # integers and floats, on two architectures
+    assert all(counts["BMMA"] > 0 for counts in planes)
     floats = [counts for key, counts in kernels.items() if "FloatProduct" in key[1]]
     assert len(floats) == 2 * 10  # two tiles; int8 with three types of x, codebooks with two; on two architectures
     assert all(counts["HMMA"] > 0 for counts in floats)
