@@ -163,6 +163,12 @@ def test_products_of_many_shapes(m: int, n: int, k: int) -> None:
     got = kk.binary_matmul(bits[0].cuda(), bits[1].cuda(), k)
     assert torch.equal(got.cpu(), kk.binary_matmul(bits[0], bits[1], k))
     scale = torch.rand(n) + 0.1
+    few, grid = b.clamp(-2, 1), {"input_scale": 0.4, "input_quant_max": 3}
+    planes, sums = kk.pack_bitplanes(few.cuda(), 2), few.sum(1, dtype=torch.int32)
+    assert torch.equal(planes.cpu(), kk.pack_bitplanes(few, 2))
+    want = kk.bitplane_linear(x, planes.cpu(), sums, scale, **grid)
+    got = kk.bitplane_linear(x.cuda(), planes, sums.cuda(), scale.cuda(), **grid)
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
     for input_scale in (None, 0.03):
         want = kk.int8_linear(x, kk.pack_int8_weight(b), scale, input_scale=input_scale)
         got = kk.int8_linear(x.cuda(), kk.pack_int8_weight(b.cuda()), scale.cuda(), input_scale=input_scale)

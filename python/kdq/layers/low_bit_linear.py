@@ -57,10 +57,11 @@ def rows_for_planes(config: LowBit) -> int | None:
     """From how many rows of x on a linear layer runs on bit planes; None: never.
 
     Where their pairs are few enough for the CPU, they take less time than int8 products (1 bit by 2 bits half of it,
-    with AVX-512 VPOPCNTDQ), but for few rows, when what counts is how the weights are read.
+    with AVX-512 VPOPCNTDQ), but for few rows: what counts then is how the weights are read, each plane of which is put
+    in order anew.
     """
     pairs = config.weight_bits * config.act_bits
-    return 8 * pairs if pairs <= kk.bitplane_pairs() else None
+    return 4 * pairs * config.weight_bits if pairs <= kk.bitplane_pairs() else None
 
 
 class LowBitProduct(PackedInt8):
