@@ -203,16 +203,21 @@ struct Loops {
                                   : store_whole_float32<false, kRows, kCols>(count, call);
     } else {
       alignas(64) int32_t dots[kRows * kCols * kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-        for (int v = 0; v < kCols; ++v) Vec::store_int(dots + (r * kCols + v) * kLanes, count[r][v]);
+      if (call.planes != nullptr) {
+        spill(count, dots, [](I of_bits) { return of_bits; });
+        return store_planes(dots, kCols * kLanes, *call.planes, out);
       }
-      if (call.planes != nullptr) return store_planes(dots, kCols * kLanes, *call.planes, out);
-      for (int i = 0; i < kRows * kCols * kLanes; i += kLanes) {
-        Vec::store_int(dots + i, dots_of(Vec::int_load(dots + i), call.epilogue.k));
-      }
+      spill(count, dots, [&](I of_bits) { return dots_of(of_bits, call.epilogue.k); });
       store_dots(dots, kCols * kLanes, call);
+    }
+  }
+
+  template <int kRows, int kCols, class Value>
+  static inline __attribute__((always_inline)) void spill(const W (&count)[kRows][kCols], int32_t* to, Value value) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kCols; ++v) Vec::store_int(to + (r * kCols + v) * kLanes, value(count[r][v]));
     }
   }
 
