@@ -59,7 +59,7 @@ class ChainedSequential(nn.Sequential):
 
     A call of a layer costs some 5 us of Python and operator around its kernel, which is more than a small kernel takes.
     Results are those of the layers one by one, bit for bit. Layer by layer it goes where something watches or changes
-    that: hooks, a gradient for x, autocast.
+    that: hooks, a gradient for x, autocast; and where a layer's many rows are multiplied by bit planes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,6 +94,13 @@ def _run(links: list[Any], x: Tensor) -> Tensor:
         return links[0](x) if links else x
     if x.shape[-1] != links[0].inputs:
         raise ValueError(f"x: expected {links[0].geometry.expected}, got {list(x.shape)}")
+    rows = x.numel() // max(links[0].inputs, 1)
+    if any(
+        type(link) is LowBitLinear and link.on_planes(rows) for link in links
+    ):  # more than a call's time is at stake
+        for link in links:
+            x = link(x)
+        return x
     own = [link._buffers for link in links]  # see InferenceProduct.kernel
     return kk.int8_linear_chain(
         x,

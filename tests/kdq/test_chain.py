@@ -58,6 +58,17 @@ def test_is_bit_for_bit_what_layers_compute(isa: str, scheme: str, dtype: torch.
     assert count_calls(model) == {"int8_linear": 3, "int8_linear_chain": 0}
 
 
+def test_many_rows_go_by_bit_planes_where_these_are_faster(isa: str) -> None:
+    model = quantized(kdq.LowBit(weight_bits=1, act_bits=2))
+    chained = copy.deepcopy(model)
+    kdq.chain_layers_(chained)
+    rows = X.repeat(20, 1)
+    assert chained(rows).equal(model(rows))
+    by_planes = kk.bitplane_pairs() >= 2
+    assert count_calls(chained, rows)["int8_linear_chain"] == (0 if by_planes else 1)
+    assert count_calls(chained, X[:1])["int8_linear_chain"] == 1
+
+
 def test_other_layers_end_a_chain() -> None:
     model = quantized()
     model.insert(4, nn.LayerNorm(70))

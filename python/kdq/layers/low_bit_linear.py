@@ -162,7 +162,7 @@ class LowBitLinear(InferenceLinear, LowBitProduct):
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         packed = self.packed_weight()  # first: where it has to be remade, so have the planes
         own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
-        if not self.on_planes(x):
+        if not self.on_planes(x.numel() // max(self.inputs, 1)):
             return self.int8_kernel(x, packed, activation)
         return kk.bitplane_linear(
             x,
@@ -177,11 +177,9 @@ class LowBitLinear(InferenceLinear, LowBitProduct):
             activation=activation,
         )
 
-    def on_planes(self, x: Tensor) -> bool:
-        """Whether x is multiplied by bit planes. What is exported is not: it may get any number of rows."""
-        if self.plane_rows is None or torch.compiler.is_exporting():
-            return False
-        return x.numel() >= self.plane_rows * self.inputs
+    def on_planes(self, rows: int) -> bool:
+        """Whether so many rows are multiplied by bit planes. Exported ones are not: they may be any number."""
+        return self.plane_rows is not None and not torch.compiler.is_exporting() and rows >= self.plane_rows
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
