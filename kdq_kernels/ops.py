@@ -239,17 +239,15 @@ def int8_linear_chain(
     Returns:
         `[..., N]` of the last layer, the bits that the calls one by one would give.
     """
-    layers = len(packed)
-    nothing = [None] * layers
     return _int8_linear_chain(
         x,
         packed,
         weight_scale,
         bias,
-        nothing if input_scale is None else input_scale,
-        nothing if input_zero_point is None else input_zero_point,
-        [255] * layers if input_quant_max is None else input_quant_max,
-        [""] * layers if activation is None else [name or "" for name in activation],
+        [] if input_scale is None else input_scale,
+        [] if input_zero_point is None else input_zero_point,
+        [] if input_quant_max is None else input_quant_max,
+        [] if activation is None else [name or "" for name in activation],
     )
 
 

@@ -95,7 +95,8 @@ Tensor int8_linear_op(const Tensor& x, const Tensor& packed, const Tensor& weigh
       [&](LinearCall* call) { on.static_input(input_scale, input_zero_point, input_quant_max, call); });
 }
 
-// Layers one after the other: what a call costs beside its kernel is paid once.
+// Layers one after the other: what a call costs beside its kernel is paid once. The last four lists may be empty, as
+// each element that is passed costs 100 ns.
 template <class On>
 Tensor int8_linear_chain_op(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<Tensor>& weight_scale,
                             const std::vector<OptionalTensor>& bias, const std::vector<OptionalTensor>& input_scale,
@@ -103,23 +104,24 @@ Tensor int8_linear_chain_op(const Tensor& x, const std::vector<Tensor>& packed, 
                             const std::vector<int64_t>& input_quant_max, const std::vector<std::string>& activation) {
   const size_t layers = packed.size();
   if (layers == 0) invalid("packed: expected the weights of at least one layer, got none");
-  const auto check_count = [&](const char* name, size_t count) {
-    if (count == layers) return;
+  const auto check_count = [&](const char* name, size_t count, bool may_be_empty) {
+    if (count == layers || (may_be_empty && count == 0)) return;
     invalid(std::string(name) + ": expected one for each of " + std::to_string(layers) + " layers, got " +
             std::to_string(count));
   };
-  check_count("weight_scale", weight_scale.size());
-  check_count("bias", bias.size());
-  check_count("input_scale", input_scale.size());
-  check_count("input_zero_point", input_zero_point.size());
-  check_count("input_quant_max", input_quant_max.size());
-  check_count("activation", activation.size());
+  check_count("weight_scale", weight_scale.size(), false);
+  check_count("bias", bias.size(), false);
+  check_count("input_scale", input_scale.size(), true);
+  check_count("input_zero_point", input_zero_point.size(), true);
+  check_count("input_quant_max", input_quant_max.size(), true);
+  check_count("activation", activation.size(), true);
   Tensor y = x;
   for (size_t i = 0; i < layers; ++i) {
-    const std::optional<std::string> name =
-        activation[i].empty() ? std::nullopt : std::optional<std::string>(activation[i]);
-    y = int8_linear_op<On>(y, packed[i], weight_scale[i], bias[i], input_scale[i], input_zero_point[i],
-                           input_quant_max[i], name);
+    const bool is_active = !activation.empty() && !activation[i].empty();
+    y = int8_linear_op<On>(y, packed[i], weight_scale[i], bias[i], input_scale.empty() ? std::nullopt : input_scale[i],
+                           input_zero_point.empty() ? std::nullopt : input_zero_point[i],
+                           input_quant_max.empty() ? 255 : input_quant_max[i],
+                           is_active ? std::optional<std::string>(activation[i]) : std::nullopt);
   }
   return y;
 }

@@ -44,6 +44,8 @@ inline Status check_weight_scale(const float* scale, int64_t n) {
 // Multiply-accumulates that each thread must find to do: some 3 us of work, or waking a second one costs more than it
 // saves.
 constexpr int64_t kProductsWorthAThread = 3 << 18;
+// Fewer rows take as long as so many: reading the weights is what takes the time.
+constexpr int64_t kRowsOfReading = 3;
 
 // What is the same in every tile of a call.
 struct Int8Call {
@@ -88,8 +90,9 @@ struct Int8Call {
   }
 
   int64_t grain() const {
-    const bool is_shared = m * weight.n * weight.k >= 2 * kProductsWorthAThread;
-    return is_shared ? kProductsWorthAThread : std::numeric_limits<int64_t>::max() - 1;
+    const int64_t rows = std::max(m, kRowsOfReading);
+    const bool is_shared = rows * weight.n * weight.k >= 2 * kProductsWorthAThread;
+    return is_shared ? kProductsWorthAThread * m / rows : std::numeric_limits<int64_t>::max() - 1;
   }
 
   Int8RowsCall rows_at(int64_t first, int count, const PreparedRows& to) const {

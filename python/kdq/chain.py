@@ -101,14 +101,20 @@ def _run(links: list[Any], x: Tensor) -> Tensor:
         for link in links:
             x = link(x)
         return x
+    packed = [link.packed_weight() for link in links]
     own = [link._buffers for link in links]  # see InferenceProduct.kernel
+    weight_scale, bias = [buffers["weight_scale"] for buffers in own], [buffers["bias"] for buffers in own]
+    activation = [link.activation for link in links]
+    input_scale = [buffers["input_scale"] for buffers in own]
+    if all(scale is None for scale in input_scale):
+        return kk.int8_linear_chain(x, packed, weight_scale, bias, activation=activation)
     return kk.int8_linear_chain(
         x,
-        [link.packed_weight() for link in links],
-        [buffers["weight_scale"] for buffers in own],
-        [buffers["bias"] for buffers in own],
-        input_scale=[buffers["input_scale"] for buffers in own],
+        packed,
+        weight_scale,
+        bias,
+        input_scale=input_scale,
         input_zero_point=[buffers["input_zero_point"] for buffers in own],
         input_quant_max=[link.input_quant_max for link in links],
-        activation=[link.activation for link in links],
+        activation=activation,
     )
