@@ -393,13 +393,13 @@ def scaled_dot_product_attention(
     """`softmax(scale * query @ key.T + mask) @ value`, in float32 inside.
 
     query `[batch, heads, queries, size]`; key and value `[batch, kv heads, keys, size]` and `[..., value size]`, where
-    kv heads divides heads; attn_mask `[batch, heads, queries, keys]`, any of these may be 1, float32 (added) or bool
-    (True: takes part). Returns `[batch, heads, queries, value size]`.
+    kv heads divides heads; attn_mask `[batch, heads, queries, keys]`, of the first three axes any may be 1, float32
+    (added) or bool (True: takes part). Returns `[batch, heads, queries, value size]`.
     """
     mask: NDArray[Any] | None = attn_mask
     if mask is not None and query.ndim == key.ndim == mask.ndim == 4:
         shape = (*query.shape[:3], key.shape[2])
-        if all(size in (1, wanted) for size, wanted in zip(mask.shape, shape, strict=True)):
+        if mask.shape[3] == shape[3] and all(size in (1, n) for size, n in zip(mask.shape, shape, strict=True)):
             mask = np.broadcast_to(mask, shape)
     if scale is None:
         scale = max(query.shape[-1], 1) ** -0.5

@@ -29,21 +29,30 @@ constexpr int64_t kPiece = 48;
 // Multiplications and additions below which waking another thread costs more than it saves (some 7 us).
 constexpr double kWorkWorthAThread = 2e6;
 
+// Times log2(e) it is still finite.
+constexpr float kLargestScale = 1e38F;
+
 Status check_attention(const Attention& a) {
   if (a.batch < 0 || a.heads < 0 || a.queries < 0 || a.keys < 0 || a.head_size < 1 || a.value_size < 1) {
-    return Status::invalid("q, k, v: expected sizes of at least 0, and at least 1 of a head and of its values");
+    return Status::invalid(
+        "query, key, value: expected sizes of at least 0, and at least 1 of a head and its values, got " +
+        std::to_string(a.batch) + " x " + std::to_string(a.heads) + " heads, " + std::to_string(a.queries) +
+        " queries of " + std::to_string(a.head_size) + ", " + std::to_string(a.keys) + " values of " +
+        std::to_string(a.value_size));
   }
   if (a.heads > 0 && (a.kv_heads < 1 || a.heads % a.kv_heads != 0)) {
-    return Status::invalid("k: expected a number of heads that divides the " + std::to_string(a.heads) + " of q, got " +
-                           std::to_string(a.kv_heads));
+    return Status::invalid("key: expected a number of heads that divides the " + std::to_string(a.heads) +
+                           " of query, got " + std::to_string(a.kv_heads));
   }
-  if (!std::isfinite(a.scale)) return Status::invalid("scale: expected a finite number, got " + format(a.scale));
+  if (!(std::fabs(a.scale) <= kLargestScale)) {
+    return Status::invalid("scale: expected a number of at most 1e38, got " + format(a.scale));
+  }
   const int64_t results = a.batch * a.heads * a.queries;
-  Status status = check_pointer("q", a.q, results);
-  if (status.ok()) status = check_pointer("k", a.k, results * a.keys);
-  if (status.ok()) status = check_pointer("v", a.v, results * a.keys);
+  Status status = check_pointer("query", a.q, results);
+  if (status.ok()) status = check_pointer("key", a.k, results * a.keys);
+  if (status.ok()) status = check_pointer("value", a.v, results * a.keys);
   if (status.ok()) status = check_pointer("y", a.y, results);
-  if (status.ok() && a.mask_kind != MaskKind::kNone) status = check_pointer("mask", a.mask, results * a.keys);
+  if (status.ok() && a.mask_kind != MaskKind::kNone) status = check_pointer("attn_mask", a.mask, results * a.keys);
   return status;
 }
 

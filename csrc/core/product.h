@@ -24,10 +24,11 @@
 
 namespace kdq {
 
-// What a block of prepared rows may take: half of a small L2 (512 KiB), as panels stream past it.
+// What a block of prepared rows takes at most, give or take what evens their number (blocking.h): half of a small L2
+// (512 KiB), as panels stream past it.
 constexpr int64_t kBlockBytes = 256 * 1024;
 // More rows than these would not help: with 96 products to each weight that is read, reading the weights takes a tenth
-// of what an L3 cache gives, and smaller blocks spread evenly over threads.
+// of what an L3 cache gives, and smaller blocks spread evenly over threads. Likewise give or take.
 constexpr int64_t kBlockRows = 96;
 
 // Of an element; one of bits is a word.
@@ -59,7 +60,7 @@ struct ProductShape {
   int64_t row_work;   // of one row and one group, in any unit
   int64_t grain;      // how much of it makes waking another thread worth its while
 
-  int64_t block_rows = kBlockRows;  // the most of a block,
+  int64_t block_rows = kBlockRows;  // about the most of a block,
   int64_t block_bytes = kBlockBytes;
   int64_t panel_bytes = 0;  // of scratch for what tiles of one group share
 };

@@ -370,8 +370,14 @@ struct AttentionLoops {
     const int64_t at = query * job.args->mask_strides.row + first_key;
     if (job.args->mask_kind == MaskKind::kFloat32) {
       const float* mask = static_cast<const float*>(job.mask) + at;
+      // Most of what is used as -inf: to base 2 the smallest float32 would become it, and a query with nothing else get
+      // zeros.
+      const F smallest = Vec::set(-2e38F);
       for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
-        Vec::store(scores + i, Vec::fma(load(mask + i, n), Vec::set(kLog2OfE), Vec::load(scores + i)));
+        const F added = load(mask + i, n);
+        const F finite = Vec::select(Vec::less(added, smallest), smallest, added);
+        const F kept = Vec::select(Vec::equal(added, Vec::set(-kInfinity)), added, finite);
+        Vec::store(scores + i, Vec::fma(kept, Vec::set(kLog2OfE), Vec::load(scores + i)));
       });
       return;
     }

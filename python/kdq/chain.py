@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kdq_kernels as kk
 from kdq.configs import Int8WeightOnly
-from kdq.fuse import has_own_code, plain_sequential
+from kdq.fuse import does_nothing, has_own_code, plain_sequential
 from kdq.layers.int8_linear import Int8Linear
 from kdq.layers.low_bit_linear import LowBitLinear
 from kdq.ptq.tool_report import ToolReport
@@ -25,8 +25,9 @@ def chain_layers_(model: nn.Module) -> ToolReport:
 
     Names, layers and results stay what they are, bit for bit: only the class of the nn.Sequential becomes
     `kdq.chain.ChainedSequential`. Layers count as neighbours with nothing between them but activations that
-    `quantize_` has fused, and nn.Dropout in eval mode. Layer by layer it goes where hooks watch, under autocast, and
-    where x needs a gradient. `save` knows a chained model as a plain one; chain it again after `load`.
+    `quantize_` has fused, and nn.Dropout in eval mode. Layer by layer it goes where a layer has hooks, under autocast,
+    and where x needs a gradient; torch's global module hooks see the nn.Sequential alone. `save` knows a chained model
+    as a plain one; chain it again after `load`.
 
     Returns:
         The nn.Sequentials that were changed, with the layers that run together, and those left.
@@ -48,7 +49,7 @@ def chain_layers_(model: nn.Module) -> ToolReport:
 
 def _chains(module: nn.Sequential) -> list[list[str]]:
     """The names of the layers that will run together."""
-    kept = [(key, _is_link(child)) for key, child in module._modules.items() if not _does_nothing(child)]
+    kept = [(key, _is_link(child)) for key, child in module._modules.items() if not _passes(child)]
     runs = [[key for key, _ in run] for together, run in groupby(kept, key=lambda item: item[1]) if together]
     return [run for run in runs if len(run) > 1]
 
@@ -70,7 +71,7 @@ class ChainedSequential(nn.Sequential):
         for module in self._modules.values():
             if _is_link(module):
                 links.append(module)
-            elif not _does_nothing(module):
+            elif not _passes(module):
                 assert module is not None
                 x = module(_run(links, x))
                 links = []
@@ -84,9 +85,9 @@ def _is_link(module: nn.Module | None) -> bool:
     return type(module) is LowBitLinear and not has_own_code(module)
 
 
-def _does_nothing(module: nn.Module | None) -> bool:
-    passes = type(module) is nn.Identity or (type(module) is nn.Dropout and not module.training)
-    return passes and module is not None and not has_own_code(module)
+def _passes(module: nn.Module | None) -> bool:
+    is_off = type(module) is nn.Dropout and not module.training and not has_own_code(module)
+    return is_off or does_nothing(module)
 
 
 def _run(links: list[Any], x: Tensor) -> Tensor:

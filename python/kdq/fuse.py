@@ -60,7 +60,7 @@ def _following(parent: nn.Module, key: str) -> Fusion | None:
     if plain_sequential(parent):
         names = list(parent._modules)
         behind = names[names.index(key) + 1 :]
-        after = next((name for name in behind if not _does_nothing(parent._modules[name])), None)
+        after = next((name for name in behind if not does_nothing(parent._modules[name])), None)
     elif isinstance(parent, nn.TransformerEncoderLayer) and key == "linear1":
         own = _has_code_of(parent, nn.TransformerEncoderLayer, "forward", "_ff_block")
         after = "activation" if own else None
@@ -73,7 +73,7 @@ def plain_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and _has_code_of(module, nn.Sequential, "forward", "__iter__")
 
 
-def _does_nothing(module: nn.Module | None) -> bool:
+def does_nothing(module: nn.Module | None) -> bool:
     return type(module) is nn.Identity and not has_own_code(module)
 
 

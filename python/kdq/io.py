@@ -24,6 +24,7 @@ from kdq.compact import Code, decode, encode_floats, encode_indices
 from kdq.configs import config_from_json, config_to_json
 from kdq.distributed import check_plain
 from kdq.fuse import Fusion, find_fusions, has_own_code
+from kdq.layers.attention import MultiheadAttention
 from kdq.layers.base import InferenceLayer, InferenceProduct, fused_activation
 from kdq.layers.binary_linear import BinaryLinear
 from kdq.layers.binary_threshold_linear import BinaryThresholdLinear
@@ -131,7 +132,7 @@ def _opened_as(path: str | os.PathLike[str], model: nn.Module, tensors: dict[str
     closed = {
         name: module
         for name, module in attention_of(model).items()
-        if name and any(key.startswith(f"{name}.q_proj.") for key in tensors)
+        if name and any(key.startswith(f"{name}.q_proj.") for key in tensors) and not hasattr(module, "q_proj")
     }
     for name, module in closed.items():
         reason = why_not_open(module)
@@ -304,6 +305,15 @@ def _fusions_left(path: str | os.PathLike[str], model: nn.Module, layers: dict[s
     return left
 
 
+def _closed_attention(model: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """For the message: where the model's attention was opened and the file's was not."""
+    opened = [name for name, module in model.named_modules() if isinstance(module, MultiheadAttention)]
+    own = [name for name in opened if tensors.keys() & {f"{name}.in_proj_weight", f"{name}.q_proj_weight"}]
+    if not own:
+        return ""
+    return f". The model's attention {own[0]!r} was opened by open_attention_, the file's was not: load it before"
+
+
 def _check_tensors(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -329,6 +339,7 @@ def _check_tensors(
                 for text, names in (("it lacks", missing), ("the model lacks", surplus))
                 if names
             )
+            + _closed_attention(model, tensors)
         )
     for key, tensor in expected.items():
         got = tensors[key]

@@ -16,6 +16,11 @@ from kdq.planning import FilterFn
 from kdq.ptq.tool_report import ToolReport
 from kdq.transformer import run_layers_of_transformers
 
+PARAMETERS = {
+    *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"),
+    *("bias_k", "bias_v"),
+}
+
 
 def open_attention_(model: nn.Module, filter_fn: FilterFn | None = None) -> ToolReport:
     """Replaces every nn.MultiheadAttention of a model, in place, by a `kdq.layers.MultiheadAttention`, which computes
@@ -73,8 +78,10 @@ def why_not_open(module: Any) -> str | None:
     """The reason why an nn.MultiheadAttention is left; None if it can be opened."""
     if any(parametrize.is_parametrized(part) for part in (module, module.out_proj)):
         return "a parameter of it is parametrized; remove the parametrization first"
-    if any(has_own_code(part) for part in (module, module.out_proj)):
+    if any(has_own_code(part) or part._state_dict_hooks for part in (module, module.out_proj)):
         return "it has hooks or a forward of its own, which the new module would lack; remove them first"
+    if set(module._modules) != {"out_proj"} or module._buffers or not set(module._parameters) <= PARAMETERS:
+        return "it has layers, parameters or buffers beside those of nn.MultiheadAttention, which would be lost"
     return why_not_attention(module)
 
 

@@ -142,12 +142,14 @@ MASKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no_weights"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "length_first"])
-def test_masks(masks: dict[str, Any], need_weights: bool, batch_first: bool) -> None:
+@pytest.mark.parametrize("grad", [True, False], ids=["by_torch", "by_kernel"])
+def test_masks(masks: dict[str, Any], need_weights: bool, batch_first: bool, grad: bool) -> None:
     theirs = layer(batch_first=batch_first)
     ours = MultiheadAttention(theirs)
     x = sequence(L, batch_first=batch_first)
-    expected, got = (m(x, x, x, need_weights=need_weights, **masks) for m in (theirs, ours))
-    plain = ours(x, x, x, need_weights=need_weights)[0]
+    with torch.set_grad_enabled(grad):
+        expected, got = (m(x, x, x, need_weights=need_weights, **masks) for m in (theirs, ours))
+        plain = ours(x, x, x, need_weights=need_weights)[0]
     assert not torch.allclose(got[0], plain)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -174,6 +176,26 @@ def test_dtypes(dtype: torch.dtype) -> None:
     for y, expected in zip(ours(x, x, x, PADDING), theirs(x, x, x, PADDING), strict=True):
         assert y.dtype == dtype
         torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
+def test_a_learned_mask_gets_its_gradient() -> None:
+    theirs = layer(batch_first=True).requires_grad_(False)
+    ours = MultiheadAttention(theirs)
+    x = sequence(L)
+    grads = []
+    for m in (theirs, ours):
+        bias = randn(L, L, seed=6).requires_grad_()
+        m(x, x, x, attn_mask=bias, need_weights=False)[0].square().sum().backward()
+        grads.append(bias.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_is_left_to_torch() -> None:
+    """Which says that it has none for its own kernel; the one here would give zeros in silence."""
+    ours = MultiheadAttention(layer(batch_first=True).requires_grad_(False))
+    x = sequence(L)
+    with pytest.raises(NotImplementedError, match="forward"):
+        torch.func.jvp(lambda x: ours(x, x, x, need_weights=False)[0], (x,), (x,))
 
 
 def test_autocast() -> None:
@@ -268,7 +290,11 @@ def test_what_is_left_and_why() -> None:
         "zero": (layer(add_zero_attn=True), "it has add_zero_attn"),
         "replaced": (replaced, "its out_proj is a Identity"),
         "filtered": (layer(), "filter_fn is false"),
+        "with_layer": (layer(), "it has layers, parameters or buffers beside"),
+        "with_buffer": (layer(), "it has layers, parameters or buffers beside"),
     }
+    left["with_layer"][0].lora = nn.Linear(E, E)
+    left["with_buffer"][0].register_buffer("extra", torch.ones(1))
     parametrizations.weight_norm(left["inner_normed"][0].out_proj)
     model = nn.ModuleDict({name: module for name, (module, _) in left.items()})
     model["taken"] = layer()
@@ -428,6 +454,31 @@ def test_an_encoder_made_of_an_opened_layer() -> None:
 
 
 # ---- what is done with layers ----------------------------------------------------------------------------------------
+
+
+def test_a_closed_file_and_an_opened_model_are_told_apart(tmp_path: Path) -> None:
+    closed, opened = transformer(), transformer()
+    kdq.quantize_(closed, INT8)
+    kdq.save(closed, tmp_path / "closed.safetensors")
+    kdq.open_attention_(opened)
+    with pytest.raises(ValueError, match=r"attention '.*self_attn' was opened by open_attention_, the file's was not"):
+        kdq.load(tmp_path / "closed.safetensors", opened)
+
+
+def test_subclasses_with_projections_of_their_own_are_loaded(tmp_path: Path) -> None:
+    class Own(nn.MultiheadAttention):
+        def __init__(self) -> None:
+            super().__init__(E, HEADS)
+            self.q_proj = nn.Linear(E, E)
+
+    def make() -> nn.ModuleDict:
+        return nn.ModuleDict({"attention": Own(), "linear": nn.Linear(E, E)})
+
+    model = make()
+    kdq.quantize_(model, {"linear": INT8})
+    kdq.save(model, tmp_path / "own.safetensors")
+    loaded = kdq.load(tmp_path / "own.safetensors", make())
+    assert type(loaded.get_submodule("attention")) is Own
 
 
 def test_closed_attention_is_named_in_reports() -> None:

@@ -79,6 +79,26 @@ def test_trains_by_torchs_attention() -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_that_it_does_not_take_go_to_torch(dtype: torch.dtype) -> None:
+    """With autocast, queries and keys are float32 behind their rotation, values bfloat16."""
+    model, reference = causal(), causal()
+    use_attention_kernel_(model)
+    if dtype == torch.float64:
+        model.double(), reference.double()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        torch.testing.assert_close(model(TOKENS).logits, reference(TOKENS).logits)
+
+
+def test_attention_that_it_does_not_compute_is_refused() -> None:
+    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    with pytest.raises(ValueError, match="model: Gemma2ForCausalLM caps the logits of its attention"):
+        use_attention_kernel_(gemma)
+    sinks = transformers.GptOssConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2)
+    with pytest.raises(ValueError, match="model: GptOssForCausalLM has attention that 'sdpa' does not compute"):
+        use_attention_kernel_(transformers.GptOssForCausalLM(sinks))
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError, match=r"model: expected a transformers\.PreTrainedModel, got Sequential"):
         use_attention_kernel_(mlp(8))

@@ -50,11 +50,12 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     k, v = rng.normal(size=(batch, kv_heads, keys, size)), rng.normal(size=(batch, kv_heads, keys, values))
     shape = [1 if draw(st.booleans()) else n for n in q.shape[:3]] + [keys]
     mask: Array | None = None
-    kind = draw(st.sampled_from(["none", "bool", "float", "-inf"]))
+    kind = draw(st.sampled_from(["none", "bool", "float", "-inf", "smallest"]))
     if kind != "none":
         mask = rng.random(shape) < draw(st.sampled_from([0.0, 0.1, 0.7, 1.0]))
     if mask is not None and kind != "bool":
-        mask = np.where(mask, rng.normal(size=shape) * 3, -np.inf if kind == "-inf" else -30).astype("f4")
+        off = {"float": -30, "-inf": -np.inf, "smallest": np.finfo("f4").min}[kind]
+        mask = np.where(mask, rng.normal(size=shape) * 3, off).astype("f4")
     return {
         "operands": [x.astype(dtype) for x in (q, k, v)],
         "mask": mask,
@@ -124,7 +125,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_agrees_with_torch_on_parts_of_a_joint_projection(device: str, dtype: torch.dtype) -> None:
+def test_agrees_with_torch_on_parts_of_a_joint_projection(isa: str, device: str, dtype: torch.dtype) -> None:
     q, k, v = randn(2, 50, 3, 4, 64, dtype=dtype, device=device).permute(2, 0, 3, 1, 4)
     assert not q.is_contiguous()
     y = kk.scaled_dot_product_attention(q, k, v)
@@ -173,9 +174,27 @@ def test_last_axes_that_are_not_dense_are_copied() -> None:
     assert kk.scaled_dot_product_attention(q, k, v, mask).equal(dense)
 
 
+@pytest.mark.parametrize("queries", [577, 1200])
+def test_more_queries_than_one_pass_takes(isa: str, queries: int) -> None:
+    q, k, v = randn(1, 1, queries, 8), randn(1, 1, 300, 8), randn(1, 1, 300, 8)
+    for causal in (False, True):
+        y = kk.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+def test_operands_that_are_expanded_are_read_where_they_are(isa: str) -> None:
+    q, k, v = randn(2, 3, 7, 16), randn(1, 1, 9, 16).expand(2, 3, 9, 16), randn(2, 1, 1, 16).expand(2, 3, 9, 16)
+    mask = (randn(1, 1, 1, 9) > 0).expand(2, 3, 7, 9)
+    y = kk.scaled_dot_product_attention(q, k, v, mask)
+    want = F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous(), mask.contiguous())
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_threads_change_nothing(causal: bool) -> None:
-    q, k, v = randn(3, 3, 5, 500, 64)
+@pytest.mark.parametrize("queries", [500, 700])
+def test_threads_change_nothing(causal: bool, queries: int) -> None:
+    q, k, v = randn(3, 3, 5, queries, 64)
     before = torch.get_num_threads()
     results = []
     try:
@@ -213,8 +232,14 @@ attention = kk.scaled_dot_product_attention
         (lambda: attention(X, X.half(), X), "key: expected dtype float32, got float16"),
         (lambda: attention(X, X[..., :7], X), r"key: expected shape \[1, 4, 3, 8\], got \[1, 4, 3, 7\]"),
         (lambda: attention(X, X, X[:, :, :2]), r"value: expected shape \[1, 4, 3, 8\], got \[1, 4, 2, 8\]"),
-        (lambda: attention(X, X[:, :3], X[:, :3]), "k: expected a number of heads that divides the 4 of q, got 3"),
-        (lambda: attention(X, X, X, X[..., :3] > 0, scale=float("nan")), "scale: expected a finite number, got nan"),
+        (
+            lambda: attention(X, X[:, :3], X[:, :3]),
+            "key: expected a number of heads that divides the 4 of query, got 3",
+        ),
+        (
+            lambda: attention(X, X, X, X[..., :3] > 0, scale=float("nan")),
+            "scale: expected a number of at most 1e38, got nan",
+        ),
         (lambda: attention(X, X, X, X[..., :2]), r"attn_mask: expected shape \[1, 4, 3, 3\].*got \[1, 4, 3, 2\]"),
         (lambda: attention(X, X, X, X[:, :2, :, :3]), r"attn_mask: expected shape \[1, 4, 3, 3\].*got \[1, 2, 3, 3\]"),
         (lambda: attention(X, X, X, X[..., :3].half()), "attn_mask: expected dtype bool or float32, got float16"),

@@ -2,7 +2,8 @@
 //
 // Vaswani et al.: Attention Is All You Need, 2017. Scores are made a block of keys at a time, and what came before is
 // rescaled where a block raises a row's maximum (Dao et al.: FlashAttention, 2022). Products, exponentials and sums are
-// float32, and each query's row is computed alone, so that results do not depend on the number of threads.
+// float32, and what a query gets does not depend on the number of threads. Keys that a mask takes out have to be
+// finite, as have their values: some of them are multiplied by 0, those that come later for a causal query among them.
 #pragma once
 
 #include "kdq/parallel.h"
@@ -41,7 +42,7 @@ struct Attention {
   int64_t keys = 0;
   int64_t head_size = 0;
   int64_t value_size = 0;
-  float scale = 1.0F;  // finite
+  float scale = 1.0F;  // of a magnitude up to 1e38
 
   MaskKind mask_kind = MaskKind::kNone;
   const void* mask = nullptr;     // [batch, heads, queries, keys]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kdq_kernels as kk
+from kdq.layers.attention import has_kernel
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -30,15 +31,21 @@ NAME = "kdq"  # in transformers' registry of attention functions
 def use_attention_kernel_(model: PreTrainedModel) -> None:
     """Makes a Hugging Face model compute attention by `kdq_kernels.scaled_dot_product_attention` from now on, in place.
 
-    What the kernel does not do goes where it went before, to torch: training, dropout, position biases, and tensors on
-    other devices than the CPU.
+    It is for models that transformers runs by torch's `scaled_dot_product_attention` ("sdpa"), which goes on doing what
+    the kernel does not: training, dropout, position biases, several dtypes in one call, and tensors on other devices
+    than the CPU. As with "sdpa", attention weights are not returned (`output_attentions`).
 
     Raises:
         TypeError: the model is not one of transformers.
-        ValueError: its code does not ask transformers for its attention function.
+        ValueError: its attention is more than "sdpa" computes (attention sinks, capped logits), or its code does not
+            ask transformers for its attention function.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if not model._supports_sdpa or capped:
+        what = "caps the logits of its attention" if capped else "has attention that 'sdpa' does not compute"
+        raise ValueError(f"model: {type(model).__name__} {what}")
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
@@ -58,9 +65,11 @@ def attention_forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: from `[batch, heads, positions, size]` to `[batch, positions, heads, size]`."""
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    biased = others.get("position_bias") is not None or others.get("softcap") is not None
-    if trained or dropout > 0 or biased or not query.is_cpu:
+    if others.get("s_aux") is not None:
+        raise ValueError(f"s_aux: expected none, as attention sinks are not computed here, got {others['s_aux'].shape}")
+    asks_more = any(others.get(name) is not None for name in ("position_bias", "softcap")) or dropout > 0
+    broadcasts = query.shape[0] != key.shape[0]
+    if asks_more or broadcasts or others.get("output_attentions") or not has_kernel(query, key, value, attention_mask):
         y, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )

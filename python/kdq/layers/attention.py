@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import kdq_kernels as kk
 
@@ -182,7 +183,7 @@ def attention(
     Returns:
         `[N, H, L, D]`; `[N, H, L, S]` or None.
     """
-    if not need_weights and dropout == 0 and _has_kernel(query, key, value):
+    if not need_weights and dropout == 0 and has_kernel(query, key, value, mask):
         added = None if mask is None else mask.float()
         return kk.scaled_dot_product_attention(query, key, value, added, is_causal=is_causal), None
     if not need_weights:
@@ -194,9 +195,15 @@ def attention(
     return weights @ value, weights
 
 
-def _has_kernel(*operands: Tensor) -> bool:
+def has_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel computes attention of these: on the CPU, in one dtype, and nobody asks for a gradient or
+    for forward-mode derivatives."""
+    operands = [query, key, value] if mask is None else [query, key, value, mask]
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    return not trained and all(x.is_cpu and x.dtype in KERNEL_DTYPES for x in operands)
+    if trained or forward_ad._current_level >= 0:
+        return False
+    one_dtype = query.dtype == key.dtype == value.dtype and query.dtype in KERNEL_DTYPES
+    return one_dtype and all(x.is_cpu for x in operands)
 
 
 def _attention_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
