@@ -25,7 +25,7 @@ struct AttentionLoops {
   // Up to so many queries, products with rows where they are cost less than packing these.
   static constexpr int64_t kFewQueries = 2;
   static constexpr int kWide = 4;        // vectors of a row that are added at once
-  static constexpr int64_t kAhead = 16;  // rows that are asked for before they are read
+  static constexpr int64_t kAhead = 48;  // rows that are asked for before they are read
 
   // Scratch, in floats; rows of `values_wide` are values or results with zeros up to a whole vector.
   struct Layout {
@@ -67,7 +67,7 @@ struct AttentionLoops {
     }
     for (int64_t i = 0; i < job.count; ++i) {
       T* y = static_cast<T*>(job.y) + (job.first + i) * args.y_strides.row;
-      if (i + kRows < job.count) prefetch(y + kRows * args.y_strides.row, args.value_size);
+      if (i + kAhead < job.count) prefetch(y + kAhead * args.y_strides.row, args.value_size);
       finish(sums + i * at.values_wide, states[i].sum, args.value_size, y);
     }
   }
@@ -276,7 +276,7 @@ struct AttentionLoops {
           for (int j = 0; j < kLanes; ++j) {
             const T* row = k + (first + j) * stride + d;
             square[j] = first + j < keys ? load(row, n) : Vec::zero();
-            if (first + j + kLanes < keys) _mm_prefetch(row + kLanes * stride, _MM_HINT_T0);
+            if (first + j + kAhead < keys) _mm_prefetch(row + kAhead * stride, _MM_HINT_T0);
           }
           Vec::transpose(square);
           for (int j = 0; j < n; ++j) Vec::store(out + (d + j) * (end - begin) + first - begin, square[j]);
