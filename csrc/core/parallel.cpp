@@ -4,12 +4,16 @@
 // starts no thread. One job runs at a time: a call that finds the pool busy (a second user thread, or a kernel called
 // from within a piece) runs its own work serially instead of waiting. Workers do not survive fork(), so the child of a
 // fork starts a pool of its own.
+//
+// Waking a thread that sleeps takes some 40 us. So whoever waits, workers for the next job and a caller for the end of
+// its own, looks for it in a loop first, for as long as that: calls that follow one another find the threads awake.
 #include "kdq/parallel.h"
 
 #include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -28,6 +32,24 @@ int usable_cpus() {
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
 #endif
   return std::max(1U, std::thread::hardware_concurrency());
+}
+
+constexpr std::chrono::microseconds kLookingFor{50};
+
+// True as soon as done() is; false after some time.
+template <class Done>
+bool look_for(Done done) {
+  const auto end = std::chrono::steady_clock::now() + kLookingFor;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    std::this_thread::yield();  // who is waited for may be on the same CPU
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
 }
 
 std::atomic<int>& thread_count() {
@@ -61,12 +83,13 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = job;
-      wanted_ = std::min(threads - 1, workers_);
+      wanted_ = std::min(threads - 1, workers_.load());
       running_ = wanted_;
       ++generation_;
     }
     wake_.notify_all();
     job->work();
+    if (may_look()) look_for([this] { return running_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
     job_ = nullptr;
@@ -78,7 +101,7 @@ class Pool {
   void start_workers(int count) {
     try {
       while (workers_ < count) {
-        std::thread worker([this, index = workers_, seen = generation_] { serve(index, seen); });
+        std::thread worker([this, index = workers_.load(), seen = generation_.load()] { serve(index, seen); });
         worker.detach();  // lives until the process ends; the pool is never destroyed
         ++workers_;
       }
@@ -86,9 +109,13 @@ class Pool {
     }
   }
 
+  // More threads than CPUs would keep each other from working.
+  bool may_look() const { return workers_ < cpus_; }
+
   void serve(int index, uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      if (may_look()) look_for([&] { return generation_ != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (index >= wanted_) continue;
@@ -104,11 +131,12 @@ class Pool {
   std::mutex mutex_;  // guards what follows
   std::condition_variable wake_;
   std::condition_variable done_;
-  int workers_ = 0;  // started so far; touched by the owner only
+  const int cpus_ = usable_cpus();
+  std::atomic<int> workers_{0};  // started so far; changed by the owner only
   Job* job_ = nullptr;
   int wanted_ = 0;
-  int running_ = 0;
-  uint64_t generation_ = 0;
+  std::atomic<int> running_{0};
+  std::atomic<uint64_t> generation_{0};
 };
 
 Pool* g_pool = nullptr;
