@@ -38,7 +38,7 @@ struct PlanePasses {
   PlanePass at[kMostPlanes * kMostPlanes];
   int count;
 
-  constexpr PlanePasses(int row_planes, int weight_planes, int64_t row_bytes, int64_t weight_bytes) : at(), count(0) {
+  PlanePasses(int row_planes, int weight_planes, int64_t row_bytes, int64_t weight_bytes) : count(0) {
     for (int power = row_planes + weight_planes - 2; power >= 0; --power) {
       bool doubles = count > 0;
       for (int p = 0; p < row_planes; ++p) {

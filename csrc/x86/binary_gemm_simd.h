@@ -62,15 +62,14 @@ struct Loops {
     if constexpr (Bits::kFlush == 0) {
       W sum[kRows][kCols];
       clear(sum);
-      bool may_ask = kRows + 1 >= Bits::kRows && call.ahead != nullptr;
-      for (int i = 0; i < call.passes->count; ++i) {
-        const PlanePass& pass = call.passes->at[i];
-        if (pass.doubles) twice(sum);
-        if (may_ask) {
-          count<true>(call, pass, 0, call.steps, sum);
-          may_ask = false;
-        } else {
-          count<false>(call, pass, 0, call.steps, sum);
+      const bool asks = kRows + 1 >= Bits::kRows && call.ahead != nullptr;
+      if (call.planes == nullptr) {  // one pass, whose place need not be looked up: 8 cycles of a tile
+        count_pass(call, {0, 0, false}, asks, sum);
+      } else {
+        for (int i = 0; i < call.passes->count; ++i) {
+          const PlanePass& pass = call.passes->at[i];
+          if (pass.doubles) twice(sum);
+          count_pass(call, pass, asks && i == 0, sum);
         }
       }
       finish<kRows, kCols>(sum, call);
@@ -143,6 +142,16 @@ struct Loops {
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::int_add(sum[r][v], sum[r][v]);
+    }
+  }
+
+  template <int kRows, int kVectors>
+  static inline __attribute__((always_inline)) void count_pass(const BinaryTileCall& call, const PlanePass& pass,
+                                                               bool asks, W (&sum)[kRows][kVectors]) {
+    if (asks) {
+      count<true>(call, pass, 0, call.steps, sum);
+    } else {
+      count<false>(call, pass, 0, call.steps, sum);
     }
   }
 
