@@ -1,10 +1,11 @@
 """The language demo's model: a small causal transformer over bytes, with a cache of keys and values for decoding.
 
 Written so that all of it quantizes as it stands: queries, keys and values are one nn.Linear, attention itself is
-`F.scaled_dot_product_attention`, the GELU follows its layer in an nn.Sequential (so that it moves into the kernel), and
-a norm stands before every linear layer: few-bit grids and above all signs want inputs that are centred. (That is a
-norm more in each half of a block than usual, the SubLN of Wang et al.: BitNet: Scaling 1-bit Transformers for Large
-Language Models, 2023.) Embeddings and head are not tied, as they are rounded on different grids.
+`scaled_dot_product_attention`, kdq's own where nothing is trained, the GELU follows its layer in an nn.Sequential (so
+that it moves into the kernel), and a norm stands before every linear layer: few-bit grids and above all signs want
+inputs that are centred. (That is a norm more in each half of a block than usual, the SubLN of Wang et al.: BitNet:
+Scaling 1-bit Transformers for Large Language Models, 2023.) Embeddings and head are not tied, as they are rounded on
+different grids.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kdq.layers.attention import attention
 
 BYTES = 256
 
@@ -69,7 +71,7 @@ class Attention(nn.Module):
         query, key, value = qkv.unbind(0)
         if cache is not None:
             key, value = cache.extended(self.block, key, value)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        mixed, _ = attention(query, key, value, bias, dropout=0.0, is_causal=False, need_weights=False)
         y: Tensor = self.out(self.norm(mixed.transpose(1, 2).reshape(batch, rows, width)))
         return y
 
