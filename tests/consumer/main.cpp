@@ -154,6 +154,28 @@ std::vector<int64_t> run_distillation() {
   return {std::llround(loss * 1e4)};
 }
 
+// Likewise.
+std::vector<int64_t> run_attention() {
+  const int64_t rows = 37;
+  const int64_t size = 20;
+  const std::vector<float> qkv = ramp(3 * rows * size);
+  std::vector<float> y(rows * size);
+  kdq::Attention args;
+  args.q = qkv.data();
+  args.k = qkv.data() + rows * size;
+  args.v = qkv.data() + 2 * rows * size;
+  args.y = y.data();
+  args.q_strides.row = args.k_strides.row = args.v_strides.row = args.y_strides.row = size;
+  args.batch = args.heads = args.kv_heads = 1;
+  args.queries = args.keys = rows;
+  args.head_size = args.value_size = size;
+  args.causal = true;
+  require(kdq::scaled_dot_product_attention(args, kdq::default_executor()));
+  std::vector<int64_t> rounded;
+  for (float value : y) rounded.push_back(std::llround(value * 1e3F + 0.25F));
+  return rounded;
+}
+
 template <class Run>
 bool same_on_every_isa(const char* name, Run run) {
   require(kdq::set_isa("reference"));
@@ -178,6 +200,8 @@ int main() {
   const bool planes = same_on_every_isa("bitplane_matmul", run_bitplanes);
   const bool codebook = same_on_every_isa("codebook_linear", run_codebook);
   const bool distillation = same_on_every_isa("distillation_loss", run_distillation);
+  const bool attention = same_on_every_isa("scaled_dot_product_attention", run_attention);
   const bool refused = !kdq::set_isa("mmx").ok();
-  return fake_quant && int8 && binary && threshold && planes && codebook && distillation && refused ? 0 : 1;
+  const bool exact = fake_quant && int8 && binary && threshold && planes && codebook;
+  return exact && distillation && attention && refused ? 0 : 1;
 }
