@@ -172,7 +172,7 @@ std::vector<int64_t> run_attention() {
   args.causal = true;
   require(kdq::scaled_dot_product_attention(args, kdq::default_executor()));
   std::vector<int64_t> rounded;
-  for (float value : y) rounded.push_back(std::llround(value * 1e3F + 0.25F));
+  for (float value : y) rounded.push_back(std::llround(value * 1e2F));
   return rounded;
 }
 

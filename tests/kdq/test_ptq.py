@@ -267,6 +267,47 @@ def test_what_is_legal_in_a_transformer(norm_first: bool, activation: str) -> No
     assert "self_attn.out_proj" in str(report.left)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_opened_attention_is_smoothed(norm_first: bool) -> None:
+    """Three projections behind one norm share its factors; out_proj's go into v_proj, which feeds it alone."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().requires_grad_(False)
+    for norm in (model.layers[0].norm1, model.layers[1].norm1):
+        norm.weight[[3, 11]] = 60.0
+    kdq.open_attention_(model)
+    for attention in (model.layers[0].self_attn, model.layers[1].self_attn):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            attention.get_submodule(name).weight[:, [3, 11]] /= 60.0
+    x = randn(20, 6, 16)
+    expected = model(x)
+    before = quantized_error(model, kdq.Int8Static(), x, expected)
+    report = kdq.smooth_(model, [x])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    projections = {f"layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkv"}
+    assert report.changed.keys() >= {"layers.0.self_attn.out_proj", "layers.1.self_attn.out_proj"}
+    assert (report.changed.keys() >= projections) is norm_first
+    if norm_first:
+        assert quantized_error(model, kdq.Int8Static(), x, expected) < 0.6 * before
+    else:
+        assert all("the residual sum reads its input too" in report.left[name] for name in projections)
+
+
+def test_a_projection_that_is_left_keeps_the_others_from_being_smoothed() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True).eval()
+    model = nn.Sequential(layer).requires_grad_(False)
+    kdq.open_attention_(model)
+    kdq.quantize_(model, {"*.k_proj": kdq.Int8Dynamic()})
+    x = randn(3, 6, 16)
+    expected = model(x)
+    report = kdq.smooth_(model, [x])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert "0.self_attn.k_proj, which reads the same, is left" in report.left["0.self_attn.q_proj"]
+    assert "0.self_attn.v_proj" in report.left
+    assert "0.self_attn.out_proj" in report.changed
+
+
 def test_smoothing_refuses_what_it_does_not_know() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4), nn.LayerNorm(4, elementwise_affine=False))
     model.append(nn.Linear(4, 2))

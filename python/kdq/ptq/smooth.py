@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdq.calibrate import run_batches
+from kdq.layers.attention import PROJECTIONS, MultiheadAttention
 from kdq.ptq.chains import Rewrites, chains, convolutions, names_of, used_twice, why_not_float
 from kdq.ptq.equalize import HOMOGENEOUS
 from kdq.ptq.tool_report import ToolReport
@@ -25,9 +26,11 @@ def smooth_(model: nn.Module, loader: Iterable[Any], alpha: float = 0.5) -> Tool
     in the layer that produces it, and multiplies column j of its weight by it.
 
     The producer must be known to feed this layer alone. In a plain nn.Sequential that is a LayerNorm or Linear before
-    it, with nothing but ReLU, LeakyReLU or dropout between. In nn.TransformerEncoderLayer: norm2 for linear1 if
-    norm_first (else the residual sum reads norm1's output too), and linear1 for linear2 if the activation is a ReLU.
-    All other linear layers are left, and the report says why. The float model computes the same to rounding.
+    it, with nothing but ReLU, LeakyReLU or dropout between. In nn.TransformerEncoderLayer: norm2 for linear1 and, where
+    attention is opened (`open_attention_`), norm1 for its q_proj, k_proj and v_proj together, both if norm_first (else
+    the residual sum reads what they read); and linear1 for linear2 if the activation is a ReLU. In opened attention:
+    v_proj for out_proj, since attention adds up values channel by channel. All other linear layers are left, and the
+    report says why. The float model computes the same to rounding.
 
     Args:
         loader: batches; their largest magnitudes count, a few hundred rows do.
@@ -48,16 +51,29 @@ def smooth_(model: nn.Module, loader: Iterable[Any], alpha: float = 0.5) -> Tool
     largest = _largest_inputs(model, consumers, loader)
     rewrites = Rewrites()
     changed: dict[str, str] = {}
-    for name, (producer_name, producer) in producers.items():
-        if name not in largest:
-            left[name] = "no batch came through it"
+    for (producer_name, producer), names in _by_producer(producers).items():
+        if not all(name in largest for name in names):
+            left |= dict.fromkeys(names, "no batch came through it")
             continue
-        factor = _factor(largest[name], rewrites.of(consumers[name])[0].abs().amax(0), alpha)
+        inputs = torch.stack([largest[name] for name in names]).amax(0)
+        weights = torch.cat([rewrites.of(consumers[name])[0] for name in names]).abs().amax(0)
+        factor = _factor(inputs, weights, alpha)
         rewrites.scale_outputs(producer, 1 / factor)
-        rewrites.scale_inputs(consumers[name], factor)
-        changed[name] = f"channels divided by {float(factor.min()):.3g} to {float(factor.max()):.3g} in {producer_name}"
+        for name in names:
+            rewrites.scale_inputs(consumers[name], factor)
+            changed[name] = (
+                f"channels divided by {float(factor.min()):.3g} to {float(factor.max()):.3g} in {producer_name}"
+            )
     rewrites.carry_out(names_of(model))
     return ToolReport(changed, left)
+
+
+def _by_producer(producers: dict[str, Producer]) -> dict[Producer, list[str]]:
+    """The layers that each one feeds."""
+    consumers: dict[Producer, list[str]] = {}
+    for name, producer in producers.items():
+        consumers.setdefault(producer, []).append(name)
+    return consumers
 
 
 def _factor(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -111,7 +127,12 @@ def _producers(model: nn.Module) -> tuple[dict[str, Producer], dict[str, str]]:
     for name, module in model.named_modules():
         if type(module) is nn.TransformerEncoderLayer:
             for part, producer in _encoder_producers(name, module).items():
-                add(f"{name}.{part}" if name else part, getattr(module, part), producer)
+                add(f"{name}.{part}" if name else part, module.get_submodule(part), producer)
+    for name, module in model.named_modules():
+        if type(module) is MultiheadAttention:
+            prefix = f"{name}." if name else ""
+            add(f"{prefix}out_proj", module.out_proj, (f"{prefix}v_proj", module.v_proj))
+    _leave_incomplete(model, found, left)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in found and name not in left:
             left[name] = "what feeds it is not known: it is not in a plain nn.Sequential or nn.TransformerEncoderLayer"
@@ -122,14 +143,29 @@ def _producers(model: nn.Module) -> tuple[dict[str, Producer], dict[str, str]]:
 def _encoder_producers(name: str, layer: Any) -> dict[str, Producer | str]:
     prefix = f"{name}." if name else ""
     relu = layer.activation is F.relu or layer.activation is torch.relu or type(layer.activation) is nn.ReLU
-    return {
-        "linear1": (f"{prefix}norm2", layer.norm2)
-        if layer.norm_first
-        else "without norm_first, the residual sum reads the output of norm1 too",
+    residual = "without norm_first, the residual sum reads its input too"
+    producers: dict[str, Producer | str] = {
+        "linear1": (f"{prefix}norm2", layer.norm2) if layer.norm_first else residual,
         "linear2": (f"{prefix}linear1", layer.linear1)
         if relu
         else "the activation before it is not a ReLU: factors do not pass through",
     }
+    if type(layer.self_attn) is MultiheadAttention:
+        for part in PROJECTIONS:
+            producers[f"self_attn.{part}"] = (f"{prefix}norm1", layer.norm1) if layer.norm_first else residual
+    return producers
+
+
+def _leave_incomplete(model: nn.Module, found: dict[str, Producer], left: dict[str, str]) -> None:
+    """A norm that feeds several projections may be divided for all of them or for none."""
+    for name, module in model.named_modules():
+        if type(module) is not MultiheadAttention:
+            continue
+        together = [f"{name}.{part}" if name else part for part in PROJECTIONS]
+        missing = next((part for part in together if part not in found), None)
+        for part in together:
+            if missing is not None and found.pop(part, None) is not None:
+                left[part] = f"{missing}, which reads the same, is left"
 
 
 def _why_not_producer(producer: Producer, consumer: Any, twice: set[int]) -> str | None:
