@@ -448,7 +448,7 @@ def bitplane_linear(
     activation: str | None = None,
 ) -> Tensor:
     """`int8_linear` of few bits on a static grid, by `bitplane_matmul`: the same integers, sums and results to the last
-    bit, as long as the products of scales are normal float32 numbers.
+    bit, as long as input_scale and its products with weight_scale are at least 2^-120 and finite.
 
     With one bit of weights and two of activations it takes a fraction of the time where the CPU counts bits in vectors
     (AVX-512 VPOPCNTDQ).

@@ -166,7 +166,7 @@ Status check_linear(const BitplaneLinear& args) {
 int pairs_of([[maybe_unused]] const BinaryKernels& binary, [[maybe_unused]] const Int8Kernels& int8) {
 #if defined(KDQ_HAVE_X86)
   if (&binary == &kBinaryAvx512Vpopcntdq) return 4;
-  if (&binary == &kBinaryAvx512) return &int8 == &kInt8Avx512 ? 4 : 1;
+  if (&binary == &kBinaryAvx512) return &int8 == &kInt8Avx512 ? 4 : 0;
   if (&binary == &kBinaryAvx2) return 2;
 #endif
   return 0;

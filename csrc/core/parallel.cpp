@@ -83,8 +83,8 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = job;
-      wanted_ = std::min(threads - 1, workers_.load());
-      running_ = wanted_;
+      wanted_ = std::min(threads - 1, workers_);
+      running_ = wanted_.load();
       ++generation_;
     }
     wake_.notify_all();
@@ -101,7 +101,7 @@ class Pool {
   void start_workers(int count) {
     try {
       while (workers_ < count) {
-        std::thread worker([this, index = workers_.load(), seen = generation_.load()] { serve(index, seen); });
+        std::thread worker([this, index = workers_, seen = generation_.load()] { serve(index, seen); });
         worker.detach();  // lives until the process ends; the pool is never destroyed
         ++workers_;
       }
@@ -110,15 +110,17 @@ class Pool {
   }
 
   // More threads than CPUs would keep each other from working.
-  bool may_look() const { return workers_ < cpus_; }
+  bool may_look() const { return wanted_ < cpus_; }
 
   void serve(int index, uint64_t seen) {
+    bool was_wanted = false;
     for (;;) {
-      if (may_look()) look_for([&] { return generation_ != seen; });
+      if (was_wanted && may_look()) look_for([&] { return generation_ != seen; });
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (index >= wanted_) continue;
+      was_wanted = index < wanted_;
+      if (!was_wanted) continue;
       Job* job = job_;
       lock.unlock();
       job->work();
@@ -132,9 +134,9 @@ class Pool {
   std::condition_variable wake_;
   std::condition_variable done_;
   const int cpus_ = usable_cpus();
-  std::atomic<int> workers_{0};  // started so far; changed by the owner only
+  int workers_ = 0;  // started so far; touched by the owner only
   Job* job_ = nullptr;
-  int wanted_ = 0;
+  std::atomic<int> wanted_{0};
   std::atomic<int> running_{0};
   std::atomic<uint64_t> generation_{0};
 };

@@ -96,9 +96,8 @@ def _run(links: list[Any], x: Tensor) -> Tensor:
     if x.shape[-1] != links[0].inputs:
         raise ValueError(f"x: expected {links[0].geometry.expected}, got {list(x.shape)}")
     rows = x.numel() // max(links[0].inputs, 1)
-    if any(
-        type(link) is LowBitLinear and link.on_planes(rows) for link in links
-    ):  # more than a call's time is at stake
+    # With a few rows more than they need, bit planes win more than a call takes.
+    if any(type(link) is LowBitLinear and link.on_planes(rows // 2) for link in links):
         for link in links:
             x = link(x)
         return x

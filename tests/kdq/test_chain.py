@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import kdq
 import kdq_kernels as kk
 from kdq.chain import ChainedSequential
+from kdq.layers import low_bit_linear
 
 SCHEMES = {
     "dynamic": kdq.Int8Dynamic(),
@@ -59,7 +60,8 @@ def test_is_bit_for_bit_what_layers_compute(isa: str, scheme: str, dtype: torch.
     assert count_calls(model) == {"int8_linear": 3, "int8_linear_chain": 0}
 
 
-def test_many_rows_go_by_bit_planes_where_these_are_faster(isa: str) -> None:
+def test_many_rows_go_by_bit_planes_where_these_are_faster(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_bit_linear, "LEAST_SIDE", 1)
     model = quantized(kdq.LowBit(weight_bits=1, act_bits=2))
     chained = copy.deepcopy(model)
     kdq.chain_layers_(chained)

@@ -56,8 +56,9 @@ KDQ_API Status bitplane_matmul(const PlaneMatrix& a, const PlaneMatrix& b, int64
                                const ParallelFor& parallel_for);
 
 // y [m, n] = activation((q @ w.T - zero points) * input_scale * weight_scale + bias), in the dtype of x: what a static
-// int8_linear() of the same integers gives, to the last bit, wherever the product of scales is a normal number. Rows
-// are quantized inside, in as many planes as input_quant_max has bits.
+// int8_linear() of the same integers gives, to the last bit, as long as input_scale and its products with weight_scale
+// are at least 2^-120 and finite (from weights packed in few bits, int8_linear() takes 2^-6 into the first). Rows are
+// quantized inside, in as many planes as input_quant_max has bits.
 struct BitplaneLinear {
   DType dtype = DType::kFloat32;  // of x and y
   const void* x = nullptr;        // [m, k]

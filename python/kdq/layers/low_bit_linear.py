@@ -53,15 +53,22 @@ def kernel_bits(config: LowBit) -> int:
     return next(bits for bits in (2, 4, 8) if bits >= held)
 
 
-def rows_for_planes(config: LowBit) -> int | None:
+# Of the inputs and outputs of layers that run on bit planes: what smaller ones win does not pay for what planes take
+# beside their products.
+LEAST_SIDE = 512
+
+
+def rows_for_planes(config: LowBit, inputs: int, outputs: int) -> int | None:
     """From how many rows of x on a linear layer runs on bit planes; None: never.
 
     Where their pairs are few enough for the CPU, they take less time than int8 products (1 bit by 2 bits half of it,
-    with AVX-512 VPOPCNTDQ), but for few rows: what counts then is how the weights are read, each plane of which is put
-    in order anew.
+    with AVX-512 VPOPCNTDQ), but for small layers and few rows: what counts then is how the weights are read, each plane
+    of which is put in order anew.
     """
     pairs = config.weight_bits * config.act_bits
-    return 4 * pairs * config.weight_bits if pairs <= kk.bitplane_pairs() else None
+    if pairs > kk.bitplane_pairs() or min(inputs, outputs) < LEAST_SIDE:
+        return None
+    return 4 * pairs * config.weight_bits
 
 
 class LowBitProduct(PackedInt8):
@@ -136,7 +143,8 @@ class LowBitLinear(InferenceLinear, LowBitProduct):
 
     Beside the packed weight it may keep another for the same results in less time: the bit planes, `planes`, and the
     sums of their integers, `weight_sum`, which many rows of x are multiplied by (`rows_for_planes`). They are made and
-    remade with it, and as little saved.
+    remade with it, and as little saved. The results are the same bits as long as the input's scale and its products
+    with those of the weights are at least 2^-120 and finite.
     """
 
     planes: Tensor | None
@@ -144,15 +152,19 @@ class LowBitLinear(InferenceLinear, LowBitProduct):
     plane_rows: int | None
 
     def pack(self) -> None:
+        self.plane_rows = None  # other threads may be calling: until all is there, it is int8
         super().pack()
-        self.plane_rows = rows_for_planes(self.config) if self.weight_scale.is_cpu else None
+        rows = None
+        if self.weight_scale.is_cpu:
+            rows = rows_for_planes(self.config, self.in_features, self.out_features)
         planes = sums = None
-        if self.plane_rows is not None:
+        if rows is not None:
             integers = self.int8_weight()
             planes = kk.pack_bitplanes(integers, self.config.weight_bits, self.plane_form)
             sums = integers.sum(1, dtype=torch.int32)
         self.register_buffer("planes", planes, persistent=False)
         self.register_buffer("weight_sum", sums, persistent=False)
+        self.plane_rows = rows
 
     @property
     def plane_form(self) -> str:
@@ -162,11 +174,12 @@ class LowBitLinear(InferenceLinear, LowBitProduct):
     def kernel(self, x: Tensor, activation: str | None) -> Tensor:
         packed = self.packed_weight()  # first: where it has to be remade, so have the planes
         own: dict[str, Any] = self._buffers  # see InferenceProduct.kernel
-        if not self.on_planes(x.numel() // max(self.inputs, 1)):
+        planes = own["planes"]
+        if planes is None or not self.on_planes(x.numel() // max(self.inputs, 1)):
             return self.int8_kernel(x, packed, activation)
         return kk.bitplane_linear(
             x,
-            own["planes"],
+            planes,
             own["weight_sum"],
             own["weight_scale"],
             own["bias"],
