@@ -50,29 +50,34 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attention_cases(target: Target) -> Iterator[Case]:
-    """float32. Operations: of both products, for causal ones of the half that counts. On a GPU kdq calls torch's."""
-    if target.gpu:
-        return
+    """float32, on a GPU bfloat16, where kdq calls torch's. Operations: of both products, of causal ones the half that
+    counts."""
     generator = target.generator(9)
     for shape in QUICK_SHAPES if target.quick else SHAPES:
         width = shape.heads * shape.size
-        x = torch.randn(shape.batch, shape.queries, width, generator=generator)
-        k, v = (split(torch.randn(shape.batch, shape.keys, width, generator=generator), shape) for _ in range(2))
+        lengths = (shape.queries, shape.keys, shape.keys)
+        x, k, v = (
+            torch.randn(shape.batch, n, width, generator=generator, device=target.device).to(target.activations)
+            for n in lengths
+        )
+        k, v = split(k, shape), split(v, shape)
         if shape.queries == 1:
             k, v = k.contiguous(), v.contiguous()
         ours = partial(run, partial(kk.scaled_dot_product_attention, is_causal=shape.causal), shape)
         torchs = partial(run, partial(F.scaled_dot_product_attention, is_causal=shape.causal), shape)
         contenders = [
-            Contender("kdq scaled_dot_product_attention", partial(ours, x, k, v), "ours", 1e-5),
-            Contender("torch float32", partial(torchs, x, k, v), "peer", 1e-5),
+            Contender("kdq scaled_dot_product_attention", partial(ours, x, k, v), "ours", target.rounding),
+            Contender(
+                f"torch {str(x.dtype).removeprefix('torch.')}", partial(torchs, x, k, v), "peer", target.rounding
+            ),
         ]
-        if not target.quick:
+        if not target.quick and not target.gpu:
             contenders += onnxruntime_linear.attention(x, k, v, shape.causal)
             contenders += openvino_linear.attention(x, k, v, shape.causal)
         scores = shape.batch * shape.heads * shape.queries * shape.keys
         if shape.causal:
             scores = shape.batch * shape.heads * sum(min(i + 1, shape.keys) for i in range(shape.queries))
-        limits = [float_products(4.0 * scores * shape.size, torch.float32), reading(4.0 * (k.numel() + v.numel()))]
+        limits = [float_products(4.0 * scores * shape.size, x.dtype), reading(k.nbytes + v.nbytes)]
         yield Case("attention", str(shape), limits, torchs(x.double(), k.double(), v.double()), contenders)
 
 
