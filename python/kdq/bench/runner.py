@@ -33,6 +33,7 @@ GPU_LIMIT_SECONDS = 0.01
 ROUNDS_PER_LIMIT = 3  # the limits are measured again after so many rounds
 CONTENDER_SECONDS = 1.0  # a contender whose calls take longer in all than this is made to run fewer rounds
 FEWEST_ROUNDS = 2
+WARM_CALLS, WARM_SECONDS = 20, 0.1  # that a call's time is taken from, at most
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,18 @@ class Failure:
 
 
 def plan(clock: Clock, run: Callable[[], object], rounds: int) -> tuple[int, int]:
-    """How many calls a round, and how many rounds: fewer where calls are so slow that they would hold up the rest."""
+    """How many calls a round, and how many rounds: fewer where calls are so slow that they would hold up the rest.
+
+    By the quickest of some calls: of a call that takes microseconds, one while threads wake up may take milliseconds,
+    and rounds of as few calls as that allows would measure nothing but waking.
+    """
     warm = clock.time_round(run, 1)
-    if warm < CONTENDER_SECONDS / 2:
-        warm = min(warm, clock.time_round(run, 1))
+    tried = warm
+    for _ in range(WARM_CALLS):
+        if tried > WARM_SECONDS:
+            break
+        again = clock.time_round(run, 1)
+        warm, tried = min(warm, again), tried + again
     calls = min(clock.most_calls, max(1, round(clock.round_seconds / max(warm, 1e-7))))
     affordable = round(CONTENDER_SECONDS / (max(warm, 1e-7) * calls))
     return calls, min(rounds, max(FEWEST_ROUNDS, affordable))
