@@ -1,7 +1,7 @@
 """Checks, then times, the contenders of each case, interleaved so that noise hits all alike.
 
 Each round runs every contender for about the same short time, in an order that is shuffled from round to round, after
-one call that is not timed and, with several threads, after a pause. A contender's time is the median over the rounds,
+a call that is not timed or, with several threads, after a pause and as long of such calls. A contender's time is the median over the rounds,
 with the smallest and the largest beside it. The machine's limits are measured in the same process, before, between and
 after the rounds. On a GPU all this is done with each of two clocks, see `clocks.py`.
 """
@@ -90,6 +90,14 @@ def plan(clock: Clock, run: Callable[[], object], rounds: int) -> tuple[int, int
     return calls, min(rounds, max(FEWEST_ROUNDS, affordable))
 
 
+def warm_up(clock: Clock, run: Callable[[], object], seconds: float) -> None:
+    """At least one call, and as many as take so long: threads that slept wake up on the same CPU at times, and it takes
+    milliseconds until they are moved apart."""
+    spent = clock.time_round(run, 1)
+    while spent < seconds:
+        spent += clock.time_round(run, 1)
+
+
 def time_interleaved(
     clock: Clock, contenders: Sequence[Contender], rounds: int, meter: LimitMeter
 ) -> list[list[float]]:
@@ -107,7 +115,7 @@ def time_interleaved(
             if r < limit:
                 time.sleep(pause)
                 if calls > 1:
-                    clock.time_round(contenders[which].run, 1)
+                    warm_up(clock, contenders[which].run, pause)
                 times[which].append(clock.time_round(contenders[which].run, calls))
     time.sleep(pause)
     meter.measure()
