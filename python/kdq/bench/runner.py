@@ -1,8 +1,8 @@
 """Checks, then times, the contenders of each case, interleaved so that noise hits all alike.
 
 Each round runs every contender for about the same short time, in an order that is shuffled from round to round, after
-a call that is not timed or, with several threads, after a pause and as long of such calls. A contender's time is the median over the rounds,
-with the smallest and the largest beside it. The machine's limits are measured in the same process, before, between and
+a call that is not timed or, with several threads, after a pause and some such calls. A contender's time is the median
+over the rounds, with the smallest and the largest beside it. The machine's limits are measured in the same process, before, between and
 after the rounds. On a GPU all this is done with each of two clocks, see `clocks.py`.
 """
 
@@ -33,6 +33,7 @@ GPU_LIMIT_SECONDS = 0.01
 ROUNDS_PER_LIMIT = 3  # the limits are measured again after so many rounds
 CONTENDER_SECONDS = 1.0  # a contender whose calls take longer in all than this is made to run fewer rounds
 FEWEST_ROUNDS = 2
+WARM_UP_SECONDS = 0.01  # before each round of several threads
 WARM_CALLS, WARM_SECONDS = 20, 0.1  # that a call's time is taken from, at most
 
 
@@ -115,7 +116,7 @@ def time_interleaved(
             if r < limit:
                 time.sleep(pause)
                 if calls > 1:
-                    warm_up(clock, contenders[which].run, pause)
+                    warm_up(clock, contenders[which].run, min(pause, WARM_UP_SECONDS))
                 times[which].append(clock.time_round(contenders[which].run, calls))
     time.sleep(pause)
     meter.measure()
