@@ -2,8 +2,8 @@
 
 Each round runs every contender for about the same short time, in an order that is shuffled from round to round, after
 a call that is not timed or, with several threads, after a pause and some such calls. A contender's time is the median
-over the rounds, with the smallest and the largest beside it. The machine's limits are measured in the same process, before, between and
-after the rounds. On a GPU all this is done with each of two clocks, see `clocks.py`.
+over the rounds, with the smallest and the largest beside it. The machine's limits are measured in the same process,
+before, between and after the rounds. On a GPU all this is done with each of two clocks, see `clocks.py`.
 """
 
 from __future__ import annotations
