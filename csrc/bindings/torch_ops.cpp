@@ -1,5 +1,5 @@
 // libkdq_torch: the schemas of torch.ops.kdq.*. Implementations are registered by the families' own files, here for
-// the CPU and in cuda/ for CUDA; fake (meta) ones and autograd from Python, in kdq_kernels/_torch_library.py.
+// the CPU and in cuda/ for CUDA; fake (meta) ones and autograd from Python, in kdq_kernels/_torch_library/.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(kdq, m) {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kdq_kernels as kk
 import kdq_kernels.numpy as kn
-from kdq_kernels._torch_library import attention_by_torch
+from kdq_kernels._torch_library.attention import attention_by_torch
 
 every_isa = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 Array = NDArray[Any]

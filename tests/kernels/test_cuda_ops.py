@@ -17,7 +17,7 @@ import kdq
 import kdq_kernels as kk
 from kdq.layers import Int8Linear, LowBitLinear
 from kdq_kernels import _torch_library
-from kdq_kernels import ops as faces
+from kdq_kernels.ops.arguments import as_scale, as_zero_point
 from op_cases import int8, map_tensors, moved, op_cases, packed_for_cuda, randn
 
 ops = torch.ops.kdq
@@ -80,7 +80,7 @@ def test_cpu_tensors_are_refused(name: str, op: Any, args: Any, kwargs: Any) -> 
 def test_numbers_become_tensors_beside_x() -> None:
     with FakeTensorMode():
         x = torch.empty(5, 70, device="cuda")
-        for number in (faces._scale(0.1, x), faces._zero_point(3, x), faces._zero_point(3.5, x)):
+        for number in (as_scale(0.1, x), as_zero_point(3, x), as_zero_point(3.5, x)):
             assert number is not None
             assert (number.device.type, number.dim()) == ("cuda", 0)
         y = kk.fake_quantize(x, 0.1, 3, quant_min=0, quant_max=15)
