@@ -1,4 +1,4 @@
-"""Random inputs and small models that several tests share."""
+"""Random inputs, small models and an error that several tests share."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ MIXED: dict[str, Config] = {"1": ONE, "4.1": FOUR, "5": INT8}  # a plan for `nor
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float(((got - expected).norm() / expected.norm()).detach())
 
 
 def mlp(width: int, seed: int = 0) -> nn.Sequential:

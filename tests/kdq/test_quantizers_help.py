@@ -1,6 +1,6 @@
 """What the training methods, the moving average and folding are good for: cases where rounding alone hurts.
 
-The other observers and post-training tools have theirs in test_observers.py and test_ptq.py.
+The other observers and post-training tools have theirs in test_observers.py, test_ptq.py and test_ptq_float.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdq
 from kdq.search.cost import tensor_bytes
-from small_models import randn
+from small_models import randn, relative_error
 
 # ---- training on the grid --------------------------------------------------------------------------------------------
 
@@ -102,10 +102,6 @@ def test_a_learned_zero_point_helps_where_inputs_are_not_positive(seed: int) -> 
         assert (int(model[0].input_zero_point) > 0) == learned
         errors.append(relative_error(model(x), y))
     assert errors[0] < 0.6 * errors[1]
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float(((got - expected).norm() / expected.norm()).detach())
 
 
 # ---- an observer -----------------------------------------------------------------------------------------------------
