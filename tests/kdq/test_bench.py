@@ -176,6 +176,17 @@ def test_update_replaces_what_was_measured_anew(tmp_path: Path) -> None:
         before.updated(found([measured("b", 1, 9.0)], cpu="other"))
 
 
+def test_a_file_has_a_record_a_line(tmp_path: Path) -> None:
+    results = found([measured("a", 1, 1.0), measured("b", 2, 1.5)])
+    results.save(tmp_path / "results.json")
+    lines = [line.strip().rstrip(",") for line in (tmp_path / "results.json").read_text().splitlines()]
+    records = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    of_machine, points = results.machine["limits"], [p.to_dict() for p in results.scaling]
+    assert records == [*of_machine, *(m.to_dict() for m in results.measurements), *points]
+    assert list(records[2]) == list(measured("a", 1, 1.0).to_dict())
+    assert '"cpu": "some"' in lines
+
+
 def test_the_published_results_are_still_read() -> None:
     published = Results.load(Path(__file__).parents[2] / "benchmarks" / "results.json")
     assert published.machine["device"] == "cpu"

@@ -14,6 +14,20 @@ from kdq.bench.scaling import Point
 SAME = ("device", "cpu", "cpu_features", "isa", "torch", "version", "compiler", "peers")  # what results must share
 
 
+def as_lines(value: Any, depth: int = 0) -> str:
+    """JSON with one record, or one fact about the machine, a line, so that one can read what changed."""
+    if isinstance(value, dict) and depth < 2:
+        inner = [f"{json.dumps(key)}: {as_lines(item, depth + 1)}" for key, item in value.items()]
+        opening, closing = "{", "}"
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        inner = [json.dumps(record, separators=(",", ":")) for record in value]
+        opening, closing = "[", "]"
+    else:
+        return json.dumps(value)
+    indent = "\n" + " " * depth
+    return opening + ",".join(f"{indent} {line}" for line in inner) + indent + closing
+
+
 @dataclass(frozen=True)
 class Results:
     """Everything that a run of `kdq bench` found."""
@@ -25,7 +39,7 @@ class Results:
     def save(self, path: Path) -> None:
         content = {"machine": self.machine, "measurements": [m.to_dict() for m in self.measurements]}
         content["scaling"] = [p.to_dict() for p in self.scaling]
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(as_lines(content) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:
