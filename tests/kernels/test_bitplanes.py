@@ -20,7 +20,9 @@ from op_cases import randn
 every_isa = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 rows = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 65])
 depths = st.sampled_from([0, 1, 2, 63, 64, 65, 127, 129, 256, 257, 640, 1000, 2049])
+sides = st.tuples(rows, rows, depths)  # m, n, k
 forms = st.sampled_from(["unsigned", "signed", "odd"])
+seeds = st.integers(0, 2**32 - 1)
 Array = NDArray[Any]
 
 
@@ -69,20 +71,11 @@ def test_odd_integers_of_one_bit_are_signs() -> None:
 
 
 @every_isa
-@given(
-    m=rows,
-    n=rows,
-    k=depths,
-    a_bits=st.integers(1, 4),
-    b_bits=st.integers(1, 4),
-    a_form=forms,
-    b_form=forms,
-    seed=st.integers(0, 2**32 - 1),
-)
+@given(sides=sides, a_bits=st.integers(1, 4), b_bits=st.integers(1, 4), a_form=forms, b_form=forms, seed=seeds)
 def test_matmul_is_exact(
-    isa: str, m: int, n: int, k: int, a_bits: int, b_bits: int, a_form: str, b_form: str, seed: int
+    isa: str, sides: tuple[int, int, int], a_bits: int, b_bits: int, a_form: str, b_form: str, seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
+    rng, (m, n, k) = np.random.default_rng(seed), sides
     a, b = sample(rng, a_form, a_bits, m, k), sample(rng, b_form, b_bits, n, k)
     planes = kn.pack_bitplanes(a, a_bits, a_form), kn.pack_bitplanes(b, b_bits, b_form)
     got = kn.bitplane_matmul(*planes, k, a_form=a_form, b_form=b_form)
@@ -121,35 +114,31 @@ def test_ends_of_the_range(isa: str, a_form: str, a_bits: int, b_form: str, b_bi
 
 
 def linears(x: Any, w: Array, bits: int, form: str, scale: Any, bias: Any, **grid: Any) -> tuple[Any, Any]:
-    """(by bit planes, on the int8 kernels), of NumPy arrays or tensors."""
+    """(by bit planes, on the int8 kernels), of NumPy arrays or tensors; int8 holds all integers of w."""
     if isinstance(x, Tensor):
         q = torch.from_numpy(w)
         planes, sums = kk.pack_bitplanes(q, bits, form), q.sum(1, dtype=torch.int32)
         ours = kk.bitplane_linear(x, planes, sums, scale, bias, weight_form=form, **grid)
-        return ours, kk.int8_linear(x, kk.pack_int8_weight(q), scale, bias, **grid)
+        return ours, kk.int8_linear(x, kk.pack_int8_weight(q.to(torch.int8)), scale, bias, **grid)
     ours = kn.bitplane_linear(
         x, kn.pack_bitplanes(w, bits, form), w.sum(1, dtype=np.int32), scale, bias, weight_form=form, **grid
     )
-    return ours, kn.int8_linear(x, kn.pack_int8_weight(w), scale, bias, **grid)
+    return ours, kn.int8_linear(x, kn.pack_int8_weight(w.astype(np.int8)), scale, bias, **grid)
 
 
 @every_isa
 @given(
-    m=rows,
-    n=rows,
-    k=depths,
+    sides=sides,
     act_bits=st.integers(1, 4),
     bits=st.integers(1, 3),
     form=forms,
     activation=st.sampled_from([None, "relu", "gelu", "silu"]),
     half=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
+    seed=seeds,
 )
 def test_linear_has_the_bits_of_int8_linear(
     isa: str,
-    m: int,
-    n: int,
-    k: int,
+    sides: tuple[int, int, int],
     act_bits: int,
     bits: int,
     form: str,
@@ -157,10 +146,8 @@ def test_linear_has_the_bits_of_int8_linear(
     half: bool,
     seed: int,
 ) -> None:
-    rng = np.random.default_rng(seed)
-    w = sample(rng, form, bits, n, k).astype(np.int8)
-    if form == "unsigned":  # uint8 planes of integers that int8 holds
-        planes = kn.pack_bitplanes(w.astype(np.uint8), bits, form)
+    rng, (m, n, k) = np.random.default_rng(seed), sides
+    w = sample(rng, form, bits, n, k)
     x = rng.normal(size=(m, k)).astype("f2" if half else "f4")
     scale, bias = rng.uniform(0.01, 0.1, n).astype("f4"), rng.normal(size=n).astype("f4") if seed % 2 else None
     quant_max = 2**act_bits - 1 - (seed % 3 == 0 and act_bits > 1)
@@ -170,11 +157,7 @@ def test_linear_has_the_bits_of_int8_linear(
         "input_quant_max": quant_max,
         "activation": activation,
     }
-    if form == "unsigned":
-        got = kn.bitplane_linear(x, planes, w.sum(1, dtype=np.int32), scale, bias, weight_form=form, **grid)
-        expected = kn.int8_linear(x, kn.pack_int8_weight(w), scale, bias, **grid)
-    else:
-        got, expected = linears(x, w, bits, form, scale, bias, **grid)
+    got, expected = linears(x, w, bits, form, scale, bias, **grid)
     assert got.dtype == x.dtype
     np.testing.assert_array_equal(got, expected)
 
