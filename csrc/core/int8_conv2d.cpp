@@ -142,7 +142,7 @@ Status int8_conv2d(const Int8Conv2d& args, const ParallelFor& parallel_for) {
     images.quantize(first, count, parallel_for);
     call.m = count * windows.outputs();
     call.y = static_cast<char*>(args.layer.y) + first * windows.outputs() * call.weight.n * result_bytes(call.result);
-    status = run_int8(call, call.tile_rows(), element_bytes, panels_at_once, kernels.tile, parallel_for,
+    status = run_int8(call, call.tile_rows(), element_bytes, panels_at_once, kernels.tiles, parallel_for,
                       [&](int64_t row, int rows, const PreparedRows& to) {
                         windows.for_each(images.data, row, rows, [&](int64_t r, const Windows::At& at) {
                           char* prepared = to.rows + r * to.stride;

@@ -91,7 +91,7 @@ Status int8_matmul(const int8_t* a, int64_t m, int64_t k, const void* packed, si
   call.y = out;
   call.set_input(a, m, k, sizeof(int8_t));
   return run_int8(
-      call, call.tile_rows(), kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
+      call, call.tile_rows(), kernels.size.element_bytes, panels_at_once, kernels.tiles, parallel_for,
       [&](int64_t first, int count, const PreparedRows& to) { kernels.prepare_int8(call.rows_at(first, count, to)); });
 }
 
@@ -110,7 +110,7 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
   call.set_input(args.x, args.m, args.k, dtype_size(args.dtype));
   call.set_layer(args);
   call.epilogue.offset = args.is_static ? args.input_zero_point : kernels.size.signed_offset;
-  return run_int8(call, call.tile_rows(), kernels.size.element_bytes, panels_at_once, kernels.tile, parallel_for,
+  return run_int8(call, call.tile_rows(), kernels.size.element_bytes, panels_at_once, kernels.tiles, parallel_for,
                   [&](int64_t first, int count, const PreparedRows& to) {
                     const Int8RowsCall rows = call.rows_at(first, count, to);
                     args.is_static ? kernels.prepare_static[dtype](rows, grid, args.input_scale)
@@ -129,7 +129,7 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
   call.set_layer(args);
   const Int8Bf16Kernels* bf16 = args.dtype == DType::kBFloat16 ? int8_bf16_kernels(kernels) : nullptr;
   if (bf16 != nullptr) return run_bf16(call, *bf16, parallel_for);
-  return run_int8(call, kernels.size.mr, sizeof(float), float_panels_at_once, kernels.weight_only_tile, parallel_for,
+  return run_int8(call, kernels.size.mr, sizeof(float), float_panels_at_once, kernels.weight_only_tiles, parallel_for,
                   [&](int64_t first, int count, const PreparedRows& to) {
                     std::fill_n(to.scales, count, 1.0F);
                     kernels.widen[static_cast<int>(args.dtype)](call.rows_at(first, count, to));

@@ -72,7 +72,8 @@ constexpr int panels_at_once(int mr, int rows) {
 constexpr int float_panels_at_once(int mr, int rows) { return panels_at_once(mr, 3 * rows); }
 
 // A tile: out.rows prepared rows (at most tile_rows(), or size.mr if weight-only) times the panels. panels.count is 1
-// or what the functions above say, and no panel lies wholly beyond out.cols.
+// or what the functions above say, and no panel lies wholly beyond out.cols. A streamed tile may be of a piece of k:
+// rows, panels and units are the piece's then, and the raw sums go on from those of the pieces before.
 struct Int8TileCall {
   const void* rows;
   int64_t row_stride;  // bytes
@@ -81,8 +82,10 @@ struct Int8TileCall {
   int64_t units;  // steps along k
   Int8Epilogue epilogue;
   TileOutput out;
-  const char* ahead;   // what is read after this tile, to be asked for meanwhile: from here on,
-  int64_t ahead_step;  // as many bytes on at each step along k, or 0 for nothing
+  const char* ahead;           // what is read after this tile, to be asked for meanwhile: from here on,
+  int64_t ahead_step;          // as many bytes on at each step along k, or 0 for nothing
+  const int32_t* sums_before;  // of a streamed tile: [rows][nr], or nullptr where k begins;
+  int32_t* sums_after;         // where they go instead of y, or nullptr where k ends
 };
 
 // Rows of k activations, one behind the other, -> prepared rows of k_padded elements (k rounded up to ku; the tail is
@@ -99,9 +102,17 @@ struct Int8RowsCall {
 
 using Int8TileFunction = void (*)(const Int8TileCall& call);
 
+// `streamed`: for weights that come from memory. It takes at most size.mr rows and one panel, and asks for what is read
+// next at each step. nullptr where there is none.
+struct Int8Tiles {
+  Int8TileFunction plain;
+  Int8TileFunction streamed;
+  int streamed_sums;  // vectors of sums, from so many on: with fewer, several panels at once are quicker
+};
+
 struct Int8Kernels {
   Int8Tile size;
-  int64_t ahead_step;  // bytes that `tile` asks for at a step along k, 0 if it does not
+  int64_t ahead_step;  // bytes that a plain tile asks for at a step along k, 0 if it does not
 
   // Indexed by DType where the input is floating point. Those of integers and for the weight-only product set no
   // scales.
@@ -113,11 +124,11 @@ struct Int8Kernels {
   // The scales of prepare_dynamic alone: NaN or inf where a row has such values.
   void (*row_scales[3])(const void* x, int rows, int64_t k, float* scales);
 
-  Int8TileFunction tile;
+  Int8Tiles tiles;
   // Of weights of 4 and of 2 bits, rows up to size.mr.
-  Int8TileFunction four_bit_tile;
-  Int8TileFunction two_bit_tile;
-  Int8TileFunction weight_only_tile;  // rows of float32; no int32 result
+  Int8Tiles four_bit_tiles;
+  Int8Tiles two_bit_tiles;
+  Int8Tiles weight_only_tiles;  // rows of float32; no int32 result
 };
 
 // The weight-only product of bfloat16 rows on a CPU that multiplies bfloat16 natively, twice as fast as float32. int8
@@ -146,10 +157,10 @@ constexpr Int8Kernels make_int8_kernels(const Int8Tile& size) {
       {L::template prepare_static<float>, L::template prepare_static<BFloat16>, L::template prepare_static<Float16>},
       {L::template widen<float>, L::template widen<BFloat16>, L::template widen<Float16>},
       {L::template row_scales<float>, L::template row_scales<BFloat16>, L::template row_scales<Float16>},
-      L::tile,
-      L::template few_bit_tile<4>,
-      L::template few_bit_tile<2>,
-      L::weight_only_tile,
+      L::kTiles,
+      L::template kFewBitTiles<4>,
+      L::template kFewBitTiles<2>,
+      L::kWeightOnlyTiles,
   };
 }
 

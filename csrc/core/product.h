@@ -4,7 +4,8 @@
 //   for each block of rows x group of panels:       parallel over ranges of these, in this order
 //     for each tile of the block:                   the group's panels stay in L1 or L2
 //       if the range has not prepared the block:    prepare the tile's rows, into the thread's own scratch (L2)
-//       multiply
+//       multiply                                    by all of the panels, or by the first of several pieces
+//     for each further piece, each tile:            multiply
 //
 // Each block begins with another group, so that threads work on different ones at a time. A tile is told what comes
 // after it, so that a kernel bound by its arithmetic can have it brought into L2 meanwhile.
@@ -63,6 +64,7 @@ struct ProductShape {
   int64_t block_rows = kBlockRows;  // about the most of a block,
   int64_t block_bytes = kBlockBytes;
   int64_t panel_bytes = 0;  // of scratch for what tiles of one group share
+  int64_t pieces = 1;       // of a group, each gone through by all of a block's tiles before the next
 };
 
 // Prepared rows lie an odd number of cache lines apart: with a power of two, rows of one tile would fall on the same
@@ -75,7 +77,8 @@ struct RowTile {
   const float* scales;
   int64_t first;  // the first one's place in the whole product
   int count;
-  char* panel;  // scratch, with what the tile before left in it, if that was of the same group
+  char* panel;    // scratch, with what the tile before left in it, if that was of the same group
+  int64_t piece;  // of the group
 
   // What comes after the tile.
   int64_t tile_in_group;   // its number among its block's tiles of one group,
@@ -136,16 +139,19 @@ Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, P
       at.next_group = group_of(next) == group ? -1 : group_of(next);
       at.next_block = std::min((block + 1) * block_rows, shape.m);
       at.next_block_end = std::min((block + 2) * block_rows, shape.m);
-      at.tile_in_block = i % shape.groups * tiles.count;
-      for (int64_t r = 0, index = 0; r < count; r += at.count, ++index, ++at.tile_in_block) {
-        at.rows = rows + r * stride;
-        at.scales = scales + r;
-        at.first = block * block_rows + r;
-        at.count = tiles.height(index);
-        at.tile_in_group = index;
-        at.next_prepared = (r + at.count < count ? fresh : fresh_next) ? at.first + at.count : -1;
-        if (fresh) prepare(at.first, at.count, PreparedRows{rows + r * stride, stride, scales + r});
-        multiply(at);
+      for (at.piece = 0; at.piece < shape.pieces; ++at.piece) {
+        const bool prepares = fresh && at.piece == 0;
+        at.tile_in_block = i % shape.groups * tiles.count;
+        for (int64_t r = 0, index = 0; r < count; r += at.count, ++index, ++at.tile_in_block) {
+          at.rows = rows + r * stride;
+          at.scales = scales + r;
+          at.first = block * block_rows + r;
+          at.count = tiles.height(index);
+          at.tile_in_group = index;
+          at.next_prepared = (r + at.count < count ? fresh : fresh_next) ? at.first + at.count : -1;
+          if (prepares) prepare(at.first, at.count, PreparedRows{rows + r * stride, stride, scales + r});
+          multiply(at);
+        }
       }
       fresh = fresh_next;
     }

@@ -103,6 +103,11 @@ struct Loops {
     for (int64_t i = 0; i < call.units; ++i) sum += a[i] * static_cast<float>(call.panels.first[i]);
     reference::store_scaled(sum, *call.row_scale, call.epilogue, 0, call.out);
   }
+
+  static constexpr Int8Tiles kTiles = {tile, nullptr, 0};
+  template <int kBits>
+  static constexpr Int8Tiles kFewBitTiles = {few_bit_tile<kBits>, nullptr, 0};
+  static constexpr Int8Tiles kWeightOnlyTiles = {weight_only_tile, nullptr, 0};
 };
 
 }  // namespace

@@ -28,6 +28,7 @@ struct Loops {
   // next one needs. None where a step has less than a line of weights.
   static constexpr int64_t kPanelLines = kPanel * Dot::kUnit / kLine;
   static constexpr int64_t kAheadStep = (kPanelLines > 1 ? kPanelLines / 2 : kPanelLines) * kLine;
+  static constexpr int64_t kStreamedStep = (kPanelLines > 0 ? kPanelLines : 1) * kLine;  // what a step has, and no less
   using Prepared = Dot::Prepared;
 
   // ---- prepare ----
@@ -119,20 +120,27 @@ struct Loops {
 
   // ---- tile ----
 
+  // What a tile asks for at each step, and into which cache. Low tiles do not ask, unless their weights are streamed:
+  // these are to be in L1 in time, as they are read at the pace at which they arrive.
+  template <bool kStreams, int kRows>
+  static inline __attribute__((always_inline)) void ask(const char* ahead) {
+    constexpr int64_t kStep = kStreams ? kStreamedStep : kRows + 1 >= Dot::kRows ? kAheadStep : 0;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kStep; i += kLine) _mm_prefetch(ahead + i, kStreams ? _MM_HINT_T0 : _MM_HINT_T1);
+  }
+
   // step(u, panel) along K, kShares units at a time, asking for what is read next and for the output's lines.
-  template <int kShares, int kRows, int kVectors, class Step>
+  template <bool kStreams, int kShares, int kRows, int kVectors, class Step>
   static inline __attribute__((always_inline)) void for_each_step(const Int8TileCall& call, Step step) {
     const int8_t* panel = call.panels.first;
     const char* ahead = call.ahead;
     int64_t u = 0;
-    const int64_t last_steps = call.out.place == Place::kNear ? 0 : kOutputSteps;
+    const bool is_near = call.out.place == Place::kNear || (kStreams && call.sums_after != nullptr);
+    const int64_t last_steps = is_near ? 0 : kOutputSteps;
     for (int64_t end = call.units > last_steps ? call.units - last_steps : 0;; end = call.units) {
       for (; u < end; u += kShares, panel += step_bytes<kVectors>(call.panels)) {
-        if constexpr (kRows + 1 >= Dot::kRows) {  // lower tiles do not ask
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < kAheadStep; i += kLine) _mm_prefetch(ahead + i, _MM_HINT_T1);
-          ahead += call.ahead_step;
-        }
+        ask<kStreams, kRows>(ahead);
+        ahead += call.ahead_step;
         step(u, panel);
       }
       if (u == call.units) break;
@@ -140,49 +148,77 @@ struct Loops {
     }
   }
 
+  // Sums begin with zeros, or with what the pieces of k before came to, and end there if more pieces follow.
+  template <bool kStreams, int kRows, int kVectors, class Sum>
+  static inline __attribute__((always_inline)) void begin(const Int8TileCall& call, Sum (&sum)[kRows][kVectors]) {
+    const bool goes_on = kStreams && call.sums_before != nullptr;
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      Sum& s = sum[i / kVectors][i % kVectors];
+      goes_on ? load_sum(call.sums_before + sum_at<kVectors>(i), s) : clear_sum(s);
+    }
+  }
+  template <bool kStreams, int kRows, int kVectors, class Sum>
+  static inline __attribute__((always_inline)) bool end_of_piece(const Sum (&sum)[kRows][kVectors],
+                                                                 const Int8TileCall& call) {
+    if (!kStreams || call.sums_after == nullptr) return false;
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      store_sum(call.sums_after + sum_at<kVectors>(i), sum[i / kVectors][i % kVectors]);
+    }
+    return true;
+  }
+  template <int kVectors>
+  static constexpr int sum_at(int i) {
+    return i / kVectors * kPanel + i % kVectors * kLanes;
+  }
+  static void clear_sum(I& sum) { sum = Vec::int_zero(); }
+  static void clear_sum(F& sum) { sum = Vec::zero(); }
+  static void load_sum(const int32_t* p, I& sum) { sum = Vec::int_load(p); }
+  static void load_sum(const int32_t* p, F& sum) { sum = Vec::load(reinterpret_cast<const float*>(p)); }
+  static void store_sum(int32_t* p, I sum) { Vec::store_int(p, sum); }
+  static void store_sum(int32_t* p, F sum) { Vec::store(reinterpret_cast<float*>(p), sum); }
+
   // kRows rows, kVectors vectors of channels: of one panel, or of all the vectors of several panels.
-  template <int kRows, int kVectors>
+  template <bool kStreams, int kRows, int kVectors>
   static void tile_of(const Int8TileCall& call) {
     I sum[kRows][kVectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::int_zero();
-    }
+    begin<kStreams>(call, sum);
     const char* a = static_cast<const char*>(call.rows);
-    for_each_step<1, kRows, kVectors>(call, [&](int64_t u, const int8_t* panel) __attribute__((always_inline)) {
-      I weights[kVectors];
+    for_each_step<kStreams, 1, kRows, kVectors>(call,
+                                                [&](int64_t u, const int8_t* panel) __attribute__((always_inline)) {
+                                                  I weights[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
+                                                  for (int v = 0; v < kVectors; ++v)
+                                                    weights[v] = weights_at(panel, call.panels, v);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        int32_t unit = 0;
-        memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
-        const I activations = Vec::int_set(unit);
+                                                  for (int r = 0; r < kRows; ++r) {
+                                                    int32_t unit = 0;
+                                                    memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
+                                                    const I activations = Vec::int_set(unit);
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) {
-          sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
-          pin(sum[r][v]);
-        }
-      }
-    });
-    finish(sum, call);
+                                                    for (int v = 0; v < kVectors; ++v) {
+                                                      sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
+                                                      pin(sum[r][v]);
+                                                    }
+                                                  }
+                                                });
+    if (!end_of_piece<kStreams>(sum, call)) finish(sum, call);
   }
 
   // As tile_of(), of weights of kBits bits: a vector of panel bytes holds as many units as share them. Each unit's are
   // shifted to the top of their bytes and the others masked out: 3 instructions for 128 weights of 4 bits, which hide
   // behind reading half of the bytes, and behind the products from some rows on.
-  template <int kBits, int kRows, int kVectors>
+  template <int kBits, bool kStreams, int kRows, int kVectors>
   static void few_bit_tile_of(const Int8TileCall& call) {
     constexpr int kShares = 8 / kBits;
     I sum[kRows][kVectors];
-#pragma GCC unroll 32
-    for (int i = 0; i < kRows * kVectors; ++i) sum[i / kVectors][i % kVectors] = Vec::int_zero();
+    begin<kStreams>(call, sum);
     const char* a = static_cast<const char*>(call.rows);
-    for_each_step<kShares, kRows, kVectors>(call, [&](int64_t u, const int8_t* panel) __attribute__((always_inline)) {
-      few_bit_step<kBits, 0>(a + u * 4, panel, call, sum);
-    });
-    finish(sum, call);
+    for_each_step<kStreams, kShares, kRows, kVectors>(
+        call, [&](int64_t u, const int8_t* panel)
+                  __attribute__((always_inline)) { few_bit_step<kBits, 0>(a + u * 4, panel, call, sum); });
+    if (!end_of_piece<kStreams>(sum, call)) finish(sum, call);
   }
 
   // Of activations and weights, the fewer stay in registers.
@@ -267,24 +303,24 @@ struct Loops {
     if constexpr (j + 1 < Dot::kUnit) float_step<kRows, kVectors, j + 1>(a, row_stride, weights, sum);
   }
 
-  template <int kRows, int kVectors>
+  template <bool kStreams, int kRows, int kVectors>
   static void float_tile_of(const Int8TileCall& call) {
     F sum[kRows][kVectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec::zero();
-    }
+    begin<kStreams>(call, sum);
     const float* a = static_cast<const float*>(call.rows);
     const int64_t row_stride = call.row_stride / static_cast<int64_t>(sizeof(float));
     const int8_t* panel = call.panels.first;
+    const char* ahead = call.ahead;
     for (int64_t u = 0; u < call.units; ++u) {
+      if constexpr (kStreams) ask<kStreams, kRows>(ahead);
+      ahead += call.ahead_step;
       I weights[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
       float_step<kRows, kVectors, 0>(a + u * Dot::kUnit, row_stride, weights, sum);
       panel += step_bytes<kVectors>(call.panels);
     }
+    if (end_of_piece<kStreams>(sum, call)) return;
     alignas(64) float spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -295,60 +331,61 @@ struct Loops {
   }
 
   // From run-time numbers of rows and vectors to the instance compiled for them.
-  struct Int8Instances {
-    static constexpr int at_once(int rows) { return panels_at_once(Dot::kRows, rows); }
+  template <int kBits, bool kStreams>
+  struct Instances {
+    static constexpr int at_once(int rows) { return kStreams ? 1 : panels_at_once(Dot::kRows, rows); }
     template <int kRows, int kVectors>
     static void run(const Int8TileCall& call) {
-      tile_of<kRows, kVectors>(call);
+      if constexpr (kBits == 8) {
+        tile_of<kStreams, kRows, kVectors>(call);
+      } else {
+        few_bit_tile_of<kBits, kStreams, kRows, kVectors>(call);
+      }
     }
   };
-  template <int kBits>
-  struct FewBitInstances {
-    static constexpr int at_once(int rows) { return panels_at_once(Dot::kRows, rows); }
-    template <int kRows, int kVectors>
-    static void run(const Int8TileCall& call) {
-      few_bit_tile_of<kBits, kRows, kVectors>(call);
-    }
-  };
+  template <bool kStreams>
   struct FloatInstances {
-    static constexpr int at_once(int rows) { return float_panels_at_once(Dot::kRows, rows); }
+    static constexpr int at_once(int rows) { return kStreams ? 1 : float_panels_at_once(Dot::kRows, rows); }
     template <int kRows, int kVectors>
     static void run(const Int8TileCall& call) {
-      float_tile_of<kRows, kVectors>(call);
+      float_tile_of<kStreams, kRows, kVectors>(call);
     }
   };
 
-  template <class Instances, int kRows = Dot::kRows>
+  template <class Of, int kRows = Dot::kRows>
   static void choose_rows(const Int8TileCall& call) {
     if (call.out.rows == kRows) {
-      if (call.panels.count > 1) return Instances::template run<kRows, Instances::at_once(kRows) * kCols>(call);
-      return choose_vectors<Instances, kRows, kCols>(call);
+      if (call.panels.count > 1) return Of::template run<kRows, Of::at_once(kRows) * kCols>(call);
+      return choose_vectors<Of, kRows, kCols>(call);
     }
-    if constexpr (kRows > 1) choose_rows<Instances, kRows - 1>(call);
+    if constexpr (kRows > 1) choose_rows<Of, kRows - 1>(call);
   }
-  template <class Instances, int kRows, int kVectors>
+  template <class Of, int kRows, int kVectors>
   static void choose_vectors(const Int8TileCall& call) {
     if constexpr (kVectors > 1) {
-      if (call.out.cols <= (kVectors - 1) * kLanes) return choose_vectors<Instances, kRows, kVectors - 1>(call);
+      if (call.out.cols <= (kVectors - 1) * kLanes) return choose_vectors<Of, kRows, kVectors - 1>(call);
     }
-    Instances::template run<kRows, kVectors>(call);
+    Of::template run<kRows, kVectors>(call);
   }
 
   // More rows than a whole panel has registers for: see tile_rows().
   template <int kRows = 2 * Dot::kRows>
   static void choose_many_rows(const Int8TileCall& call) {
-    if (call.out.rows == kRows) return choose_vectors<Int8Instances, kRows, kCols / 2>(call);
+    if (call.out.rows == kRows) return choose_vectors<Instances<8, false>, kRows, kCols / 2>(call);
     if constexpr (kRows > Dot::kRows + 1) choose_many_rows<kRows - 1>(call);
   }
 
   static void tile(const Int8TileCall& call) {
-    call.out.rows > Dot::kRows ? choose_many_rows(call) : choose_rows<Int8Instances>(call);
+    call.out.rows > Dot::kRows ? choose_many_rows(call) : choose_rows<Instances<8, false>>(call);
   }
+  // The more instructions prepare weights, the fewer sums hide the latency of the products. With up to three rows of 8
+  // bits, several wide panels at once are quicker from L2 and L3.
+  static constexpr Int8Tiles kTiles = {tile, choose_rows<Instances<8, true>>, kCols > 2 ? 16 : 8};
   template <int kBits>
-  static void few_bit_tile(const Int8TileCall& call) {
-    choose_rows<FewBitInstances<kBits>>(call);
-  }
-  static void weight_only_tile(const Int8TileCall& call) { choose_rows<FloatInstances>(call); }
+  static constexpr Int8Tiles kFewBitTiles = {choose_rows<Instances<kBits, false>>, choose_rows<Instances<kBits, true>>,
+                                             8};
+  static constexpr Int8Tiles kWeightOnlyTiles = {choose_rows<FloatInstances<false>>, choose_rows<FloatInstances<true>>,
+                                                 4};
 
   // ---- epilogue ----
   // Vectors of channels outside, rows inside: what belongs to a channel is read once a tile.

@@ -75,6 +75,27 @@ def test_products_beyond_the_caches(isa: str, threads: int) -> None:
     np.testing.assert_allclose(got, exact * row_scale.reshape(-1, 1) * scale, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits, n, k", [(8, 1061, 2090), (4, 1061, 4101), (2, 2110, 4101)])
+def test_weights_from_memory(isa: str, bits: int, n: int, k: int) -> None:
+    """Of 2 MiB and more, which few rows read in pieces of k: sums go on from one piece to the next."""
+    rng = np.random.default_rng(bits)
+    half = 1 << (bits - 1)
+    w = rng.integers(-half, half, (n, k), dtype=np.int8)
+    packed = kn.pack_int8_weight(w, bits)
+    assert packed.nbytes >= 2 << 20
+    scale, bias = np.full(n, 1 / 32, "f4"), np.arange(n, dtype="f4")
+    x = rng.integers(-3, 4, (49, k)).astype("f4")  # sums are exact in float32
+    x[:, 0] = 127  # a scale of 1, so that the rows are their own integers
+    exact = np.rint(x.astype(np.float64) @ w.astype(np.float64).T)
+    for rows in (1, 2, 3, 5, 7, 12, 25, 48, 49):
+        of_rows = x[:rows]
+        np.testing.assert_array_equal(kn.int8_linear(of_rows, packed, scale, bias), exact[:rows] / 32 + bias)
+        if bits == 8:
+            np.testing.assert_array_equal(kn.int8_matmul(of_rows.astype(np.int8), packed), exact[:rows])
+            got = kn.int8_weight_only_linear(of_rows, packed, scale, bias)
+            np.testing.assert_array_equal(got, exact[:rows] / 32 + bias)
+
+
 @pytest.mark.parametrize("rows", range(1, 14))
 def test_every_height_and_width_of_tile(isa: str, rows: int) -> None:
     """Each number of rows and of vectors of channels is an instance of its own, with several ways out of it."""
