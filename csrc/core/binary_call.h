@@ -173,53 +173,65 @@ Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const 
   const int64_t panel_bytes = std::max<int64_t>(sizeof(uint64_t), call.weight_planes() * plane_bytes * size.nr);
   const PlanePasses passes(call.row_planes(), call.weight_planes(), plane_bytes, plane_bytes * size.nr);
   const int64_t panels = (call.n + size.nr - 1) / size.nr;
+  const int64_t row_work = size.nr * (passes.count * call.words + 1);
+  ProductShape shape = {call.m, row_bytes, size.mr, panels, row_work, kWordsWorthAThread};
+
+  const auto make = [&](int64_t group, char* panel) {
+    const int64_t channel = group * size.nr;
+    const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
+    for (int q = 0; q < call.weight_planes(); ++q) {
+      call.kernels->interleave(call.weight_bits + (q * call.n + channel) * call.words, call.words, channels,
+                               panel + q * plane_bytes * size.nr);
+    }
+  };
+  // What multiplies rows by a panel: `made`, or, if that is nullptr, the one that it makes itself.
+  const auto multiplier = [&](int64_t group, const char* made) {
+    const int64_t channel = group * size.nr;
+    const TileOutput out = call.output_at(0, 0, channel, size.nr);
+    BinaryTileCall tile = {nullptr, 0, made, steps, call.epilogue_at(channel), out, nullptr, nullptr, &passes, nullptr};
+    PlaneEpilogue planes = {};
+    if (call.planes != nullptr) planes = call.planes->epilogue_at(channel);
+    return [&, group, channel, made, y = static_cast<char*>(out.y), tile, planes](const RowTile& rows) mutable {
+      if (made == nullptr && rows.tile_in_group == 0) make(group, rows.panel);
+      if (made == nullptr) tile.panel = rows.panel;
+      tile.rows = rows.rows;
+      tile.row_stride = rows.stride;
+      tile.out.rows = rows.count;
+      tile.out.y = y + rows.first * tile.out.y_stride * tile.out.element_bytes;
+      tile.ahead = input.ahead(rows, steps, call.m);
+      int32_t terms[kMostBinaryRows];
+      if (call.planes != nullptr) {
+        for (int r = 0; r < rows.count; ++r) {
+          std::memcpy(terms + r, rows.rows + r * rows.stride + call.term_at(), sizeof(int32_t));
+        }
+        planes.row_term = terms;
+        planes.row_scale = rows.scales;
+        tile.planes = &planes;
+      }
+      const int32_t* corrections[kMostBinaryRows];
+      if constexpr (!std::is_same_v<Correction, NoCorrection>) {
+        tile.corrections = correction(rows.first, rows.count, corrections) ? corrections : nullptr;
+        for (int r = 0; r < rows.count; ++r) {
+          if (tile.corrections != nullptr && corrections[r] != nullptr) corrections[r] += channel;
+        }
+      }
+      call.kernels->tile(tile);
+    };
+  };
+
+  if (rows_of_block(shape) >=
+      call.m) {  // one block: each panel is multiplied once, by one thread, and stays in L1 or L2
+    shape.panel_bytes = panel_bytes;
+    return run_product(shape, parallel_for, prepare, [&](int64_t group) { return multiplier(group, nullptr); });
+  }
   const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelBytes / panel_bytes));
   Scratch scratch(Panels::bytes(chunk, panel_bytes));
   if (scratch.data() == nullptr) return Status::internal("out of memory for the interleaved weights");
-
   for (int64_t first = 0; first < panels; first += chunk) {
-    const int64_t count = std::min(chunk, panels - first);
-    Panels shared(scratch.data(), count, panel_bytes);
-    const int64_t row_work = size.nr * (passes.count * call.words + 1);
-    const ProductShape shape = {call.m, row_bytes, size.mr, count, row_work, kWordsWorthAThread};
+    shape.groups = std::min(chunk, panels - first);
+    Panels shared(scratch.data(), shape.groups, panel_bytes);
     Status status = run_product(shape, parallel_for, prepare, [&](int64_t group) {
-      const int64_t channel = (first + group) * size.nr;
-      const char* panel = shared.get(group, [&](char* made) {
-        const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
-        for (int q = 0; q < call.weight_planes(); ++q) {
-          call.kernels->interleave(call.weight_bits + (q * call.n + channel) * call.words, call.words, channels,
-                                   made + q * plane_bytes * size.nr);
-        }
-      });
-      const TileOutput out = call.output_at(0, 0, channel, size.nr);
-      BinaryTileCall tile = {nullptr, 0,       panel,   steps,   call.epilogue_at(channel),
-                             out,     nullptr, nullptr, &passes, nullptr};
-      PlaneEpilogue planes = {};
-      if (call.planes != nullptr) planes = call.planes->epilogue_at(channel);
-      return [&, channel, y = static_cast<char*>(out.y), tile, planes](const RowTile& rows) mutable {
-        tile.rows = rows.rows;
-        tile.row_stride = rows.stride;
-        tile.out.rows = rows.count;
-        tile.out.y = y + rows.first * tile.out.y_stride * tile.out.element_bytes;
-        tile.ahead = input.ahead(rows, steps, call.m);
-        int32_t terms[kMostBinaryRows];
-        if (call.planes != nullptr) {
-          for (int r = 0; r < rows.count; ++r) {
-            std::memcpy(terms + r, rows.rows + r * rows.stride + call.term_at(), sizeof(int32_t));
-          }
-          planes.row_term = terms;
-          planes.row_scale = rows.scales;
-          tile.planes = &planes;
-        }
-        const int32_t* corrections[kMostBinaryRows];
-        if constexpr (!std::is_same_v<Correction, NoCorrection>) {
-          tile.corrections = correction(rows.first, rows.count, corrections) ? corrections : nullptr;
-          for (int r = 0; r < rows.count; ++r) {
-            if (tile.corrections != nullptr && corrections[r] != nullptr) corrections[r] += channel;
-          }
-        }
-        call.kernels->tile(tile);
-      };
+      return multiplier(first + group, shared.get(group, [&](char* panel) { make(first + group, panel); }));
     });
     if (!status.ok()) return status;
   }

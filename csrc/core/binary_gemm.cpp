@@ -98,8 +98,8 @@ void run_direct(const BinaryCall& call, const uint64_t* a, const ParallelFor& pa
   const int64_t grain = kWordsWorthAThread / (kChannels * (passes.count * call.words + 1)) + 1;
   parallel_range(parallel_for, call.m * groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / groups;
-      const int64_t channel = i % groups * kChannels;
+      const int64_t row = i % call.m;  // all rows take some weights before the next ones are read
+      const int64_t channel = i / call.m * kChannels;
       BinaryDirectCall direct = {a + row * call.row_planes() * call.words,
                                  call.weight_bits + channel * call.words,
                                  call.words,

@@ -90,6 +90,13 @@ struct RowTile {
   int64_t next_block_end;  // and the one after its last: the same after the last block
 };
 
+// Of a block: few enough to stay in the caches, in blocks of one size.
+inline int64_t rows_of_block(const ProductShape& shape) {
+  const int64_t stride = padded_stride(shape.row_bytes);
+  const int64_t most = std::clamp(shape.block_bytes / stride, shape.mr, std::max(shape.mr, shape.block_rows));
+  return even_block(shape.m, most);
+}
+
 inline bool is_far(int64_t bytes) { return bytes >= kFarBytes; }
 
 // Where prepared rows go: `stride` bytes apart, with a scale each.
@@ -106,8 +113,7 @@ template <class Prepare, class Multiplier>
 Status run_product(const ProductShape& shape, const ParallelFor& parallel_for, Prepare&& prepare,
                    Multiplier&& multiplier) {
   const int64_t stride = padded_stride(shape.row_bytes);
-  const int64_t most_rows = std::clamp(shape.block_bytes / stride, shape.mr, std::max(shape.mr, shape.block_rows));
-  const int64_t block_rows = even_block(shape.m, most_rows);
+  const int64_t block_rows = rows_of_block(shape);
   const int64_t blocks = (shape.m + block_rows - 1) / block_rows;
   const int64_t scales_bytes = padded_stride(block_rows * 4);
   const int64_t block_work = std::max<int64_t>(1, std::min(block_rows, shape.m) * shape.row_work);

@@ -1,5 +1,6 @@
 // The binary family on AVX-512 VPOPCNTDQ: xor, vpopcntd, add, three instructions for 512 bits. Lanes are 32 bits wide,
 // so that sixteen sums are sixteen int32 results, and a panel has the shape of the int8 family's.
+#include "core/binary_gemm_kernels.h"
 #include "x86/vec_avx512.h"
 
 namespace kdq {
@@ -52,6 +53,7 @@ struct Bits {
   // [2 * words][nr] words of 32 bits.
   static void interleave(const uint64_t* b, int64_t words, int channels, int nr, char* panel) {
     const int64_t halves = 2 * words;
+    const int64_t ahead = 2 * words_ahead(words, 16);
     for (int c = 0; c < nr; c += 16) {
       for (int64_t w = 0; w < halves; w += 16) {
         const int64_t left = halves - w < 16 ? halves - w : 16;
@@ -62,6 +64,7 @@ struct Bits {
           const bool there = c + i < channels;
           const Word* row = reinterpret_cast<const Word*>(b + (there ? c + i : 0) * words) + w;
           rows[i] = _mm512_maskz_loadu_epi32(there ? wanted : __mmask16{0}, row);
+          _mm_prefetch(row + ahead, _MM_HINT_T0);
         }
         transpose(rows);
         char* at = panel + (w * nr + c) * static_cast<int64_t>(sizeof(Word));

@@ -386,6 +386,7 @@ struct Loops {
         const I of_row = Vec::load_words(a + w);
 #pragma GCC unroll 4
         for (int j = 0; j < kAtOnce; ++j) {
+          _mm_prefetch(b[j] + w + kWordsAhead, _MM_HINT_T0);
           sum[j] = RowBits::add(sum[j], Vec::int_xor(of_row, Vec::load_words(b[j] + w)));
         }
       }

@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/binary_gemm_kernels.h"
+
 namespace kdq {
 namespace {
 
@@ -77,10 +79,14 @@ inline void transpose_bytes(const uint64_t (&word)[32], __m256i (&bytes)[8]) {
 // Row-major channels, of `words` words each, -> [steps][nr], four bits a byte; nr is a multiple of 32.
 inline void interleave_nibbles(const uint64_t* b, int64_t words, int channels, int nr, char* panel) {
   const __m256i mask = _mm256_set1_epi8(15);
+  const int64_t ahead = words_ahead(words, 32);
   for (int c = 0; c < nr; c += 32) {
     const int there = channels - c < 32 ? channels - c : 32;
     alignas(32) uint64_t word[32] = {};
     for (int64_t w = 0; w < words; ++w) {
+      if (w % 8 == 0) {  // once for each line
+        for (int i = 0; i < there; ++i) _mm_prefetch(b + (c + i) * words + w + ahead, _MM_HINT_T0);
+      }
       for (int i = 0; i < there; ++i) word[i] = b[(c + i) * words + w];
       __m256i bytes[8];
       transpose_bytes(word, bytes);
