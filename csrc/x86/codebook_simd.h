@@ -20,6 +20,7 @@ struct Loops {
   using I = Vec::Int;
   static constexpr int kLanes = Vec::kLanes;
   static constexpr int kPanelVectors = static_cast<int>(kCodebookLanes) / kLanes;
+  static constexpr int64_t kStepsAhead = 16;  // a step's words, a line, are asked for so many steps before
 
   static int panels_at_once(int rows) { return most_panels(rows); }
 
@@ -69,26 +70,54 @@ struct Loops {
       I words[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
-        words[v] = Vec::int_load(panel + v / kPanelVectors * call.panels.stride + v % kPanelVectors * kLanes);
+        const int32_t* at = panel + v / kPanelVectors * call.panels.stride + v % kPanelVectors * kLanes;
+        words[v] = Vec::int_load(at);
+        if (v % kPanelVectors == 0) _mm_prefetch(at + kStepsAhead * kCodebookLanes, _MM_HINT_T0);
       }
-      for (int j = 0; j < per_word; ++j, ++x) {
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) {
-          const F w = lookup.at(words[v]);
-          words[v] = Vec::shift_right(words[v], bits);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            sum[r][v] = Vec::fma(Vec::set(x[r * call.row_stride]), w, sum[r][v]);
-            pin(sum[r][v]);
-          }
-        }
-      }
+      for (int j = 0; j < per_word; ++j, ++x) add_products(lookup, bits, x, call.row_stride, words, sum);
       panel += kCodebookLanes;
     }
     alignas(64) float spilled[kRows * kVectors * kLanes];
 #pragma GCC unroll 32
     for (int i = 0; i < kRows * kVectors; ++i) Vec::store(spilled + i * kLanes, sum[i / kVectors][i % kVectors]);
     finish(spilled, first * static_cast<int>(kCodebookLanes), kPanels * static_cast<int>(kCodebookLanes), call);
+  }
+
+  // Of the lowest index in each lane. Of activations and weights, the fewer stay in registers: both together leave none
+  // for the sums.
+  template <class Lookup, int kRows, int kVectors>
+  static inline __attribute__((always_inline)) void add_products(const Lookup& lookup, I bits, const float* x,
+                                                                 int64_t row_stride, I (&words)[kVectors],
+                                                                 F (&sum)[kRows][kVectors]) {
+    const auto add = [&](int r, int v, F x_r, F w) __attribute__((always_inline)) {
+      sum[r][v] = Vec::fma(x_r, w, sum[r][v]);
+      pin(sum[r][v]);
+    };
+    const auto next_weights = [&](int v) __attribute__((always_inline)) {
+      const F w = lookup.at(words[v]);
+      words[v] = Vec::shift_right(words[v], bits);
+      return w;
+    };
+    F kept[kRows < kVectors ? kRows : kVectors];
+    if constexpr (kRows <= kVectors) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) kept[r] = Vec::set(x[r * row_stride]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        const F w = next_weights(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) add(r, v, kept[r], w);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) kept[v] = next_weights(v);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const F x_r = Vec::set(x[r * row_stride]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) add(r, v, x_r, kept[v]);
+      }
+    }
   }
 
   // sums: rows of `width`, of the channels from `first` on.
