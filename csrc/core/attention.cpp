@@ -24,10 +24,14 @@ constexpr KernelChoice<AttentionKernels> kChoices[] = {
 #endif
 };
 
-// Queries that threads are given at once: whole groups of a tile's rows on every ISA.
+// Queries that threads are given at once: whole groups of a tile's rows on every ISA. Fewer where they stand for heads,
+// of which there may be no others for further threads.
 constexpr int64_t kPiece = 48;
+constexpr int64_t kPieceOfHeads = 6;
 // Multiplications and additions below which waking another thread costs more than it saves (some 7 us).
 constexpr double kWorkWorthAThread = 2e6;
+// Fewer queries take as long as so many: reading keys and values is what takes the time.
+constexpr int64_t kQueriesOfReading = 6;
 
 // Times log2(e) it is still finite.
 constexpr float kLargestScale = 1e38F;
@@ -64,6 +68,20 @@ T* moved(T* base, const AttentionStrides& strides, int64_t batch, int64_t head, 
   return static_cast<Byte*>(base) + elements * static_cast<int64_t>(element_bytes);
 }
 
+// With one query a head, the query heads that share a key head are as well its queries: each block of keys then comes
+// from memory once for all of them.
+Attention with_groups_as_queries(Attention a) {
+  const int64_t group = a.heads / a.kv_heads;
+  if (a.queries != 1 || a.causal || group == 1) return a;
+  for (AttentionStrides* strides : {&a.q_strides, &a.y_strides, &a.mask_strides}) {
+    strides->row = strides->head;
+    strides->head *= group;
+  }
+  a.heads = a.kv_heads;
+  a.queries = group;
+  return a;
+}
+
 HeadQueries at_head(const Attention& a, int64_t index) {
   const int64_t batch = index / a.heads;
   const int64_t head = index % a.heads;
@@ -82,15 +100,18 @@ HeadQueries at_head(const Attention& a, int64_t index) {
 
 }  // namespace
 
-Status scaled_dot_product_attention(const Attention& args, const ParallelFor& parallel_for) {
+Status scaled_dot_product_attention(const Attention& given, const ParallelFor& parallel_for) {
   const AttentionKernels* kernels = nullptr;
   Status status = choose_kernels(kChoices, &kernels);
-  if (status.ok()) status = check_attention(args);
-  if (!status.ok() || args.batch * args.heads * args.queries == 0) return status;
+  if (status.ok()) status = check_attention(given);
+  if (!status.ok() || given.batch * given.heads * given.queries == 0) return status;
+  const Attention args = with_groups_as_queries(given);
   const auto run = kernels->run[static_cast<int>(args.dtype)];
   const size_t scratch_bytes = static_cast<size_t>(kernels->scratch_floats(args)) * sizeof(float);
-  const int64_t pieces = (args.queries + kPiece - 1) / kPiece;  // of a head
-  const double piece_work = 2.0 * static_cast<double>(std::min(kPiece, args.queries) * (args.keys + 1)) *
+  const int64_t piece = args.heads == given.heads ? kPiece : kPieceOfHeads;
+  const int64_t pieces = (args.queries + piece - 1) / piece;  // of a head
+  const double piece_work = 2.0 *
+                            static_cast<double>(std::clamp(args.queries, kQueriesOfReading, piece) * (args.keys + 1)) *
                             static_cast<double>(args.head_size + args.value_size);
   const int64_t grain = static_cast<int64_t>(kWorkWorthAThread / piece_work) + 1;
   std::atomic<bool> out_of_memory{false};
@@ -102,9 +123,9 @@ Status scaled_dot_product_attention(const Attention& args, const ParallelFor& pa
     }
     for (int64_t i = begin; i < end;) {
       HeadQueries job = at_head(args, i / pieces);
-      const int64_t last = std::min({i - i % pieces + pieces, end, i + kMostQueries / kPiece});  // of the same head
-      job.first = i % pieces * kPiece;
-      job.count = std::min(args.queries - job.first, (last - i) * kPiece);
+      const int64_t last = std::min({i - i % pieces + pieces, end, i + kMostQueries / piece});  // of the same head
+      job.first = i % pieces * piece;
+      job.count = std::min(args.queries - job.first, (last - i) * piece);
       run(job, reinterpret_cast<float*>(scratch.data()));
       i = last;
     }

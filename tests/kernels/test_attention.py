@@ -77,6 +77,32 @@ def test_is_the_formula(isa: str, case: dict[str, Any]) -> None:
     np.testing.assert_allclose(y, want, rtol=accuracy, atol=accuracy)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("mask_heads", [None, 1, 8])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_query_of_grouped_heads(
+    isa: str, causal: bool, kv_heads: int, mask_heads: int | None, threads: int
+) -> None:
+    """As in generating text: heads that share keys go over them together, each with its own mask and place."""
+    rng = np.random.default_rng(kv_heads)
+    q = rng.normal(size=(2, 1, 8, 40)).astype("f4").swapaxes(1, 2)
+    k, v = (rng.normal(size=(2, 300, kv_heads, size)).astype("f4").swapaxes(1, 2) for size in (40, 24))
+    mask = None if mask_heads is None else rng.random((2, mask_heads, 1, 300)) < 0.5
+    want = expected(q, k, v, mask, causal, 0.2)
+    before = kn.num_threads()
+    try:
+        kn.set_num_threads(threads)
+        y = kn.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=0.2)
+    finally:
+        kn.set_num_threads(before)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    torch_mask = None if mask is None else torch.from_numpy(mask)
+    operands = [torch.from_numpy(x) for x in (q, k, v)]
+    same = kk.scaled_dot_product_attention(*operands, torch_mask, is_causal=causal, scale=0.2)
+    np.testing.assert_array_equal(same, y)
+
+
 def test_long_sequences_are_rescaled_block_by_block(isa: str) -> None:
     """Each block of keys holds the largest score of all so far: a wrong factor between blocks would show."""
     rng = np.random.default_rng(0)

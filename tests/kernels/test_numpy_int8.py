@@ -75,9 +75,9 @@ def test_products_beyond_the_caches(isa: str, threads: int) -> None:
     np.testing.assert_allclose(got, exact * row_scale.reshape(-1, 1) * scale, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits, n, k", [(8, 1061, 2090), (4, 1061, 4101), (2, 2110, 4101)])
+@pytest.mark.parametrize(("bits", "n", "k"), [(8, 1061, 2090), (4, 1061, 4101), (2, 2110, 4101)])
 def test_weights_from_memory(isa: str, bits: int, n: int, k: int) -> None:
-    """Of 2 MiB and more, which few rows read in pieces of k: sums go on from one piece to the next."""
+    """Large ones, which few rows read in pieces of k: sums go on from one piece to the next."""
     rng = np.random.default_rng(bits)
     half = 1 << (bits - 1)
     w = rng.integers(-half, half, (n, k), dtype=np.int8)
