@@ -161,38 +161,34 @@ struct NoCorrection {};
 // Few rows, row-major: their signs, or the planes of each. planes: with what belongs to rows.
 void run_direct(const BinaryCall& call, const uint64_t* a, const ParallelFor& parallel_for);
 
-// prepare(first, count, PreparedRows): the steps of rows.
-// correction(first, count, to): what is subtracted from each row's dots, of all channels, or nullptr; false if nothing.
-template <class Prepare, class Correction = NoCorrection>
-Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const ParallelFor& parallel_for,
-                        Prepare&& prepare, Correction correction = {}) {
-  const BinaryTile& size = call.kernels->size;
-  const int64_t steps = call.words * 64 / size.step_bits;
-  const int64_t plane_bytes = call.plane_bytes();
-  const int64_t row_bytes = call.term_at() + (call.planes == nullptr ? 0 : static_cast<int64_t>(sizeof(int32_t)));
-  const int64_t panel_bytes = std::max<int64_t>(sizeof(uint64_t), call.weight_planes() * plane_bytes * size.nr);
-  const PlanePasses passes(call.row_planes(), call.weight_planes(), plane_bytes, plane_bytes * size.nr);
-  const int64_t panels = (call.n + size.nr - 1) / size.nr;
-  const int64_t row_work = size.nr * (passes.count * call.words + 1);
-  ProductShape shape = {call.m, row_bytes, size.mr, panels, row_work, kWordsWorthAThread};
+// What multiplies rows by the panels of a call: what is the same in all of its tiles.
+template <class Correction>
+struct BinaryMultiplier {
+  const BinaryCall& call;
+  const BinaryInput& input;
+  const PlanePasses& passes;
+  int64_t steps;
+  Correction correction;
 
-  const auto make = [&](int64_t group, char* panel) {
-    const int64_t channel = group * size.nr;
-    const int channels = static_cast<int>(std::min<int64_t>(size.nr, call.n - channel));
+  void make_panel(int64_t group, char* panel) const {
+    const int nr = call.kernels->size.nr;
+    const int64_t channel = group * nr;
+    const int channels = static_cast<int>(std::min<int64_t>(nr, call.n - channel));
     for (int q = 0; q < call.weight_planes(); ++q) {
       call.kernels->interleave(call.weight_bits + (q * call.n + channel) * call.words, call.words, channels,
-                               panel + q * plane_bytes * size.nr);
+                               panel + q * call.plane_bytes() * nr);
     }
-  };
-  // What multiplies rows by a panel: `made`, or, if that is nullptr, the one that it makes itself.
-  const auto multiplier = [&](int64_t group, const char* made) {
-    const int64_t channel = group * size.nr;
-    const TileOutput out = call.output_at(0, 0, channel, size.nr);
+  }
+
+  // Of one group. made: its panel, or nullptr if the first tile is to make it, in the thread's own scratch.
+  auto of_group(int64_t group, const char* made) const {
+    const int64_t channel = group * call.kernels->size.nr;
+    const TileOutput out = call.output_at(0, 0, channel, call.kernels->size.nr);
     BinaryTileCall tile = {nullptr, 0, made, steps, call.epilogue_at(channel), out, nullptr, nullptr, &passes, nullptr};
     PlaneEpilogue planes = {};
     if (call.planes != nullptr) planes = call.planes->epilogue_at(channel);
-    return [&, group, channel, made, y = static_cast<char*>(out.y), tile, planes](const RowTile& rows) mutable {
-      if (made == nullptr && rows.tile_in_group == 0) make(group, rows.panel);
+    return [this, group, channel, made, y = static_cast<char*>(out.y), tile, planes](const RowTile& rows) mutable {
+      if (made == nullptr && rows.tile_in_group == 0) make_panel(group, rows.panel);
       if (made == nullptr) tile.panel = rows.panel;
       tile.rows = rows.rows;
       tile.row_stride = rows.stride;
@@ -217,12 +213,30 @@ Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const 
       }
       call.kernels->tile(tile);
     };
-  };
+  }
+};
 
-  if (rows_of_block(shape) >=
-      call.m) {  // one block: each panel is multiplied once, by one thread, and stays in L1 or L2
+// prepare(first, count, PreparedRows): the steps of rows.
+// correction(first, count, to): what is subtracted from each row's dots, of all channels, or nullptr; false if nothing.
+template <class Prepare, class Correction = NoCorrection>
+Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const ParallelFor& parallel_for,
+                        Prepare&& prepare, Correction correction = {}) {
+  const BinaryTile& size = call.kernels->size;
+  const int64_t steps = call.words * 64 / size.step_bits;
+  const int64_t plane_bytes = call.plane_bytes();
+  const int64_t row_bytes = call.term_at() + (call.planes == nullptr ? 0 : static_cast<int64_t>(sizeof(int32_t)));
+  const int64_t panel_bytes = std::max<int64_t>(sizeof(uint64_t), call.weight_planes() * plane_bytes * size.nr);
+  const PlanePasses passes(call.row_planes(), call.weight_planes(), plane_bytes, plane_bytes * size.nr);
+  const BinaryMultiplier<Correction> multiplier = {call, input, passes, steps, correction};
+  const int64_t panels = (call.n + size.nr - 1) / size.nr;
+  const int64_t row_work = size.nr * (passes.count * call.words + 1);
+  ProductShape shape = {call.m, row_bytes, size.mr, panels, row_work, kWordsWorthAThread};
+
+  // Of a single block, each panel is multiplied once, by one thread: made there, it stays in L1 or L2.
+  if (rows_of_block(shape) >= call.m) {
     shape.panel_bytes = panel_bytes;
-    return run_product(shape, parallel_for, prepare, [&](int64_t group) { return multiplier(group, nullptr); });
+    return run_product(shape, parallel_for, prepare,
+                       [&](int64_t group) { return multiplier.of_group(group, nullptr); });
   }
   const int64_t chunk = std::min(panels, std::max<int64_t>(1, kPanelBytes / panel_bytes));
   Scratch scratch(Panels::bytes(chunk, panel_bytes));
@@ -231,7 +245,8 @@ Status run_binary_tiles(const BinaryCall& call, const BinaryInput& input, const 
     shape.groups = std::min(chunk, panels - first);
     Panels shared(scratch.data(), shape.groups, panel_bytes);
     Status status = run_product(shape, parallel_for, prepare, [&](int64_t group) {
-      return multiplier(first + group, shared.get(group, [&](char* panel) { make(first + group, panel); }));
+      const char* panel = shared.get(group, [&](char* made) { multiplier.make_panel(first + group, made); });
+      return multiplier.of_group(first + group, panel);
     });
     if (!status.ok()) return status;
   }

@@ -86,8 +86,8 @@ struct BinaryTileCall {
   const PlaneEpilogue* planes;  // instead of `epilogue`; or nullptr
 };
 
-// Row-major weights may come from memory: what is read 8 KiB on is asked for. Words from one that `interleave` reads to
-// that one, where it reads so many channels side by side: as whole numbers of these.
+// Row-major weights may come from memory: what lies at least 8 KiB on is asked for. Words from one that `interleave`
+// reads to that one, where it reads so many channels side by side: whole groups of these.
 constexpr int64_t kWordsAhead = 1024;
 constexpr int64_t words_ahead(int64_t words, int channels) {
   const int64_t side_by_side = words * channels;

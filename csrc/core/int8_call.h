@@ -141,38 +141,43 @@ struct Int8Call {
   static constexpr int64_t kPieceBytes = int64_t{16} << 10;
   static constexpr int64_t kOneTileAhead = int64_t{12} << 10;
 
-  bool may_stream(int least_sums) const {
+  static constexpr int64_t kMostStreamedRowBytes = int64_t{4} << 20;  // prepared, in one block
+
+  bool may_stream(int least_rows) const {
     const Int8Tile& size = kernels->size;
-    return m * size.nr >= least_sums * size.lanes && m <= kMostStreamedTiles * size.mr &&
-           weight.panel_channels == size.nr && weight.panels * weight.panel_bytes >= kStreamedBytes;
+    return m >= least_rows && m <= kMostStreamedTiles * size.mr && weight.panel_channels == size.nr &&
+           weight.panels * weight.panel_bytes >= kStreamedBytes &&
+           m * padded_stride(weight.units * unit_bytes) <= kMostStreamedRowBytes;
   }
 
+  int64_t shares() const { return 8 / weight.bits; }  // units of k in a step's bytes
+
   void cut_into_pieces(ProductShape* shape) {
-    const int64_t shares = 8 / weight.bits;
-    const int64_t steps = weight.units / shares;
-    const int64_t pieces = m > mr ? std::max<int64_t>(1, weight.panel_bytes / kPieceBytes) : 1;
-    piece_units = (steps + pieces - 1) / pieces * shares;
+    const int64_t steps = weight.units / shares();
+    const int64_t pieces = m > mr ? (weight.panel_bytes + kPieceBytes - 1) / kPieceBytes : 1;
+    piece_units = (steps + pieces - 1) / pieces * shares();
     shape->pieces = (weight.units + piece_units - 1) / piece_units;
-    shape->block_bytes = m * padded_stride(shape->row_bytes);  // one block: of its rows, pieces are read as well
+    shape->block_rows = m;
+    shape->block_bytes = kMostStreamedRowBytes;
     shape->panel_bytes = (m + mr) * kernels->size.nr * static_cast<int64_t>(sizeof(int32_t));
   }
 
   void set_piece(const RowTile& rows, int64_t panel, Int8TileCall* call) const {
     const int64_t first = rows.piece * piece_units;
     const int64_t step = call->panels.step;
-    const int64_t shares = 8 / weight.bits;
     call->units = std::min(piece_units, weight.units - first);
     call->rows = rows.rows + first * unit_bytes;
-    call->panels.first = weight.panel + panel * weight.panel_bytes + first / shares * step;
-    call->ahead_step = step / rows.tiles;
-    call->ahead = reinterpret_cast<const char*>(call->panels.first) + (rows.tiles > 1 ? kPieceBytes : kOneTileAhead) +
-                  rows.tile_in_group * call->ahead_step * (call->units / shares);
+    call->panels.first = weight.panel + panel * weight.panel_bytes + first / shares() * step;
+    call->ahead_step = step / rows.tiles;  // each tile asks for its part of the next piece
+    call->ahead = reinterpret_cast<const char*>(call->panels.first) +
+                  (rows.tiles > 1 ? piece_units / shares() * step : kOneTileAhead) +
+                  rows.tile_in_group * call->ahead_step * (call->units / shares());
     int32_t* sums = reinterpret_cast<int32_t*>(rows.panel) + rows.tile_in_group * mr * kernels->size.nr;
     call->sums_before = first > 0 ? sums : nullptr;
     call->sums_after = first + call->units < weight.units ? sums : nullptr;
   }
 
-  // So many tiles have one panel to each group: with several, there is but one tile. Two ask enough for half of a
+  // So many tiles have one panel to each group: with several, there is but one tile. Two have no time to ask for a
   // panel.
   static constexpr int64_t kTilesWorthAsking = 3;
 
@@ -228,12 +233,13 @@ Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once
   const Int8Tiles& of_bits = !few_bits          ? tiles
                              : weight.bits == 4 ? call.kernels->four_bit_tiles
                                                 : call.kernels->two_bit_tiles;
-  const bool streams = of_bits.streamed != nullptr && call.may_stream(of_bits.streamed_sums);
+  call.unit_bytes = size.ku * element_bytes;
+  call.piece_units = 0;  // a convolution runs its call once for each group of images
+  const bool streams = of_bits.streamed != nullptr && call.may_stream(of_bits.streamed_rows);
   const bool is_low = m <= size.mr && !streams;
   const int panels = is_low ? at_once(size.mr, static_cast<int>(std::max<int64_t>(m, 1))) : 1;
   if (few_bits) mr = size.mr;
   call.mr = mr;
-  call.unit_bytes = size.ku * element_bytes;
   call.place = place_of(call.y, m, weight.n * result_bytes(call.result));
   ProductShape shape;
   shape.m = m;

@@ -107,7 +107,7 @@ using Int8TileFunction = void (*)(const Int8TileCall& call);
 struct Int8Tiles {
   Int8TileFunction plain;
   Int8TileFunction streamed;
-  int streamed_sums;  // vectors of sums, from so many on: with fewer, several panels at once are quicker
+  int streamed_rows;  // from so many on: with fewer, several panels at once are quicker
 };
 
 struct Int8Kernels {
@@ -133,7 +133,7 @@ struct Int8Kernels {
 
 // The weight-only product of bfloat16 rows on a CPU that multiplies bfloat16 natively, twice as fast as float32. int8
 // values are exact in bfloat16 and products of two in float32: only the order of the sums, and what becomes of numbers
-// below FLT_MIN, differs from weight_only_tile.
+// below FLT_MIN, differs from weight_only_tiles.
 struct Int8Bf16Kernels {
   int mr;  // rows of a full tile
 

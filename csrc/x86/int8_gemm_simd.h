@@ -28,7 +28,9 @@ struct Loops {
   // next one needs. None where a step has less than a line of weights.
   static constexpr int64_t kPanelLines = kPanel * Dot::kUnit / kLine;
   static constexpr int64_t kAheadStep = (kPanelLines > 1 ? kPanelLines / 2 : kPanelLines) * kLine;
-  static constexpr int64_t kStreamedStep = (kPanelLines > 0 ? kPanelLines : 1) * kLine;  // what a step has, and no less
+  // All lines of a step, or the one that it is a part of. Several tiles share the asking by going on more slowly, so
+  // that each line is asked for by several of their steps: a prefetch of what is there is next to nothing.
+  static constexpr int64_t kStreamedStep = (kPanelLines > 0 ? kPanelLines : 1) * kLine;
   using Prepared = Dot::Prepared;
 
   // ---- prepare ----
@@ -378,14 +380,13 @@ struct Loops {
   static void tile(const Int8TileCall& call) {
     call.out.rows > Dot::kRows ? choose_many_rows(call) : choose_rows<Instances<8, false>>(call);
   }
-  // The more instructions prepare weights, the fewer sums hide the latency of the products. With up to three rows of 8
-  // bits, several wide panels at once are quicker from L2 and L3.
-  static constexpr Int8Tiles kTiles = {tile, choose_rows<Instances<8, true>>, kCols > 2 ? 16 : 8};
+  // The more instructions prepare weights, the fewer sums, rows times kCols, hide the latency of the products.
+  static constexpr Int8Tiles kTiles = {tile, choose_rows<Instances<8, true>>, 4};
   template <int kBits>
   static constexpr Int8Tiles kFewBitTiles = {choose_rows<Instances<kBits, false>>, choose_rows<Instances<kBits, true>>,
-                                             8};
+                                             8 / kCols};
   static constexpr Int8Tiles kWeightOnlyTiles = {choose_rows<FloatInstances<false>>, choose_rows<FloatInstances<true>>,
-                                                 4};
+                                                 4 / kCols};
 
   // ---- epilogue ----
   // Vectors of channels outside, rows inside: what belongs to a channel is read once a tile.

@@ -256,6 +256,15 @@ def test_images_do_not_depend_on_each_other(device: str) -> None:
             assert torch.equal(run(x[image : image + 1]), whole[image : image + 1])
 
 
+def test_last_images_of_a_large_weight(isa: str) -> None:
+    """The windows of the first images read the weight in pieces of k, those of the last three do not."""
+    shape, n, window = (43, 400, 16, 16), 128, Window((5, 5), (12, 12), (0, 0))
+    x, w, scale, bias = layer(shape, n, window)
+    whole = int8_conv2d(x, w, scale, bias, window)
+    for image in (0, 19, 39, 40, 42):
+        assert torch.equal(int8_conv2d(x[image : image + 1], w, scale, bias, window), whole[image : image + 1])
+
+
 def test_threads_do_not_change_the_result() -> None:
     shape, n, window = (3, 64, 30, 31), 96, Window()
     x = randn(*shape)
