@@ -187,24 +187,23 @@ struct Loops {
     I sum[kRows][kVectors];
     begin<kStreams>(call, sum);
     const char* a = static_cast<const char*>(call.rows);
-    for_each_step<kStreams, 1, kRows, kVectors>(call,
-                                                [&](int64_t u, const int8_t* panel) __attribute__((always_inline)) {
-                                                  I weights[kVectors];
+    const auto step = [&](int64_t u, const int8_t* panel) __attribute__((always_inline)) {
+      I weights[kVectors];
 #pragma GCC unroll 16
-                                                  for (int v = 0; v < kVectors; ++v)
-                                                    weights[v] = weights_at(panel, call.panels, v);
+      for (int v = 0; v < kVectors; ++v) weights[v] = weights_at(panel, call.panels, v);
 #pragma GCC unroll 16
-                                                  for (int r = 0; r < kRows; ++r) {
-                                                    int32_t unit = 0;
-                                                    memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
-                                                    const I activations = Vec::int_set(unit);
+      for (int r = 0; r < kRows; ++r) {
+        int32_t unit = 0;
+        memcpy(&unit, a + r * call.row_stride + u * 4, sizeof(unit));
+        const I activations = Vec::int_set(unit);
 #pragma GCC unroll 16
-                                                    for (int v = 0; v < kVectors; ++v) {
-                                                      sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
-                                                      pin(sum[r][v]);
-                                                    }
-                                                  }
-                                                });
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = Dot::dot(sum[r][v], activations, weights[v]);
+          pin(sum[r][v]);
+        }
+      }
+    };
+    for_each_step<kStreams, 1, kRows, kVectors>(call, step);
     if (!end_of_piece<kStreams>(sum, call)) finish(sum, call);
   }
 
@@ -217,9 +216,9 @@ struct Loops {
     I sum[kRows][kVectors];
     begin<kStreams>(call, sum);
     const char* a = static_cast<const char*>(call.rows);
-    for_each_step<kStreams, kShares, kRows, kVectors>(
-        call, [&](int64_t u, const int8_t* panel)
-                  __attribute__((always_inline)) { few_bit_step<kBits, 0>(a + u * 4, panel, call, sum); });
+    const auto step = [&](int64_t u, const int8_t* panel)
+                          __attribute__((always_inline)) { few_bit_step<kBits, 0>(a + u * 4, panel, call, sum); };
+    for_each_step<kStreams, kShares, kRows, kVectors>(call, step);
     if (!end_of_piece<kStreams>(sum, call)) finish(sum, call);
   }
 
