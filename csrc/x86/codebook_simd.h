@@ -83,8 +83,7 @@ struct Loops {
     finish(spilled, first * static_cast<int>(kCodebookLanes), kPanels * static_cast<int>(kCodebookLanes), call);
   }
 
-  // Of the lowest index in each lane. Of activations and weights, the fewer stay in registers: both together leave none
-  // for the sums.
+  // Of the lowest index in each lane.
   template <class Lookup, int kRows, int kVectors>
   static inline __attribute__((always_inline)) void add_products(const Lookup& lookup, I bits, const float* x,
                                                                  int64_t row_stride, I (&words)[kVectors],
@@ -93,31 +92,13 @@ struct Loops {
       sum[r][v] = Vec::fma(x_r, w, sum[r][v]);
       pin(sum[r][v]);
     };
+    const auto activation = [&](int r) __attribute__((always_inline)) { return Vec::set(x[r * row_stride]); };
     const auto next_weights = [&](int v) __attribute__((always_inline)) {
       const F w = lookup.at(words[v]);
       words[v] = Vec::shift_right(words[v], bits);
       return w;
     };
-    F kept[kRows < kVectors ? kRows : kVectors];
-    if constexpr (kRows <= kVectors) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) kept[r] = Vec::set(x[r * row_stride]);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        const F w = next_weights(v);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) add(r, v, kept[r], w);
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) kept[v] = next_weights(v);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const F x_r = Vec::set(x[r * row_stride]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) add(r, v, x_r, kept[v]);
-      }
-    }
+    for_each_product<F, kRows, kVectors>(activation, next_weights, add);
   }
 
   // sums: rows of `width`, of the channels from `first` on.

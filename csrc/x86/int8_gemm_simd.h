@@ -222,7 +222,6 @@ struct Loops {
     if (!end_of_piece<kStreams>(sum, call)) finish(sum, call);
   }
 
-  // Of activations and weights, the fewer stay in registers.
   template <int kBits, int kShare, int kRows, int kVectors>
   static inline __attribute__((always_inline)) void few_bit_step(const char* a, const int8_t* panel,
                                                                  const Int8TileCall& call, I (&sum)[kRows][kVectors]) {
@@ -238,26 +237,7 @@ struct Loops {
       sum[r][v] = Dot::dot(sum[r][v], x, w);
       pin(sum[r][v]);
     };
-    I kept[kRows < kVectors ? kRows : kVectors];
-    if constexpr (kRows <= kVectors) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) kept[r] = activations(r);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        const I w = weights(v);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) add(r, v, kept[r], w);
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) kept[v] = weights(v);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const I x = activations(r);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) add(r, v, x, kept[v]);
-      }
-    }
+    for_each_product<I, kRows, kVectors>(activations, weights, add);
     if constexpr ((kShare + 1) * kBits < 8) few_bit_step<kBits, kShare + 1>(a, panel, call, sum);
   }
 

@@ -74,6 +74,33 @@ inline __attribute__((always_inline)) void store_integers(T* p, Vec::Int v, int 
   }
 }
 
+// add(r, v, activation(r), weight(v)) for a tile's rows r and vectors v. Of activations and weights, the fewer are made
+// first and stay in registers: all of both would leave none for the sums, and compilers move these to memory.
+template <class Vector, int kRows, int kVectors, class Activation, class Weight, class Add>
+inline __attribute__((always_inline)) void for_each_product(Activation activation, Weight weight, Add add) {
+  if constexpr (kRows <= kVectors) {
+    Vector x[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) x[r] = activation(r);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector w = weight(v);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) add(r, v, x[r], w);
+    }
+  } else {
+    Vector w[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) w[v] = weight(v);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vector x = activation(r);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) add(r, v, x, w[v]);
+    }
+  }
+}
+
 // Says that a running sum changes here, in a register. Compilers otherwise gather the work of several rows before they
 // add it up, run out of registers, and keep sums in memory.
 template <class Vector>
