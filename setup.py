@@ -2,6 +2,7 @@
 
 Environment, ON, OFF or AUTO: KDQ_TORCH says whether the torch operator library is built (AUTO: where torch is
 installed), KDQ_CUDA whether its operators for CUDA tensors are (AUTO: where nvcc is found and torch has CUDA).
+KDQ_TORCH_CALLS, ON or OFF, says whether the module is built that calls operators directly in this one torch.
 """
 
 import os
@@ -29,6 +30,7 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DKDQ_PYTHON=ON",
             f"-DKDQ_TORCH={os.environ.get('KDQ_TORCH', 'AUTO')}",
+            f"-DKDQ_TORCH_CALLS={os.environ.get('KDQ_TORCH_CALLS', 'ON')}",
             f"-DKDQ_CUDA={os.environ.get('KDQ_CUDA', 'AUTO')}",
             f"-DKDQ_OUTPUT={output}",
             f"-DPython_EXECUTABLE={sys.executable}",

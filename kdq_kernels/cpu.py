@@ -14,6 +14,7 @@ class BuildInfo(TypedDict):
 
     version: str
     compiler: str
+    torch_calls: str | None
     cpu: str
     cpu_features: str
     isas: list[str]
@@ -67,7 +68,8 @@ def bitplane_pairs() -> int:
 
 
 def build_info() -> BuildInfo:
-    """Version, compiler, CPU and its relevant features."""
+    """Version, compiler, CPU and its relevant features; and `torch_calls`, the version of torch in which operators are
+    called directly, which saves 0.7 us a call (None: not built). In another version they are called by `torch.ops`."""
     return _C.build_info()
 
 

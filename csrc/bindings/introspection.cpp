@@ -18,6 +18,11 @@ py::dict build_info() {
   py::dict info;
   info["version"] = KDQ_VERSION;
   info["compiler"] = KDQ_COMPILER;
+#if defined(KDQ_TORCH_CALLS_VERSION)
+  info["torch_calls"] = KDQ_TORCH_CALLS_VERSION;
+#else
+  info["torch_calls"] = py::none();
+#endif
   info["cpu"] = cpu_name();
   info["cpu_features"] = cpu_features_string();
   info["isas"] = isas;

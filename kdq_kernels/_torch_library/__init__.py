@@ -81,6 +81,7 @@ from kdq_kernels._torch_library import (  # noqa: E402, F401  what they complete
     attention,
     binary,
     bitplanes,
+    calls,
     codebook,
     distillation,
     fake_quant,

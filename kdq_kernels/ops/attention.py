@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-# The overload itself: looking it up takes time at each call.
-_scaled_dot_product_attention = torch.ops.kdq.scaled_dot_product_attention.default
+from kdq_kernels._torch_library.calls import operators
 
 
 def scaled_dot_product_attention(
@@ -40,4 +38,4 @@ def scaled_dot_product_attention(
     """
     if scale is None:
         scale = max(query.shape[-1], 1) ** -0.5
-    return _scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale)
+    return operators().scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale)

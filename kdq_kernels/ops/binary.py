@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdq_kernels._torch_library.calls import operators
 from kdq_kernels.ops.arguments import Pair
 
 _ops = torch.ops.kdq
-# Of the layers' operators, the overloads themselves: looking one up takes as long as a small layer's product.
-_binary_linear = _ops.binary_linear.default
-_binary_conv2d = _ops.binary_conv2d.default
-_binary_threshold = _ops.binary_threshold.default
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -33,7 +30,7 @@ def binary_matmul(a_bits: Tensor, b_bits: Tensor, k: int) -> Tensor:
 
     `dot = k - 2 * popcount(a xor b)` (Courbariaux et al. 2016).
     """
-    return _ops.binary_matmul(a_bits, b_bits, k)
+    return operators().binary_matmul(a_bits, b_bits, k)
 
 
 def binary_linear(
@@ -45,9 +42,7 @@ def binary_linear(
     alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016). With `k`, the number of features, x may
     be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32.
     """
-    if k is None:
-        return _binary_linear(x, weight_bits, weight_scale, bias)  # each argument that is passed costs 100 ns
-    return _binary_linear(x, weight_bits, weight_scale, bias, k)
+    return operators().binary_linear(x, weight_bits, weight_scale, bias, k)
 
 
 def binary_conv2d(
@@ -77,7 +72,7 @@ def binary_conv2d(
     Returns:
         `[images, N, output height, output width]`, in dtype and memory format as of `int8_conv2d`.
     """
-    return _binary_conv2d(x, weight_bits, weight_scale, bias, stride, padding, dilation)
+    return operators().binary_conv2d(x, weight_bits, weight_scale, bias, stride, padding, dilation)
 
 
 def binary_threshold(x: Tensor, weight_bits: Tensor, threshold: Tensor, *, k: int | None = None) -> Tensor:
@@ -95,4 +90,4 @@ def binary_threshold(x: Tensor, weight_bits: Tensor, threshold: Tensor, *, k: in
         weight_bits: int64 `[N, ceil(K / 64)]`.
         threshold: int32 `[N]`, any values: at most -K, and a channel is always +1; more than K, and it is always -1.
     """
-    return _binary_threshold(x, weight_bits, threshold, k)
+    return operators().binary_threshold(x, weight_bits, threshold, k)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdq_kernels._torch_library.calls import operators
 from kdq_kernels.ops.arguments import as_tensor
 
 _ops = torch.ops.kdq
-_bitplane_linear = _ops.bitplane_linear.default  # the overload itself: looking it up takes time at each call
 
 
 def pack_bitplanes(q: Tensor, bits: int, form: str = "signed") -> Tensor:
@@ -80,7 +80,7 @@ def bitplane_linear(
     Raises:
         ValueError: an argument is wrong, or sums could overflow.
     """
-    return _bitplane_linear(
+    return operators().bitplane_linear(
         x,
         weight_planes,
         weight_sum,

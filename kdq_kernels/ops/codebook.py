@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdq_kernels._torch_library.calls import operators
+
 _ops = torch.ops.kdq
-_codebook_linear = _ops.codebook_linear.default  # the overload itself: looking it up takes time at each call
 
 
 def pack_indices(indices: Tensor, bits: int) -> Tensor:
@@ -47,6 +48,4 @@ def codebook_linear(
     Returns:
         `[..., out_features]`: `activation(x @ codebook[indices].T + bias)`, in the dtype of x.
     """
-    if activation is None:
-        return _codebook_linear(x, packed, codebook, out_features, bias)
-    return _codebook_linear(x, packed, codebook, out_features, bias, activation)
+    return operators().codebook_linear(x, packed, codebook, out_features, bias, activation)

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdq_kernels._torch_library.calls import operators
 from kdq_kernels.ops.arguments import Pair, as_tensor
 
 _ops = torch.ops.kdq
-# Of the layers' operators, the overloads themselves: looking one up takes as long as a small layer's product.
-_int8_linear = _ops.int8_linear.default
-_int8_linear_chain = _ops.int8_linear_chain.default
-_int8_weight_only_linear = _ops.int8_weight_only_linear.default
-_int8_conv2d = _ops.int8_conv2d.default
 
 
 def pack_int8_weight(w: Tensor, bits: int = 8) -> Tensor:
@@ -42,7 +38,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: the K of a and b differ, or K > 131071, where int32 sums could overflow.
     """
-    return _ops.int8_matmul(a, b)
+    return operators().int8_matmul(a, b)
 
 
 def int8_linear(
@@ -76,13 +72,12 @@ def int8_linear(
     Returns:
         `[..., N]`. A row of x with NaN (or, dynamically, inf) gives NaN in that row alone.
     """
-    is_plain = activation is None and input_quant_max == 255  # each argument that is passed costs 100 ns
-    if is_plain and input_scale is None and input_zero_point is None:
-        return _int8_linear(x, packed, weight_scale, bias)
-    grid = as_tensor(input_scale, torch.float32), as_tensor(input_zero_point, torch.int32)
-    if is_plain:
-        return _int8_linear(x, packed, weight_scale, bias, *grid)
-    return _int8_linear(x, packed, weight_scale, bias, *grid, input_quant_max, activation)
+    if input_scale is not None or input_zero_point is not None:
+        input_scale = as_tensor(input_scale, torch.float32)
+        input_zero_point = as_tensor(input_zero_point, torch.int32)
+    return operators().int8_linear(
+        x, packed, weight_scale, bias, input_scale, input_zero_point, input_quant_max, activation
+    )
 
 
 def int8_linear_chain(
@@ -107,7 +102,7 @@ def int8_linear_chain(
     Returns:
         `[..., N]` of the last layer, the bits that the calls one by one would give.
     """
-    return _int8_linear_chain(
+    return operators().int8_linear_chain(
         x,
         packed,
         weight_scale,
@@ -128,7 +123,7 @@ def int8_weight_only_linear(
     activation: str | None = None,
 ) -> Tensor:
     """As `int8_linear`, but x stays in floating point: weights are widened in registers, sums are float32."""
-    return _int8_weight_only_linear(x, packed, weight_scale, bias, activation)
+    return operators().int8_weight_only_linear(x, packed, weight_scale, bias, activation)
 
 
 def int8_conv2d(
@@ -166,7 +161,7 @@ def int8_conv2d(
         image with NaN (or, dynamically, inf) gives NaN in all of its outputs, and in no others.
     """
     grid = as_tensor(input_scale, torch.float32), as_tensor(input_zero_point, torch.int32)
-    return _int8_conv2d(
+    return operators().int8_conv2d(
         x,
         packed,
         weight_scale,

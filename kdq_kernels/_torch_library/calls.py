@@ -1,0 +1,53 @@
+"""The short way from Python to `torch.ops.kdq`, for operators whose kernel may take less time than the call."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from kdq_kernels import _C
+
+# Returning one tensor, and called once or more a layer.
+_NAMES = (
+    "binary_conv2d",
+    "binary_linear",
+    "binary_matmul",
+    "binary_threshold",
+    "bitplane_linear",
+    "codebook_linear",
+    "int8_conv2d",
+    "int8_linear",
+    "int8_linear_chain",
+    "int8_matmul",
+    "int8_weight_only_linear",
+    "scaled_dot_product_attention",
+)
+
+
+def are_direct() -> bool:
+    """Whether calls go straight to torch's dispatcher: the module for it serves the version of torch that was installed
+    when it was built."""
+    return _C.build_info()["torch_calls"] == torch.__version__
+
+
+def operators() -> Any:
+    """`torch.ops.kdq`, or what calls the same operators faster; by position only.
+
+    Dynamo, which traces Python but cannot look into a native function, sees `torch.ops.kdq`.
+    """
+    return torch.ops.kdq if is_dynamo_compiling() else _CALLS
+
+
+def _load() -> SimpleNamespace:
+    overloads = {name: getattr(torch.ops.kdq, name).default for name in _NAMES}
+    if not are_direct():
+        return SimpleNamespace(**overloads)
+    from kdq_kernels import _calls
+
+    return SimpleNamespace(**{name: _calls.bind(overload, f"kdq::{name}") for name, overload in overloads.items()})
+
+
+_CALLS = _load()
