@@ -34,7 +34,7 @@ struct Int8Epilogue {
   Activation activation;
 };
 
-struct Int8Tile {
+struct Int8Tile {  // nr, lanes and ku are powers of two
   int mr;     // rows of a full tile
   int nr;     // output channels of a panel
   int lanes;  // of a vector of sums; a weight narrower than nr has whole vectors, no more than it needs

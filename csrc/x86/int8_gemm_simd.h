@@ -424,6 +424,7 @@ struct Loops {
   }
 };
 
+static_assert((Loops::kPanel & (Loops::kPanel - 1)) == 0 && (Dot::kUnit & (Dot::kUnit - 1)) == 0);
 constexpr Int8Tile kTile = {Dot::kRows, Loops::kPanel, Loops::kLanes, Dot::kUnit, sizeof(Dot::Prepared), Dot::kOffset};
 
 }  // namespace
