@@ -138,9 +138,9 @@ bool read_arguments(const Operator& op, PyObject* const* values, size_t count, t
   return true;
 }
 
-// The kernel drops the arguments from the stack. A copy of them, made and gone while Python's lock is held, saves taking
-// that lock for each, as the last reference from C++ to a tensor that Python has does. Exceptions become Python's as
-// pybind11, through which torch's own front runs, translates them.
+// The kernel drops the arguments from the stack. A copy of them, made and gone while Python's lock is held, saves
+// taking that lock for each, as the last reference from C++ to a tensor that Python has does. Exceptions become
+// Python's as pybind11, through which torch's own front runs, translates them.
 void run(const Operator& op, torch::jit::Stack* stack) {
   const torch::jit::Stack arguments = *stack;
   try {

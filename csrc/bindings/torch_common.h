@@ -64,6 +64,17 @@ inline std::string type_name(ScalarType type) {
   }
 }
 
+inline int32_t shim_dtype(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+}
+
+// Tensor::scalar_type() asks torch for the number of one dtype after another, until one is the tensor's.
+inline bool has_dtype(const Tensor& t, ScalarType type) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype == shim_dtype(type);
+}
+
 inline Sizes sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};
@@ -82,7 +93,7 @@ Tensor expect_here(const On& on, const char* name, const Tensor& t) {
 template <class On>
 Tensor expect(const On& on, const char* name, const Tensor& t, ScalarType type, int64_t ndim = -1) {
   if (!on.has(t)) invalid(std::string(name) + ": expected " + on.kind());
-  if (t.scalar_type() != type) {
+  if (!has_dtype(t, type)) {
     invalid(std::string(name) + ": expected dtype " + type_name(type) + ", got " + type_name(t.scalar_type()));
   }
   if (ndim >= 0 && t.dim() != ndim) {
@@ -102,23 +113,18 @@ Tensor expect_vector(const On& on, const char* name, const Tensor& t, int64_t n,
 }
 
 inline DType float_dtype(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      invalid(std::string(name) + ": expected dtype float32, bfloat16 or float16, got " + type_name(t.scalar_type()));
-  }
+  if (has_dtype(t, ScalarType::Float)) return DType::kFloat32;
+  if (has_dtype(t, ScalarType::BFloat16)) return DType::kBFloat16;
+  if (has_dtype(t, ScalarType::Half)) return DType::kFloat16;
+  invalid(std::string(name) + ": expected dtype float32, bfloat16 or float16, got " + type_name(t.scalar_type()));
 }
 
 // The rows of x [..., k]: every leading axis folded into one.
 inline int64_t rows_of(const char* name, const Tensor& x) {
-  if (x.dim() < 1) invalid(std::string(name) + ": expected at least one axis, got a 0-d tensor");
+  const int64_t last = x.dim() - 1;
+  if (last < 0) invalid(std::string(name) + ": expected at least one axis, got a 0-d tensor");
   int64_t rows = 1;
-  for (int64_t axis = 0; axis + 1 < x.dim(); ++axis) rows *= x.size(axis);
+  for (int64_t axis = 0; axis < last; ++axis) rows *= x.size(axis);
   return rows;
 }
 
@@ -138,10 +144,6 @@ inline size_t element_size(ScalarType type) {
     default:
       throw std::logic_error("kdq: no operator makes results of " + type_name(type));
   }
-}
-
-inline int32_t shim_dtype(ScalarType type) {
-  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }
 
 // Contiguous, uninitialised: the kernels write every element.

@@ -35,10 +35,10 @@ struct Int8Epilogue {
 };
 
 struct Int8Tile {  // nr, lanes and ku are powers of two
-  int mr;     // rows of a full tile
-  int nr;     // output channels of a panel
-  int lanes;  // of a vector of sums; a weight narrower than nr has whole vectors, no more than it needs
-  int ku;     // consecutive k that one dot-product instruction sums: side by side in a panel and in a prepared row
+  int mr;          // rows of a full tile
+  int nr;          // output channels of a panel
+  int lanes;       // of a vector of sums; a weight narrower than nr has whole vectors, no more than it needs
+  int ku;          // consecutive k that one dot-product instruction sums: side by side in a panel and in a prepared row
   int element_bytes;      // of a prepared activation
   int32_t signed_offset;  // added to int8 activations to make them u8: 128, or 0
 };
