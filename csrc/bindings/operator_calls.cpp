@@ -9,12 +9,13 @@
 // do otherwise, only faster.
 //
 // torch's stable ABI has no Python objects, so this one file is compiled against the torch that is installed;
-// kdq_kernels/_torch_library/calls.py loads it only into that version.
+// kdq_kernels/_torch_library/calls.py loads it only into that version, KDQ_TORCH_CALLS_VERSION.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <exception>
 #include <memory>
 #include <new>
 #include <optional>
@@ -55,10 +56,8 @@ struct Argument {
 
 struct Operator {
   c10::OperatorHandle handle;
+  pybind11::object overload;  // torch's own front
   std::vector<Argument> arguments;
-  PyObject* overload;  // torch's own front
-
-  ~Operator() { Py_DECREF(overload); }
 };
 
 bool read(PyObject* value, const ArgumentType& type, IValue* result);
@@ -139,61 +138,85 @@ bool read_arguments(const Operator& op, PyObject* const* values, size_t count, t
 }
 
 // The kernel drops the arguments from the stack. A copy of them, made and gone while Python's lock is held, saves
-// taking that lock for each, as the last reference from C++ to a tensor that Python has does. Exceptions become
-// Python's as pybind11, through which torch's own front runs, translates them.
+// taking that lock for each, as the last reference from C++ to a tensor that Python has does.
 void run(const Operator& op, torch::jit::Stack* stack) {
   const torch::jit::Stack arguments = *stack;
+  const pybind11::gil_scoped_release no_gil;
+  op.handle.callBoxed(stack);
+}
+
+// In a handler: sets Python's error as torch's own front does, which is a function of pybind11.
+void translate_exception() {
+  const auto set = [](PyObject* type, const std::exception& error) { PyErr_SetString(type, error.what()); };
   try {
-    const pybind11::gil_scoped_release no_gil;
-    op.handle.callBoxed(stack);
+    throw;
+  } catch (const std::bad_alloc& error) {
+    set(PyExc_MemoryError, error);
+  } catch (const std::out_of_range& error) {
+    set(PyExc_IndexError, error);
+  } catch (const std::overflow_error& error) {
+    set(PyExc_OverflowError, error);
   } catch (const std::invalid_argument& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-    throw python_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-    throw python_error();
+    set(PyExc_ValueError, error);
+  } catch (const std::domain_error& error) {
+    set(PyExc_ValueError, error);
+  } catch (const std::length_error& error) {
+    set(PyExc_ValueError, error);
+  } catch (const std::range_error& error) {
+    set(PyExc_ValueError, error);
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "an operator threw what is no std::exception");
   }
 }
 
 Operator* operator_of(PyObject* capsule) { return static_cast<Operator*>(PyCapsule_GetPointer(capsule, nullptr)); }
 
 PyObject* call(PyObject* self, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
   const Operator& op = *operator_of(self);
-  if (!at::impl::torch_function_mode_enabled()) {
+  try {
     torch::jit::Stack stack;
-    if (read_arguments(op, values, static_cast<size_t>(count), &stack)) {
+    if (!at::impl::torch_function_mode_enabled() && read_arguments(op, values, static_cast<size_t>(count), &stack)) {
       run(op, &stack);
       return THPVariable_Wrap(std::move(stack.back()).toTensor());
     }
+  } catch (...) {
+    translate_exception();
+    return nullptr;
   }
-  return PyObject_Vectorcall(op.overload, values, static_cast<size_t>(count), nullptr);
-  END_HANDLE_TH_ERRORS
+  return PyObject_Vectorcall(op.overload.ptr(), values, static_cast<size_t>(count), nullptr);
 }
 
 PyMethodDef call_definition = {"operator", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
                                METH_FASTCALL, "Calls an operator; by position only."};
 
-PyObject* bind(PyObject*, PyObject* arguments) {
-  HANDLE_TH_ERRORS
+Argument argument_of(const c10::Argument& argument) {
+  TORCH_CHECK(!argument.kwarg_only(), argument.name(), ": expected no argument by keyword alone");
+  return {ArgumentType(argument.type()), argument.default_value()};
+}
+
+PyObject* bind(PyObject*, PyObject* given) {
   PyObject* overload = nullptr;
   const char* name = nullptr;
-  if (!PyArg_ParseTuple(arguments, "Os", &overload, &name)) return nullptr;
-  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  const c10::FunctionSchema& schema = handle.schema();
-  TORCH_CHECK(schema.returns().size() == 1 && schema.returns()[0].type()->kind() == TypeKind::TensorType, name,
-              ": expected one tensor as result, got ", schema);
-  Py_INCREF(overload);
-  auto op = std::make_unique<Operator>(Operator{handle, {}, overload});
-  for (const c10::Argument& argument : schema.arguments()) {
-    op->arguments.push_back({ArgumentType(argument.type()), argument.default_value()});
+  if (!PyArg_ParseTuple(given, "Os", &overload, &name)) return nullptr;
+  try {
+    const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+    const c10::FunctionSchema& schema = handle.schema();
+    TORCH_CHECK(schema.returns().size() == 1 && schema.returns()[0].type()->kind() == TypeKind::TensorType, name,
+                ": expected one tensor as result, got ", schema);
+    auto op =
+        std::make_unique<Operator>(Operator{handle, pybind11::reinterpret_borrow<pybind11::object>(overload), {}});
+    for (const c10::Argument& argument : schema.arguments()) op->arguments.push_back(argument_of(argument));
+    const auto destroy = [](PyObject* capsule) { delete operator_of(capsule); };
+    const auto capsule = pybind11::reinterpret_steal<pybind11::object>(PyCapsule_New(op.get(), nullptr, destroy));
+    if (!capsule) return nullptr;
+    op.release();
+    return PyCFunction_New(&call_definition, capsule.ptr());
+  } catch (...) {
+    translate_exception();
+    return nullptr;
   }
-  const auto destroy = [](PyObject* capsule) { delete operator_of(capsule); };
-  const auto capsule = pybind11::reinterpret_steal<pybind11::object>(PyCapsule_New(op.get(), nullptr, destroy));
-  if (!capsule) return nullptr;
-  op.release();
-  return PyCFunction_New(&call_definition, capsule.ptr());
-  END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef functions[] = {

@@ -34,20 +34,23 @@ def are_direct() -> bool:
 
 
 def operators() -> Any:
-    """`torch.ops.kdq`, or what calls the same operators faster; by position only.
-
-    Dynamo, which traces Python but cannot look into a native function, sees `torch.ops.kdq`.
-    """
-    return torch.ops.kdq if is_dynamo_compiling() else _CALLS
+    """The operators by name, to be called by position: directly, or as `torch.ops` has them under Dynamo, which traces
+    Python but cannot look into a native function."""
+    return _OVERLOADS if is_dynamo_compiling() else _CALLS
 
 
-def _load() -> SimpleNamespace:
-    overloads = {name: getattr(torch.ops.kdq, name).default for name in _NAMES}
+def _direct_calls() -> SimpleNamespace:
     if not are_direct():
-        return SimpleNamespace(**overloads)
-    from kdq_kernels import _calls
+        return _OVERLOADS
+    try:
+        from kdq_kernels import _calls
+    except ImportError as error:
+        raise ImportError(
+            f"kdq_kernels: the module of direct calls cannot be loaded into torch {torch.__version__} ({error}); "
+            "rebuild with 'pip install --no-build-isolation .' (KDQ_TORCH_CALLS=OFF before it: without that module)"
+        ) from error
+    return SimpleNamespace(**{name: _calls.bind(front, f"kdq::{name}") for name, front in vars(_OVERLOADS).items()})
 
-    return SimpleNamespace(**{name: _calls.bind(overload, f"kdq::{name}") for name, overload in overloads.items()})
 
-
-_CALLS = _load()
+_OVERLOADS = SimpleNamespace(**{name: getattr(torch.ops.kdq, name).default for name in _NAMES})
+_CALLS = _direct_calls()
