@@ -1,4 +1,4 @@
-// Packing int8 weights into panels, and back. The loops know the tile by its two numbers only.
+// Packing int8 weights into panels, and back. Students in training pack theirs anew at each step.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -10,44 +10,90 @@
 namespace kdq {
 namespace {
 
-// Copies a unit, or what is left of one at the end of k. Sizes known to the compiler make it one move, not a call.
-inline void copy_unit(int8_t* to, const int8_t* from, int64_t count) {
-  if (count == 4) {
-    std::memcpy(to, from, 4);
-  } else if (count == 2) {
-    std::memcpy(to, from, 2);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+// The sum of n values: bytes in eights, made unsigned by adding 128, into four sums of 16 bits, which hold so many.
+int32_t sum_of(const int8_t* values, int64_t n) {
+  constexpr int64_t kMostWords = 128;
+  constexpr uint64_t kEven = 0x00FF00FF00FF00FF;
+  int64_t sum = -128 * (n / 8 * 8);
+  for (int64_t word = 0; word < n / 8; word += kMostWords) {
+    const int64_t end = std::min(word + kMostWords, n / 8);
+    uint64_t sums = 0;
+    for (int64_t i = word; i < end; ++i) {
+      uint64_t bytes = 0;
+      std::memcpy(&bytes, values + 8 * i, sizeof(bytes));
+      bytes ^= 0x8080808080808080;
+      sums += (bytes & kEven) + (bytes >> 8 & kEven);
+    }
+    for (int shift = 0; shift < 64; shift += 16) sum += static_cast<int64_t>(sums >> shift & 0xFFFF);
+  }
+  for (int64_t i = n / 8 * 8; i < n; ++i) sum += values[i];
+  return static_cast<int32_t>(sum);
+}
+
+// As many units as share bytes, from `values` on, in the bits that each has of them.
+template <class Unit, int kBits>
+inline Unit shared_bytes(const int8_t* values) {
+  Unit bytes = 0;
+  for (int share = 0; share < 8 / kBits; ++share) {
+    int8_t kept[sizeof(Unit)];
+    for (size_t i = 0; i < sizeof(Unit); ++i) {
+      kept[i] = static_cast<int8_t>(values[share * sizeof(Unit) + i] & ((1 << kBits) - 1));
+    }
+    Unit unit = 0;
+    std::memcpy(&unit, kept, sizeof(unit));
+    bytes = static_cast<Unit>(bytes | unit << (share * kBits));
+  }
+  return bytes;
+}
+
+// Channels that are packed side by side, as a line of a panel is then written once and not anew for each; with more,
+// rows that lie a multiple of 4 KiB apart would drive each other out of L1.
+constexpr int64_t kChannelsAtOnce = 8;
+
+// Rows of k values to units side by side, `step` bytes from one group of shares to the next. Unit: an integer as large.
+template <class Unit, int kBits>
+void pack_channels(const int8_t* rows, int64_t k, int64_t count, int64_t step, int8_t* panel) {
+  constexpr int64_t kValues = sizeof(Unit) * (8 / kBits);
+  const auto put = [](int8_t* to, const int8_t* values) {
+    const Unit bytes = shared_bytes<Unit, kBits>(values);
+    std::memcpy(to, &bytes, sizeof(bytes));
+  };
+  int64_t i = 0;
+  for (; i + kValues <= k; i += kValues, panel += step) {
+    if (count == kChannelsAtOnce) {
+      for (int64_t c = 0; c < kChannelsAtOnce; ++c) put(panel + c * sizeof(Unit), rows + c * k + i);
+    } else {
+      for (int64_t c = 0; c < count; ++c) put(panel + c * sizeof(Unit), rows + c * k + i);
+    }
+  }
+  for (int64_t c = 0; i < k && c < count; ++c) {
+    int8_t last[kValues] = {};
+    std::copy(rows + c * k + i, rows + (c + 1) * k, last);
+    put(panel + c * sizeof(Unit), last);
   }
 }
 
-// As copy_unit(), into the bits of a byte from `shift` on.
-inline void add_unit(int8_t* to, const int8_t* from, int64_t count, int shift, int bits) {
-  for (int64_t i = 0; i < count; ++i) {
-    const unsigned value = static_cast<unsigned>(from[i]) & ((1U << bits) - 1);
-    to[i] = static_cast<int8_t>(static_cast<unsigned>(to[i]) | value << shift);
-  }
+using PackChannels = void (*)(const int8_t* rows, int64_t k, int64_t count, int64_t step, int8_t* panel);
+
+template <class Unit>
+PackChannels pack_channels_of(uint32_t bits) {
+  return bits == 8 ? pack_channels<Unit, 8> : bits == 4 ? pack_channels<Unit, 4> : pack_channels<Unit, 2>;
 }
 
-// One panel: channels [first, first + channels) of w, with zeros where channels or k end, and the sums of the channels.
+// One panel: channels [first, first + channels) of w, as far as they exist, and the sums of the channels. What is
+// beyond them is zero already.
 void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int64_t channels, int8_t* panel,
                 int32_t* column_sum) {
-  const int64_t ku = header.ku;
-  const int bits = static_cast<int>(header.bits);
-  const int64_t shares = 8 / bits;
-  for (int64_t c = 0; c < channels; ++c) {
-    column_sum[c] = 0;
-    if (first + c >= header.n) continue;
-    const int8_t* channel = w + (first + c) * header.k;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < header.k; ++i) sum += channel[i];
-    column_sum[c] = sum * (1 << (8 - bits));
-    for (int64_t i = 0, u = 0; i < header.k; i += ku, ++u) {
-      int8_t* unit = panel + (u / shares * channels + c) * ku;
-      const int64_t count = std::min(ku, header.k - i);
-      shares == 1 ? copy_unit(unit, channel + i, count)
-                  : add_unit(unit, channel + i, count, static_cast<int>(u % shares) * bits, bits);
-    }
+  const PackChannels pack = header.ku == 4   ? pack_channels_of<uint32_t>(header.bits)
+                            : header.ku == 2 ? pack_channels_of<uint16_t>(header.bits)
+                                             : pack_channels_of<uint8_t>(header.bits);
+  const int64_t end = std::min(channels, header.n - first);
+  for (int64_t c = 0; c < end; ++c) {
+    column_sum[c] = sum_of(w + (first + c) * header.k, header.k) * (1 << (8 - header.bits));
+  }
+  for (int64_t c = 0; c < end; c += kChannelsAtOnce) {
+    pack(w + (first + c) * header.k, header.k, std::min(kChannelsAtOnce, end - c), channels * header.ku,
+         panel + c * header.ku);
   }
 }
 
@@ -142,7 +188,7 @@ Status unpack_int8_weight(const void* packed, size_t packed_bytes, int8_t* w, co
       int8_t* row = w + channel * weight.k;
       for (int64_t i = 0, u = 0; i < weight.k; i += ku, ++u) {
         const int64_t count = std::min(ku, weight.k - i);
-        copy_unit(row + i, first + u / shares * step, count);
+        std::copy_n(first + u / shares * step, count, row + i);
         const int above = 8 - weight.bits * static_cast<int>(u % shares + 1);  // bits of other units
         for (int64_t j = 0; shares > 1 && j < count; ++j) {
           row[i + j] = static_cast<int8_t>(static_cast<int8_t>(row[i + j] << above) >> (8 - weight.bits));
