@@ -50,6 +50,15 @@ inline Unit shared_bytes(const int8_t* values) {
 // rows that lie a multiple of 4 KiB apart would drive each other out of L1.
 constexpr int64_t kChannelsAtOnce = 8;
 
+template <class Body>
+inline void for_each_channel(int64_t count, Body body) {
+  if (count == kChannelsAtOnce) {  // a number that the compiler knows
+    for (int64_t c = 0; c < kChannelsAtOnce; ++c) body(c);
+  } else {
+    for (int64_t c = 0; c < count; ++c) body(c);
+  }
+}
+
 // Rows of k values to units side by side, `step` bytes from one group of shares to the next. Unit: an integer as large.
 template <class Unit, int kBits>
 void pack_channels(const int8_t* rows, int64_t k, int64_t count, int64_t step, int8_t* panel) {
@@ -60,11 +69,7 @@ void pack_channels(const int8_t* rows, int64_t k, int64_t count, int64_t step, i
   };
   int64_t i = 0;
   for (; i + kValues <= k; i += kValues, panel += step) {
-    if (count == kChannelsAtOnce) {
-      for (int64_t c = 0; c < kChannelsAtOnce; ++c) put(panel + c * sizeof(Unit), rows + c * k + i);
-    } else {
-      for (int64_t c = 0; c < count; ++c) put(panel + c * sizeof(Unit), rows + c * k + i);
-    }
+    for_each_channel(count, [&](int64_t c) { put(panel + c * sizeof(Unit), rows + c * k + i); });
   }
   for (int64_t c = 0; i < k && c < count; ++c) {
     int8_t last[kValues] = {};
@@ -73,28 +78,76 @@ void pack_channels(const int8_t* rows, int64_t k, int64_t count, int64_t step, i
   }
 }
 
-using PackChannels = void (*)(const int8_t* rows, int64_t k, int64_t count, int64_t step, int8_t* panel);
+// The inverse of shared_bytes().
+template <class Unit, int kBits>
+inline void values_of(Unit bytes, int8_t* values) {
+  for (int share = 0; share < 8 / kBits; ++share, values += sizeof(Unit)) {
+    const Unit unit = static_cast<Unit>(bytes >> (share * kBits));  // each value in the low bits of its byte
+    std::memcpy(values, &unit, sizeof(unit));
+    for (size_t i = 0; kBits < 8 && i < sizeof(Unit); ++i) {
+      const auto top = static_cast<int8_t>(static_cast<uint8_t>(values[i]) << (8 - kBits));
+      values[i] = static_cast<int8_t>(top >> (8 - kBits));
+    }
+  }
+}
+
+// The inverse of pack_channels().
+template <class Unit, int kBits>
+void unpack_channels(const int8_t* panel, int64_t k, int64_t count, int64_t step, int8_t* rows) {
+  constexpr int64_t kValues = sizeof(Unit) * (8 / kBits);
+  const auto take = [](const int8_t* from, int8_t* values) {
+    Unit bytes = 0;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    values_of<Unit, kBits>(bytes, values);
+  };
+  int64_t i = 0;
+  for (; i + kValues <= k; i += kValues, panel += step) {
+    for_each_channel(count, [&](int64_t c) { take(panel + c * sizeof(Unit), rows + c * k + i); });
+  }
+  for (int64_t c = 0; i < k && c < count; ++c) {
+    int8_t last[kValues];
+    take(panel + c * sizeof(Unit), last);
+    std::copy_n(last, k - i, rows + c * k + i);
+  }
+}
+
+// Both, for a size of units and a number of bits.
+struct Channels {
+  void (*pack)(const int8_t* rows, int64_t k, int64_t count, int64_t step, int8_t* panel);
+  void (*unpack)(const int8_t* panel, int64_t k, int64_t count, int64_t step, int8_t* rows);
+};
 
 template <class Unit>
-PackChannels pack_channels_of(uint32_t bits) {
-  return bits == 8 ? pack_channels<Unit, 8> : bits == 4 ? pack_channels<Unit, 4> : pack_channels<Unit, 2>;
+Channels channels_of_bits(int64_t bits) {
+  if (bits == 8) return {pack_channels<Unit, 8>, unpack_channels<Unit, 8>};
+  if (bits == 4) return {pack_channels<Unit, 4>, unpack_channels<Unit, 4>};
+  return {pack_channels<Unit, 2>, unpack_channels<Unit, 2>};
+}
+
+Channels channels_of(int64_t ku, int64_t bits) {
+  if (ku == 4) return channels_of_bits<uint32_t>(bits);
+  if (ku == 2) return channels_of_bits<uint16_t>(bits);
+  return channels_of_bits<uint8_t>(bits);
 }
 
 // One panel: channels [first, first + channels) of w, as far as they exist, and the sums of the channels. What is
 // beyond them is zero already.
 void pack_panel(const int8_t* w, const PackedHeader& header, int64_t first, int64_t channels, int8_t* panel,
                 int32_t* column_sum) {
-  const PackChannels pack = header.ku == 4   ? pack_channels_of<uint32_t>(header.bits)
-                            : header.ku == 2 ? pack_channels_of<uint16_t>(header.bits)
-                                             : pack_channels_of<uint8_t>(header.bits);
+  const Channels of_unit = channels_of(header.ku, header.bits);
   const int64_t end = std::min(channels, header.n - first);
   for (int64_t c = 0; c < end; ++c) {
     column_sum[c] = sum_of(w + (first + c) * header.k, header.k) * (1 << (8 - header.bits));
   }
   for (int64_t c = 0; c < end; c += kChannelsAtOnce) {
-    pack(w + (first + c) * header.k, header.k, std::min(kChannelsAtOnce, end - c), channels * header.ku,
-         panel + c * header.ku);
+    of_unit.pack(w + (first + c) * header.k, header.k, std::min(kChannelsAtOnce, end - c), channels * header.ku,
+                 panel + c * header.ku);
   }
+}
+
+int64_t panels_worth_a_thread(const PackedWeight& weight) {
+  constexpr int64_t kBytesWorthAThread = 1 << 16;
+  return weight.panel_bytes < kBytesWorthAThread ? kBytesWorthAThread / (weight.panel_bytes + 1) + 1 : 1;
 }
 
 // Every value fits into the bits.
@@ -151,9 +204,7 @@ Status pack_int8_weight(const int8_t* w, int64_t n, int64_t k, void* packed, siz
   const PackedWeight weight = locate_packed(header, packed);
   int8_t* panels = const_cast<int8_t*>(weight.panel);
   int32_t* column_sum = const_cast<int32_t*>(weight.column_sum);
-  constexpr int64_t kBytesWorthAThread = 1 << 16;
-  const int64_t grain = weight.panel_bytes < kBytesWorthAThread ? kBytesWorthAThread / (weight.panel_bytes + 1) + 1 : 1;
-  parallel_range(parallel_for, weight.panels, grain, [&](int64_t begin, int64_t end) {
+  parallel_range(parallel_for, weight.panels, panels_worth_a_thread(weight), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       pack_panel(w, header, p * header.nr, weight.panel_channels, panels + p * weight.panel_bytes,
                  column_sum + p * header.nr);
@@ -178,21 +229,15 @@ Status unpack_int8_weight(const void* packed, size_t packed_bytes, int8_t* w, co
   Status status = open_in_force(packed, packed_bytes, &weight, &tile);
   if (!status.ok()) return status;
   if (weight.n * weight.k > 0 && w == nullptr) return Status::invalid("w: expected a pointer, got null");
-  const int64_t ku = tile.ku;
-  const int64_t shares = 8 / weight.bits;
-  const int64_t step = weight.panel_channels * ku;
-  parallel_range(parallel_for, weight.n, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t channel = begin; channel < end; ++channel) {
-      const int64_t panel = channel / tile.nr;
-      const int8_t* first = weight.panel + panel * weight.panel_bytes + channel % tile.nr * ku;
-      int8_t* row = w + channel * weight.k;
-      for (int64_t i = 0, u = 0; i < weight.k; i += ku, ++u) {
-        const int64_t count = std::min(ku, weight.k - i);
-        std::copy_n(first + u / shares * step, count, row + i);
-        const int above = 8 - weight.bits * static_cast<int>(u % shares + 1);  // bits of other units
-        for (int64_t j = 0; shares > 1 && j < count; ++j) {
-          row[i + j] = static_cast<int8_t>(static_cast<int8_t>(row[i + j] << above) >> (8 - weight.bits));
-        }
+  const Channels of_unit = channels_of(tile.ku, weight.bits);
+  const int64_t step = weight.panel_channels * tile.ku;
+  parallel_range(parallel_for, weight.panels, panels_worth_a_thread(weight), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * tile.nr;
+      const int64_t channels = std::min<int64_t>(weight.panel_channels, weight.n - first);
+      for (int64_t c = 0; c < channels; c += kChannelsAtOnce) {
+        of_unit.unpack(weight.panel + p * weight.panel_bytes + c * tile.ku, weight.k,
+                       std::min(kChannelsAtOnce, channels - c), step, w + (first + c) * weight.k);
       }
     }
   });
