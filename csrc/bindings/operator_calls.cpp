@@ -17,9 +17,7 @@
 
 #include <exception>
 #include <memory>
-#include <new>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -145,29 +143,20 @@ void run(const Operator& op, torch::jit::Stack* stack) {
   op.handle.callBoxed(stack);
 }
 
-// In a handler: sets Python's error as torch's own front does, which is a function of pybind11.
+// In a handler: sets Python's error as torch's own front does, a function of pybind11 that knows torch's exceptions
+// too.
 void translate_exception() {
-  const auto set = [](PyObject* type, const std::exception& error) { PyErr_SetString(type, error.what()); };
+  const auto error = std::current_exception();
   try {
     throw;
-  } catch (const std::bad_alloc& error) {
-    set(PyExc_MemoryError, error);
-  } catch (const std::out_of_range& error) {
-    set(PyExc_IndexError, error);
-  } catch (const std::overflow_error& error) {
-    set(PyExc_OverflowError, error);
-  } catch (const std::invalid_argument& error) {
-    set(PyExc_ValueError, error);
-  } catch (const std::domain_error& error) {
-    set(PyExc_ValueError, error);
-  } catch (const std::length_error& error) {
-    set(PyExc_ValueError, error);
-  } catch (const std::range_error& error) {
-    set(PyExc_ValueError, error);
-  } catch (const std::exception&) {
-    torch::translate_exception_to_python(std::current_exception());
+  } catch (const c10::Error&) {
+    torch::translate_exception_to_python(error);
+  } catch (const torch::PyTorchError&) {
+    torch::translate_exception_to_python(error);
+  } catch (const python_error&) {
+    torch::translate_exception_to_python(error);
   } catch (...) {
-    PyErr_SetString(PyExc_RuntimeError, "an operator threw what is no std::exception");
+    pybind11::detail::translate_exception(error);
   }
 }
 

@@ -46,28 +46,29 @@ def layer(k: int = 70, n: int = 13) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return op_cases.randn(5, k), packed, torch.rand(n) + 0.1, op_cases.randn(n)
 
 
-class Seen(TorchFunctionMode):
-    """Notes what __torch_function__ modes see."""
+class Notes:
+    """A mode that notes the functions it sees."""
 
     def __init__(self) -> None:
         super().__init__()
         self.functions: list[Any] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def handle(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.functions.append(func)
         return func(*args, **(kwargs or {}))
 
 
-class Dispatched(TorchDispatchMode):
-    """Notes what __torch_dispatch__ modes see."""
+class Seen(Notes, TorchFunctionMode):
+    __torch_function__ = Notes.handle
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.functions: list[Any] = []
 
+class Dispatched(Notes, TorchDispatchMode):
+    __torch_dispatch__ = Notes.handle
+
+
+class Refusing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.functions.append(func)
-        return func(*args, **(kwargs or {}))
+        raise KeyError(str(func))
 
 
 class Marked(Tensor):
@@ -140,6 +141,8 @@ def test_dispatch_modes_see_the_operator() -> None:
     with Dispatched() as mode:
         kk.int8_linear(*args)
     assert mode.functions == [ops.int8_linear.default]
+    with Refusing(), pytest.raises(KeyError, match="int8_linear"):
+        kk.int8_linear(*args)
 
 
 def test_traces_have_the_operator() -> None:
