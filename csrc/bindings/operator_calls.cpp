@@ -12,6 +12,7 @@
 // kdq_kernels/_torch_library/calls.py loads it only into that version, KDQ_TORCH_CALLS_VERSION.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -138,7 +139,7 @@ bool read_arguments(const Operator& op, PyObject* const* values, size_t count, t
 // The kernel drops the arguments from the stack. A copy of them, made and gone while Python's lock is held, saves
 // taking that lock for each, as the last reference from C++ to a tensor that Python has does.
 void run(const Operator& op, torch::jit::Stack* stack) {
-  const torch::jit::Stack arguments = *stack;
+  const c10::SmallVector<IValue, 16> arguments(stack->begin(), stack->end());
   const pybind11::gil_scoped_release no_gil;
   op.handle.callBoxed(stack);
 }

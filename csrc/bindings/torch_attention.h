@@ -14,7 +14,7 @@ struct AttentionOperand {
 
 inline AttentionOperand as_operand(const Tensor& t) {
   const bool in_place = t.size(3) <= 1 || t.stride(3) == 1;
-  AttentionOperand operand = {in_place ? t : torch::stable::contiguous(t), {}};
+  AttentionOperand operand = {in_place ? t : contiguous(t), {}};
   operand.strides = {operand.tensor.stride(0), operand.tensor.stride(1), operand.tensor.stride(2)};
   return operand;
 }
@@ -99,7 +99,7 @@ Tensor attention_op(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, 
 
 template <class On>
 void register_attention(torch::stable::detail::StableLibrary& m) {
-  m.impl("scaled_dot_product_attention", TORCH_BOX(&attention_op<On>));
+  m.impl("scaled_dot_product_attention", Operator<&attention_op<On>>::run);
 }
 
 }  // namespace kdq::bindings

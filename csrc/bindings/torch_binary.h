@@ -163,12 +163,12 @@ Tensor binary_conv2d_op(const Tensor& x, const Tensor& weight_bits_in, const Ten
 
 template <class On>
 void register_binary(torch::stable::detail::StableLibrary& m) {
-  m.impl("pack_signs", TORCH_BOX(&pack_signs_op<On>));
-  m.impl("unpack_signs", TORCH_BOX(&unpack_signs_op<On>));
-  m.impl("binary_matmul", TORCH_BOX(&binary_matmul_op<On>));
-  m.impl("binary_linear", TORCH_BOX(&binary_linear_op<On>));
-  m.impl("binary_threshold", TORCH_BOX(&binary_threshold_op<On>));
-  m.impl("binary_conv2d", TORCH_BOX(&binary_conv2d_op<On>));
+  m.impl("pack_signs", Operator<&pack_signs_op<On>>::run);
+  m.impl("unpack_signs", Operator<&unpack_signs_op<On>>::run);
+  m.impl("binary_matmul", Operator<&binary_matmul_op<On>>::run);
+  m.impl("binary_linear", Operator<&binary_linear_op<On>>::run);
+  m.impl("binary_threshold", Operator<&binary_threshold_op<On>>::run);
+  m.impl("binary_conv2d", Operator<&binary_conv2d_op<On>>::run);
 }
 
 }  // namespace kdq::bindings

@@ -123,10 +123,10 @@ Tensor bitplane_linear_op(const Tensor& x_in, const Tensor& weight_planes, const
 
 template <class On>
 void register_bitplanes(torch::stable::detail::StableLibrary& m) {
-  m.impl("pack_bitplanes", TORCH_BOX(&pack_bitplanes_op<On>));
-  m.impl("unpack_bitplanes", TORCH_BOX(&unpack_bitplanes_op<On>));
-  m.impl("bitplane_matmul", TORCH_BOX(&bitplane_matmul_op<On>));
-  m.impl("bitplane_linear", TORCH_BOX(&bitplane_linear_op<On>));
+  m.impl("pack_bitplanes", Operator<&pack_bitplanes_op<On>>::run);
+  m.impl("unpack_bitplanes", Operator<&unpack_bitplanes_op<On>>::run);
+  m.impl("bitplane_matmul", Operator<&bitplane_matmul_op<On>>::run);
+  m.impl("bitplane_linear", Operator<&bitplane_linear_op<On>>::run);
 }
 
 }  // namespace kdq::bindings

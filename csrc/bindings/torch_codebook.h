@@ -65,9 +65,9 @@ Tensor codebook_linear_op(const Tensor& x_in, const Tensor& packed_in, const Ten
 
 template <class On>
 void register_codebook(torch::stable::detail::StableLibrary& m) {
-  m.impl("pack_indices", TORCH_BOX(&pack_indices_op<On>));
-  m.impl("unpack_indices", TORCH_BOX(&unpack_indices_op<On>));
-  m.impl("codebook_linear", TORCH_BOX(&codebook_linear_op<On>));
+  m.impl("pack_indices", Operator<&pack_indices_op<On>>::run);
+  m.impl("unpack_indices", Operator<&unpack_indices_op<On>>::run);
+  m.impl("codebook_linear", Operator<&codebook_linear_op<On>>::run);
 }
 
 }  // namespace kdq::bindings

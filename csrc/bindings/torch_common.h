@@ -9,10 +9,6 @@
 // newer. Invalid arguments leave as std::invalid_argument, which torch's Python side turns into ValueError.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
@@ -21,13 +17,10 @@
 #include "kdq/status.h"
 #include "kdq/types.h"
 #include "quant_layout.h"
+#include "torch_operator.h"
+#include "torch_tensor.h"
 
 namespace kdq::bindings {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using OptionalInt = std::optional<int64_t>;
 
 [[noreturn]] inline void invalid(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -68,19 +61,11 @@ inline int32_t shim_dtype(ScalarType type) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }
 
-// Tensor::scalar_type() asks torch for the number of one dtype after another, until one is the tensor's.
-inline bool has_dtype(const Tensor& t, ScalarType type) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype == shim_dtype(type);
-}
+inline bool has_dtype(const Tensor& t, ScalarType type) { return t.shim_dtype() == shim_dtype(type); }
 
-inline Sizes sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
+inline Sizes sizes_of(const Tensor& t) { return {t.sizes(), t.sizes() + t.dim()}; }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : contiguous(t); }
 
 // A contiguous tensor in reach.
 template <class On>

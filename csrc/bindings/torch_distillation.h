@@ -79,8 +79,8 @@ Tensor distillation_loss_backward_op(const Tensor& grad_loss_in, const Tensor& s
 
 template <class On>
 void register_distillation(torch::stable::detail::StableLibrary& m) {
-  m.impl("distillation_loss", TORCH_BOX(&distillation_loss_op<On>));
-  m.impl("distillation_loss_backward", TORCH_BOX(&distillation_loss_backward_op<On>));
+  m.impl("distillation_loss", Operator<&distillation_loss_op<On>>::run);
+  m.impl("distillation_loss_backward", Operator<&distillation_loss_backward_op<On>>::run);
 }
 
 }  // namespace kdq::bindings

@@ -40,7 +40,7 @@ inline QuantInput parse_quant_input(const Tensor& x, const Tensor& scale, Option
   if (x.is_contiguous()) return input;
   const Sizes order = group_size ? Sizes() : memory_order(x);
   if (order.empty()) {
-    input.x = torch::stable::contiguous(x);
+    input.x = contiguous(x);
     return input;
   }
   if (axis) {
@@ -85,8 +85,7 @@ Grid parse_grid(const On& on, const Tensor& scale, const OptionalTensor& zero_po
 // Uninitialised, with the strides of a dense tensor.
 template <class On>
 Tensor empty_like(const On& on, const Tensor& t, ScalarType type) {
-  const auto strides = t.strides();
-  return on.empty_strided(sizes_of(t), {strides.begin(), strides.end()}, type);
+  return on.empty_strided(sizes_of(t), {t.strides(), t.strides() + t.dim()}, type);
 }
 
 inline ScalarType scalar_type(QType qtype) {
@@ -158,8 +157,7 @@ void fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTe
     check(on.fake_quantize(dtype, input.x.const_data_ptr(), out.mutable_data_ptr(), input.shape, g.grid));
     return;
   }
-  Tensor target = out;
-  torch::stable::copy_(target, fake_quantize_op<On>(x, scale, zero_point, quant_min, quant_max, axis, group_size));
+  copy(fake_quantize_op<On>(x, scale, zero_point, quant_min, quant_max, axis, group_size), out);
 }
 
 template <class On>
@@ -308,17 +306,17 @@ void binarize_rows_backward_inplace_op(const Tensor& grad, const Tensor& x_in, b
 
 template <class On>
 void register_fake_quant(torch::stable::detail::StableLibrary& m) {
-  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op<On>));
-  m.impl("fake_quantize.out", TORCH_BOX(&fake_quantize_out_op<On>));
-  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_op<On>));
-  m.impl("fake_quantize_backward_", TORCH_BOX(&fake_quantize_backward_inplace_op<On>));
-  m.impl("quantize", TORCH_BOX(&quantize_op<On>));
-  m.impl("dequantize", TORCH_BOX(&dequantize_op<On>));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows_op<On>));
-  m.impl("fake_quantize_rows", TORCH_BOX(&fake_quantize_rows_op<On>));
-  m.impl("binarize_rows", TORCH_BOX(&binarize_rows_op<On>));
-  m.impl("binarize_rows_backward", TORCH_BOX(&binarize_rows_backward_op<On>));
-  m.impl("binarize_rows_backward_", TORCH_BOX(&binarize_rows_backward_inplace_op<On>));
+  m.impl("fake_quantize", Operator<&fake_quantize_op<On>>::run);
+  m.impl("fake_quantize.out", Operator<&fake_quantize_out_op<On>>::run);
+  m.impl("fake_quantize_backward", Operator<&fake_quantize_backward_op<On>>::run);
+  m.impl("fake_quantize_backward_", Operator<&fake_quantize_backward_inplace_op<On>>::run);
+  m.impl("quantize", Operator<&quantize_op<On>>::run);
+  m.impl("dequantize", Operator<&dequantize_op<On>>::run);
+  m.impl("quantize_rows", Operator<&quantize_rows_op<On>>::run);
+  m.impl("fake_quantize_rows", Operator<&fake_quantize_rows_op<On>>::run);
+  m.impl("binarize_rows", Operator<&binarize_rows_op<On>>::run);
+  m.impl("binarize_rows_backward", Operator<&binarize_rows_backward_op<On>>::run);
+  m.impl("binarize_rows_backward_", Operator<&binarize_rows_backward_inplace_op<On>>::run);
 }
 
 }  // namespace kdq::bindings

@@ -168,13 +168,13 @@ Tensor int8_conv2d_op(const Tensor& x, const Tensor& packed, const Tensor& weigh
 
 template <class On>
 void register_int8(torch::stable::detail::StableLibrary& m) {
-  m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight_op<On>));
-  m.impl("unpack_int8_weight", TORCH_BOX(&unpack_int8_weight_op<On>));
-  m.impl("int8_matmul", TORCH_BOX(&int8_matmul_op<On>));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear_op<On>));
-  m.impl("int8_linear_chain", TORCH_BOX(&int8_linear_chain_op<On>));
-  m.impl("int8_weight_only_linear", TORCH_BOX(&int8_weight_only_linear_op<On>));
-  m.impl("int8_conv2d", TORCH_BOX(&int8_conv2d_op<On>));
+  m.impl("pack_int8_weight", Operator<&pack_int8_weight_op<On>>::run);
+  m.impl("unpack_int8_weight", Operator<&unpack_int8_weight_op<On>>::run);
+  m.impl("int8_matmul", Operator<&int8_matmul_op<On>>::run);
+  m.impl("int8_linear", Operator<&int8_linear_op<On>>::run);
+  m.impl("int8_linear_chain", Operator<&int8_linear_chain_op<On>>::run);
+  m.impl("int8_weight_only_linear", Operator<&int8_weight_only_linear_op<On>>::run);
+  m.impl("int8_conv2d", Operator<&int8_conv2d_op<On>>::run);
 }
 
 }  // namespace kdq::bindings

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
+#include <cstring>
 #include <limits>
 #include <string>
 
@@ -28,15 +28,20 @@ inline Status check_k(const char* name, int64_t k, int64_t packed_k, int64_t max
                          " would overflow int32 sums; expected at most " + std::to_string(max_k));
 }
 
-inline bool usable_scale(float scale) { return (scale > 0.0F) & (scale <= FLT_MAX); }
-
-// The first pass has no branch, so that compilers vectorise it: it runs in every call.
+// As integers, usable scales are 1 ... kLargest: the first pass, which is part of every call, takes four simple
+// operations a vector of any CPU. The top bit tells of an integer out of that range.
 inline Status check_weight_scale(const float* scale, int64_t n) {
-  bool usable = true;
-  for (int64_t i = 0; i < n; ++i) usable &= usable_scale(scale[i]);
-  if (usable) return {};
+  constexpr uint32_t kLargest = 0x7f7fffff;  // FLT_MAX; above are inf, NaN and what has a sign
+  const auto outside = [scale](int64_t i) {
+    uint32_t bits = 0;
+    memcpy(&bits, scale + i, sizeof(bits));
+    return ((bits - 1) | (kLargest - bits)) >> 31;
+  };
+  uint32_t any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= outside(i);
+  if (any == 0) return {};
   int64_t first = 0;
-  while (usable_scale(scale[first])) ++first;
+  while (outside(first) == 0) ++first;
   return Status::invalid("weight_scale: expected positive finite numbers, got " + format(scale[first]) + " at index " +
                          std::to_string(first));
 }

@@ -22,9 +22,9 @@ class Int8OnCuda : public Cuda {
 
   Packed open_factor(const char* name, const Tensor& b) const { return open(name, b); }
 
-  Tensor copy(const Tensor& w) const {
-    Tensor result = empty(*this, sizes_of(w), ScalarType::Char);
-    torch::stable::copy_(result, w);
+  Tensor copy_of(const Tensor& w) const {
+    const Tensor result = empty(*this, sizes_of(w), ScalarType::Char);
+    copy(w, result);
     return result;
   }
 
@@ -34,10 +34,10 @@ class Int8OnCuda : public Cuda {
       invalid("w: K = " + std::to_string(w.size(1)) + " would overflow int32 sums; expected at most " +
               std::to_string(kInt8MaxK));
     }
-    return copy(w);
+    return copy_of(w);
   }
 
-  Tensor unpack(const Packed& packed) const { return copy(packed.blob); }
+  Tensor unpack(const Packed& packed) const { return copy_of(packed.blob); }
 
   Status multiply(const Tensor& a, const Packed& packed, const Tensor& out) const {
     const int64_t m = a.size(0);

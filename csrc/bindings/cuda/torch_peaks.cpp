@@ -35,8 +35,8 @@ STABLE_TORCH_LIBRARY(kdq_peaks, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdq_peaks, CUDA, m) {
-  m.impl("arithmetic", TORCH_BOX(&arithmetic_op));
-  m.impl("read", TORCH_BOX(&read_op));
+  m.impl("arithmetic", Operator<&arithmetic_op>::run);
+  m.impl("read", Operator<&read_op>::run);
 }
 
 }  // namespace kdq::bindings

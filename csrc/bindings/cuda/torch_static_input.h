@@ -16,8 +16,8 @@ struct Host {
 // int32, which the kernels read; torch's own quantizers have int64.
 inline Tensor zero_point_on(const Cuda& on, const Tensor& t) {
   if (t.scalar_type() != ScalarType::Long) return expect_scalar(on, "input_zero_point", t, ScalarType::Int);
-  Tensor narrow = empty(on, sizes_of(t), ScalarType::Int);
-  torch::stable::copy_(narrow, expect_scalar(on, "input_zero_point", t, ScalarType::Long));
+  const Tensor narrow = empty(on, sizes_of(t), ScalarType::Int);
+  copy(expect_scalar(on, "input_zero_point", t, ScalarType::Long), narrow);
   return narrow;
 }
 
