@@ -26,7 +26,7 @@ Tensor expect_scalar(const On& on, const char* name, const Tensor& t, ScalarType
 
 template <class On>
 int64_t integer_scalar(const On& on, const char* name, const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Long) return *data<int64_t>(expect_scalar(on, name, t, ScalarType::Long));
+  if (has_dtype(t, ScalarType::Long)) return *data<int64_t>(expect_scalar(on, name, t, ScalarType::Long));
   return *data<int32_t>(expect_scalar(on, name, t, ScalarType::Int));
 }
 

@@ -273,8 +273,7 @@ Status bitplane_linear(const BitplaneLinear& args, const ParallelFor& parallel_f
        {args.weight_sum, args.input_zero_point, args.weight_scale, args.bias, args.activation}}};
   const BinaryCall call = {kernels, w.planes, args.m, w.rows, binary_words(args.k), {}, static_cast<Result>(args.dtype),
                            args.y,  &planes};
-  const StaticGrid grid = {1.0F / args.input_scale, static_cast<float>(args.input_zero_point),
-                           static_cast<float>(args.input_quant_max)};
+  const StaticGrid grid = {1.0F / args.input_scale, args.input_zero_point, args.input_quant_max};
   const auto pack_planes = kernels->pack_planes[static_cast<int>(args.dtype)];
   const BinaryInput input = {static_cast<const char*>(args.x), args.k * static_cast<int64_t>(dtype_size(args.dtype))};
   return run(call, input, parallel_for, [&](int64_t row, uint64_t* to, int64_t stride, float* scale) {

@@ -85,8 +85,8 @@ struct Images {
       return fill(to, side + inner + side, zero_point);
     }
     const bool usable = scales[image] <= FLT_MAX;
-    const StaticGrid grid = {usable ? 1.0F / scales[image] : 0.0F, static_cast<float>(zero_point),
-                             layer.is_static ? static_cast<float>(layer.input_quant_max) : 255.0F};
+    const StaticGrid grid = {usable ? 1.0F / scales[image] : 0.0F, zero_point,
+                             layer.is_static ? layer.input_quant_max : 255};
     const Int8RowsCall row = {
         line_of_x(first + image, line), args.shape.width * args.shape.channels, 1, to + side, 0, scale};
     kernels.prepare_static[static_cast<int>(layer.dtype)](row, grid, scales[image]);

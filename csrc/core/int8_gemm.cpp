@@ -105,8 +105,7 @@ Status int8_linear(const Int8Linear& args, const ParallelFor& parallel_for) {
   if (!status.ok()) return status;
   const Int8Kernels& kernels = *call.kernels;
   const int dtype = static_cast<int>(args.dtype);
-  const StaticGrid grid = {1.0F / args.input_scale, static_cast<float>(args.input_zero_point),
-                           static_cast<float>(args.input_quant_max)};
+  const StaticGrid grid = {1.0F / args.input_scale, args.input_zero_point, args.input_quant_max};
   call.set_input(args.x, args.m, args.k, dtype_size(args.dtype));
   call.set_layer(args);
   call.epilogue.offset = args.is_static ? args.input_zero_point : kernels.size.signed_offset;

@@ -18,8 +18,8 @@ namespace kdq {
 // Static affine quantization of activations: q = clamp(nearbyint(x * inverse) + zero_point, 0, quant_max).
 struct StaticGrid {
   float inverse;
-  float zero_point;
-  float quant_max;
+  int32_t zero_point;
+  int32_t quant_max;
 };
 
 // What turns acc, the raw sums of one tile, into results. Pointers are those of the tile's first channel.

@@ -13,8 +13,8 @@ namespace kdq::reference {
 
 // The integer of a value on an unsigned grid; NaN is 0.
 inline int32_t quantize(float value, const StaticGrid& grid) {
-  const float q = std::nearbyint(value * grid.inverse) + grid.zero_point;
-  return std::isnan(q) ? 0 : static_cast<int32_t>(std::min(std::max(q, 0.0F), grid.quant_max));
+  const float q = std::nearbyint(value * grid.inverse) + static_cast<float>(grid.zero_point);
+  return std::isnan(q) ? 0 : static_cast<int32_t>(std::min(std::max(q, 0.0F), static_cast<float>(grid.quant_max)));
 }
 
 // sum, exact or of floats, of channel c -> y[c].

@@ -5,57 +5,50 @@
 #include "core/binary_gemm_kernels.h"
 #include "x86/int8_epilogue_simd.h"
 #include "x86/loops_simd.h"
+#include "x86/static_steps_simd.h"
 
 namespace kdq {
 namespace {
 
 // The integers of 64 values or fewer, as bytes, by the steps of the int8 family's static quantization; 0 past the last.
 template <class T>
-inline __attribute__((always_inline)) uint32_t quantize_word(const T* x, int count, const StaticGrid& grid,
-                                                             uint8_t* bytes) {
-  const Vec::Float inverse = Vec::set(grid.inverse);
-  const Vec::Float zero_point = Vec::set(grid.zero_point);
-  const Vec::Float quant_max = Vec::set(grid.quant_max);
-  uint32_t nan_lanes = 0;
-  const auto integer = [&](int i, int n) __attribute__((always_inline)) {
-    const Vec::Float value = load(x + i, n);
-    nan_lanes |= Vec::bits(Vec::is_nan(value));
-    const Vec::Float q = Vec::add(Vec::round(Vec::mul(value, inverse)), zero_point);
-    return Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q));
-  };
+inline __attribute__((always_inline)) void quantize_word(const T* x, int count, int zero_point, StaticSteps* steps,
+                                                         uint8_t* bytes) {
   constexpr int kStep = 4 * Vec::kLanes;
   if (count == 64) {
 #pragma GCC unroll 2
     for (int i = 0; i < 64; i += kStep) {
       Vec::Float v[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) v[j] = integer(i + j * Vec::kLanes, Vec::kLanes);
-      Vec::store_rounded<0>(bytes + i, v);
+      for (int j = 0; j < 4; ++j) v[j] = steps->at(Vec::load(x + i + j * Vec::kLanes), j);
+      Vec::store_rounded<0>(bytes + i, v, zero_point);
     }
   } else {
     memset(bytes, 0, 64);
+    const Vec::Int offset = Vec::int_set(zero_point);
     for_each_vector(count, [&](int64_t i, int n) __attribute__((always_inline)) {
-      store_integers(bytes + i, Vec::to_int(integer(static_cast<int>(i), n)), n);
+      store_integers(bytes + i, Vec::int_add(Vec::to_int(steps->at(load(x + i, n), 0)), offset), n);
     });
   }
-  return nan_lanes;
 }
 
 template <class T>
 inline PlaneRow quantize_planes(const PlaneRowCall& call) {
   const T* x = static_cast<const T*>(call.x);
-  const StaticGrid grid = call.grid;
+  const int zero_point = call.grid.zero_point;
+  StaticSteps steps(call.grid);
   alignas(64) uint8_t bytes[64];
   PlaneRow row = {0, false};
   uint64_t* planes = call.planes;
   for (int64_t first = 0; first < call.k; first += 64, ++planes) {
     const int count = call.k - first < 64 ? static_cast<int>(call.k - first) : 64;
-    row.has_nan |= quantize_word(x + first, count, grid, bytes) != 0;
+    quantize_word(x + first, count, zero_point, &steps, bytes);
     Vec::store_bits(bytes, call.bits, planes, call.stride);
     for (int p = 0; p < call.bits; ++p) {
       row.sum += static_cast<int64_t>(__builtin_popcountll(planes[p * call.stride])) << p;
     }
   }
+  row.has_nan = steps.has_nan();
   return row;
 }
 

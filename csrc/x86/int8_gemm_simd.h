@@ -13,6 +13,7 @@
 #include "core/int8_gemm_kernels.h"
 #include "x86/int8_epilogue_simd.h"
 #include "x86/loops_simd.h"
+#include "x86/static_steps_simd.h"
 
 namespace kdq {
 namespace {
@@ -56,20 +57,22 @@ struct Loops {
     });
   }
 
-  // row[i] = round(value(i, n)) + kOffset, which fits: a full vector of Prepared at a time, then the rest.
+  // row[i] = round(value(i, n, j)) + kOffset + zero_point, which fits: a full vector of Prepared at a time, then the
+  // rest. j tells neighbours apart.
   template <int kOffset, class Value>
-  static inline __attribute__((always_inline)) void quantize_row(Prepared* row, int64_t k, Value value) {
+  static inline __attribute__((always_inline)) void quantize_row(Prepared* row, int64_t k, int zero_point,
+                                                                 Value value) {
     constexpr int kStep = 4 / sizeof(Prepared);  // vectors of float32 that narrow to one
     int64_t i = 0;
     for (; i + kStep * kLanes <= k; i += kStep * kLanes) {
       F v[kStep];
 #pragma GCC unroll 4
-      for (int j = 0; j < kStep; ++j) v[j] = value(i + j * kLanes, kLanes);
-      Vec::store_rounded<kOffset>(row + i, v);
+      for (int j = 0; j < kStep; ++j) v[j] = value(i + j * kLanes, kLanes, j);
+      Vec::store_rounded<kOffset>(row + i, v, zero_point);
     }
-    const I offset = Vec::int_set(kOffset);
+    const I offset = Vec::int_set(kOffset + zero_point);
     for_each_vector(k - i, [&](int64_t j, int n) __attribute__((always_inline)) {
-      store_integers(row + i + j, Vec::int_add(Vec::to_int(value(i + j, n)), offset), n);
+      store_integers(row + i + j, Vec::int_add(Vec::to_int(value(i + j, n, 0)), offset), n);
     });
     pad(row, k);
   }
@@ -83,7 +86,7 @@ struct Loops {
       const bool finite = scale <= kFloatMax;
       const F inverse = Vec::set(finite ? 1.0F / scale : 0.0F);
       if (!finite) scale = __builtin_nanf("");
-      quantize_row<Dot::kOffset>(row, call.k, [&](int64_t i, int n) __attribute__((always_inline)) {
+      quantize_row<Dot::kOffset>(row, call.k, 0, [&](int64_t i, int n, int) __attribute__((always_inline)) {
         return Vec::mul(load(x + i, n), inverse);
       });
     });
@@ -91,18 +94,12 @@ struct Loops {
 
   template <class T>
   static void prepare_static(const Int8RowsCall& call, const StaticGrid& grid, float scale) {
-    const F inverse = Vec::set(grid.inverse);
-    const F zero_point = Vec::set(grid.zero_point);
-    const F quant_max = Vec::set(grid.quant_max);
     for_each_row<T, Prepared>(call, [&](const T* x, Prepared* row, int r) __attribute__((always_inline)) {
-      uint32_t nan_lanes = 0;
-      quantize_row<0>(row, call.k, [&](int64_t i, int n) __attribute__((always_inline)) {
-        const F value = load(x + i, n);
-        nan_lanes |= Vec::bits(Vec::is_nan(value));
-        const F q = Vec::add(Vec::round(Vec::mul(value, inverse)), zero_point);
-        return Vec::at_most(quant_max, Vec::at_least(Vec::zero(), q));
+      StaticSteps steps(grid);
+      quantize_row<0>(row, call.k, grid.zero_point, [&](int64_t i, int n, int j) __attribute__((always_inline)) {
+        return steps.at(load(x + i, n), j);
       });
-      call.scales[r] = nan_lanes != 0 ? __builtin_nanf("") : scale;
+      call.scales[r] = steps.has_nan() ? __builtin_nanf("") : scale;
     });
   }
 

@@ -227,15 +227,16 @@ struct Vec {
     const __m128i words = _mm_packs_epi32(low(v), high(v));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
   }
-  // round(v) + kOffset, which fits, half to even: as many vectors as narrow to a full one. The packs work on 128-bit
-  // halves, hence the permutation.
+  // round(v) + kOffset + zero_point, which fits, half to even: as many vectors as narrow to a full one. The packs work
+  // on 128-bit halves, hence the permutation.
   template <int kOffset>
-  static void store_rounded(int16_t* p, const Float (&v)[2]) {
-    store_whole(p, _mm256_permute4x64_epi64(rounded_words<kOffset>(v[0], v[1]), 0xD8));
+  static void store_rounded(int16_t* p, const Float (&v)[2], int zero_point) {
+    store_whole(p, _mm256_permute4x64_epi64(rounded_words(v[0], v[1], kOffset + zero_point), 0xD8));
   }
   template <int kOffset>
-  static void store_rounded(uint8_t* p, const Float (&v)[4]) {
-    const Int bytes = _mm256_packus_epi16(rounded_words<kOffset>(v[0], v[1]), rounded_words<kOffset>(v[2], v[3]));
+  static void store_rounded(uint8_t* p, const Float (&v)[4], int zero_point) {
+    const Int bytes = _mm256_packus_epi16(rounded_words(v[0], v[1], kOffset + zero_point),
+                                          rounded_words(v[2], v[3], kOffset + zero_point));
     store_whole(p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
   }
   // Of 64 bytes below 2^bits, the planes: bit i of word p * stride is bit p of byte i.
@@ -259,9 +260,8 @@ struct Vec {
  private:
   // What a shuffle, which works on 128-bit halves, leaves of two vectors.
   static Float in_order(Float v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xD8)); }
-  template <int kOffset>
-  static Int rounded_words(Float a, Float b) {
-    return _mm256_add_epi16(_mm256_packs_epi32(to_int(a), to_int(b)), _mm256_set1_epi16(kOffset));
+  static Int rounded_words(Float a, Float b, int offset) {
+    return _mm256_add_epi16(_mm256_packs_epi32(to_int(a), to_int(b)), _mm256_set1_epi16(static_cast<int16_t>(offset)));
   }
   static void store_whole(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static __m128i low(Int v) { return _mm256_castsi256_si128(v); }

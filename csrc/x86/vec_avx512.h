@@ -211,22 +211,24 @@ struct Vec {
   static void store_int(int8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static void store_int(uint8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   template <int kOffset>
-  static void store_rounded(int16_t* p, const Float (&v)[2]) {
+  static void store_rounded(int16_t* p, const Float (&v)[2], int zero_point) {
     Int q[2];
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) q[i] = int_add(to_int(v[i]), int_set(kOffset));
+    for (int i = 0; i < 2; ++i) q[i] = int_add(to_int(v[i]), int_set(kOffset + zero_point));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi64(even_then_odd(), _mm512_packs_epi32(q[0], q[1])));
   }
   // Adding 1.5 * 2^23 leaves an integer in the low bits: one addition rounds and takes the offset in, where a
   // conversion would only round. The 16 low bits are all that is looked at.
   template <int kOffset>
-  static void store_rounded(uint8_t* p, const Float (&v)[4]) {
+  static void store_rounded(uint8_t* p, const Float (&v)[4], int zero_point) {
     static_assert(kOffset % 2 == 0, "ties must go to the same side as without the offset");
+    const Int words_more = _mm512_set1_epi16(static_cast<int16_t>(zero_point));
     const Float to_low_bits = set(12582912.0F + kOffset);
     Int q[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) q[i] = as_int(add(v[i], to_low_bits));
-    const Int words = _mm512_packus_epi16(low_halves(q[0], q[1]), low_halves(q[2], q[3]));
+    const Int words = _mm512_packus_epi16(_mm512_add_epi16(low_halves(q[0], q[1]), words_more),
+                                          _mm512_add_epi16(low_halves(q[2], q[3]), words_more));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi64(even_then_odd(), words));
   }
   // Of 64 bytes below 2^bits, the planes: bit i of word p * stride is bit p of byte i.
