@@ -3,7 +3,7 @@
 #   make demo     distil, quantize and run a digit classifier on the real kernels     (SEEDS=5 OUT=demo-output)
 #   make test     the whole test suite
 #   make test-cuda    on a machine with a GPU: the CUDA kernels' tests there, under compute-sanitizer where it is present,
-#                     and the torch operators on CUDA tensors, and a small run of the benchmarks
+#                     the torch operators on CUDA tensors, a small run of the benchmarks, and the demos
 #   make bench    every kernel against its best peer and the machine's limit
 #   make lint     ruff, mypy, clang-format
 #
@@ -44,7 +44,10 @@ test-cuda: $(VENV)/.deps
 	done
 	$(BIN)/python -m pytest --device cuda tests/kernels/test_torch_ops.py tests/kernels/test_attention.py \
 		tests/kernels/test_distillation.py tests/kernels/test_conv2d.py tests/kernels/test_cuda_ops.py tests/kernels/test_gpu_peaks.py
+	KDQ_CUDA_HOPPER=1 timeout 300 $(BIN)/python -m pytest --device cuda tests/kernels/test_torch_ops.py
 	$(BIN)/kdq bench --device cuda --quick --keep-going
+	$(BIN)/kdq demo digits --device cuda --seeds 1 --out $(OUT)/cuda-digits
+	$(BIN)/kdq demo language --device cuda --quick --out $(OUT)/cuda-language
 
 bench: build
 	$(BIN)/pip install --quiet -r benchmarks/requirements.txt

@@ -1,11 +1,12 @@
 // Makes a function an operator of torch's stable ABI:
 //   m.impl("name", Operator<&function>::run)
-// As TORCH_BOX does, but for the Tensor of torch_tensor.h, whose results are given away instead of copied.
+// As TORCH_BOX does, but with the Tensor of torch_tensor.h; results are given away instead of copied.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -15,43 +16,55 @@
 
 namespace kdq::bindings {
 
-// From what is on the stack, which gives its handles away.
+// As what a type comes on the stack, and the value made of that. Handles are given away there: own() takes them over.
 template <class T>
-struct Argument {
-  static T take(StableIValue value) { return torch::stable::detail::to<T>(value); }
+struct Passed {
+  using As = T;
+  static T own(const As& value) { return value; }
 };
 
 template <>
-struct Argument<Tensor> {
-  static Tensor take(StableIValue value) { return Tensor(Argument<AtenTensorHandle>::take(value)); }
+struct Passed<Tensor> {
+  using As = AtenTensorHandle;
+  static Tensor own(As handle) { return Tensor(handle); }
 };
 
+// torch's own conversion (2.10 to 2.13) loses a string of the heap.
 template <>
-struct Argument<OptionalTensor> {
-  static OptionalTensor take(StableIValue value) {
-    const auto handle = Argument<std::optional<AtenTensorHandle>>::take(value);
-    return handle ? OptionalTensor(*handle) : std::nullopt;
+struct Passed<std::string> {
+  using As = StringHandle;
+  static std::string own(As handle) {
+    size_t length = 0;
+    const char* text = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    const std::string value(text, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return value;
   }
 };
 
-template <>
-struct Argument<std::vector<Tensor>> {
-  static std::vector<Tensor> take(StableIValue value) {
-    const auto handles = Argument<std::vector<AtenTensorHandle>>::take(value);
-    return {handles.begin(), handles.end()};
+template <class T>
+struct Passed<std::optional<T>> {
+  using As = std::optional<typename Passed<T>::As>;
+  static std::optional<T> own(const As& value) { return value ? std::optional<T>(Passed<T>::own(*value)) : std::nullopt; }
+};
+
+template <class T>
+struct Passed<std::vector<T>> {
+  using As = std::vector<typename Passed<T>::As>;
+  static std::vector<T> own(const As& values) {
+    std::vector<T> result;
+    result.reserve(values.size());
+    for (const auto& value : values) result.push_back(Passed<T>::own(value));
+    return result;
   }
 };
 
-template <>
-struct Argument<std::vector<OptionalTensor>> {
-  static std::vector<OptionalTensor> take(StableIValue value) {
-    std::vector<OptionalTensor> tensors;
-    for (const auto& handle : Argument<std::vector<std::optional<AtenTensorHandle>>>::take(value)) {
-      tensors.push_back(handle ? OptionalTensor(*handle) : std::nullopt);
-    }
-    return tensors;
-  }
-};
+template <class T>
+T taken(StableIValue value) {
+  return Passed<T>::own(torch::stable::detail::to<typename Passed<T>::As>(value));
+}
 
 template <auto kFunction>
 struct Operator;
@@ -74,7 +87,7 @@ struct Operator<kFunction> {
 
   template <size_t... kIndex>
   static void run(StableIValue* stack, std::index_sequence<kIndex...>) {
-    const std::tuple<std::decay_t<Args>...> args{Argument<std::decay_t<Args>>::take(stack[kIndex])...};
+    const std::tuple<std::decay_t<Args>...> args{taken<std::decay_t<Args>>(stack[kIndex])...};
     if constexpr (std::is_void_v<Result>) {
       kFunction(std::get<kIndex>(args)...);
     } else {

@@ -18,8 +18,6 @@ namespace kdq::bindings {
 
 using torch::headeronly::ScalarType;
 
-inline void check_torch(AOTITorchError error) { STABLE_TORCH_ERROR_CODE_CHECK(error); }
-
 // As torch::stable::Tensor, for one thread. Copies are the same tensor; without a handle it is none.
 class Tensor {
  public:
@@ -39,45 +37,53 @@ class Tensor {
 
   AtenTensorHandle new_handle() const {
     AtenTensorHandle handle = nullptr;
-    check_torch(aoti_torch_new_tensor_handle(handle_, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
     return handle;
   }
 
   // Gives the handle away, or, if others share it, a new one.
   AtenTensorHandle release() { return next_ == this ? std::exchange(handle_, nullptr) : new_handle(); }
 
-  int64_t dim() const { return number(aoti_torch_get_dim); }
-  int64_t numel() const { return number(aoti_torch_get_numel); }
+  int64_t dim() const {
+    int64_t dim = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
+    return dim;
+  }
+  int64_t numel() const {
+    int64_t numel = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel));
+    return numel;
+  }
   int64_t size(int64_t axis) const {
     int64_t size = 0;
-    check_torch(aoti_torch_get_size(handle_, axis, &size));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(handle_, axis, &size));
     return size;
   }
   int64_t stride(int64_t axis) const {
     int64_t stride = 0;
-    check_torch(aoti_torch_get_stride(handle_, axis, &stride));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(handle_, axis, &stride));
     return stride;
   }
   // dim() numbers, as long as the tensor lives.
   const int64_t* sizes() const {
     int64_t* sizes = nullptr;
-    check_torch(aoti_torch_get_sizes(handle_, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
     return sizes;
   }
   const int64_t* strides() const {
     int64_t* strides = nullptr;
-    check_torch(aoti_torch_get_strides(handle_, &strides));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
     return strides;
   }
   bool is_contiguous() const {
     bool is_contiguous = false;
-    check_torch(aoti_torch_is_contiguous(handle_, &is_contiguous));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &is_contiguous));
     return is_contiguous;
   }
 
   int32_t shim_dtype() const {
     int32_t dtype = 0;
-    check_torch(aoti_torch_get_dtype(handle_, &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
     return dtype;
   }
   // Asks torch for the number of one dtype after another: for results and errors.
@@ -89,30 +95,25 @@ class Tensor {
   bool is_cuda() const { return device_type() == aoti_torch_device_type_cuda(); }
   int32_t get_device_index() const {
     int32_t index = 0;
-    check_torch(aoti_torch_get_device_index(handle_, &index));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
     return index;
   }
 
   const void* const_data_ptr() const {
     const void* data = nullptr;
-    check_torch(torch_get_const_data_ptr(handle_, &data));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
     return data;
   }
   void* mutable_data_ptr() const {
     void* data = nullptr;
-    check_torch(torch_get_mutable_data_ptr(handle_, &data));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
     return data;
   }
 
  private:
-  int64_t number(AOTITorchError (*read)(AtenTensorHandle, int64_t*)) const {
-    int64_t number = 0;
-    check_torch(read(handle_, &number));
-    return number;
-  }
   int32_t device_type() const {
     int32_t type = 0;
-    check_torch(aoti_torch_get_device_type(handle_, &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
     return type;
   }
 
@@ -143,7 +144,7 @@ inline torch::stable::Tensor shared(const Tensor& t) { return torch::stable::Ten
 inline Tensor contiguous(const Tensor& t) {
   const torch::stable::Tensor result = torch::stable::contiguous(shared(t));
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_new_tensor_handle(result.get(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
   return Tensor(handle);
 }
 

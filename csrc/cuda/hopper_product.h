@@ -15,6 +15,8 @@
 // once more, 384 cycles beside 1024; a kernel of its own that counts would need a workspace.
 #pragma once
 
+#include <string>
+
 #include "cuda/hopper_thread.h"
 #include "cuda/product.h"
 
@@ -265,9 +267,21 @@ struct HopperProduct {
 
 // ---- for launching -------------------------------------------------------------------------------------------------
 
-// Whether launch_small_or_tiled() takes this kernel where it can. Not before it has run on a GPU: barriers that are
-// wrong hang there, and nothing of its speed is known. hopper_test.cpp runs it on the emulator, and on a GPU.
+// Whether launch_small_or_tiled() takes this kernel where it can, by the value of KDQ_CUDA_HOPPER (nullptr: not set). Not
+// by default before it has run on a GPU: barriers that are wrong hang there, and nothing of its speed is known.
+// hopper_test.cpp runs it on the emulator, and on a GPU.
 constexpr bool kUseHopper = false;
+
+inline Status parse_use_hopper(const char* value, bool* use) {
+  *use = kUseHopper;
+  if (value == nullptr) return {};
+  const std::string text = value;
+  if (text != "0" && text != "1") {
+    return Status::invalid("KDQ_CUDA_HOPPER: expected 0 or 1, got '" + text + "'");
+  }
+  *use = text == "1";
+  return {};
+}
 
 // What the copy engine can read.
 inline bool fits_hopper(const Operand& a, const Operand& b) {

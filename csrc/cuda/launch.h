@@ -7,8 +7,10 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <string>
 
+#include "cuda/hopper_product.h"
 #include "cuda/hopper_thread.h"
 #include "cuda/tensor_map.h"
 #include "cuda/thread.h"
@@ -64,6 +66,14 @@ class StreamLauncher {
 
   // Whether the current device has what hopper_thread.h needs.
   bool is_hopper() const { return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9; }
+
+  // Whether products go there: the GPU has it, and KDQ_CUDA_HOPPER, which is read once, says so.
+  Status use_hopper(bool* use) const {
+    static const char* const value = std::getenv("KDQ_CUDA_HOPPER");
+    const Status status = parse_use_hopper(value, use);
+    *use = *use && is_hopper();
+    return status;
+  }
 
   Status tensor_map(const Operand& rows, int box_rows, TensorMap* map) const {
     return encode_rows(rows, box_rows, map);

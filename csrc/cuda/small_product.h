@@ -236,7 +236,10 @@ Status launch_small_or_tiled(const Launcher& launcher, const Product& product, c
     const SmallProduct<Product, Output> kernel = {a, b, product, output};
     return launcher.run(kernel, kernel.blocks());
   }
-  if (kUseHopper && launcher.is_hopper() && fits_hopper(a, b)) return launch_hopper(launcher, product, a, b, output);
+  bool use_hopper = false;
+  const Status status = launcher.use_hopper(&use_hopper);
+  if (!status.ok()) return status;
+  if (use_hopper && fits_hopper(a, b)) return launch_hopper(launcher, product, a, b, output);
   return launch_tiled(launcher, product, a, b, output);
 }
 

@@ -61,6 +61,7 @@ def demo(
     ),
     prompt: Annotated[str | None, typer.Option(help="language: the beginning that every model completes.")] = None,
     quick: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda or cuda:N for a GPU.")] = "cpu",
 ) -> None:
     """Distil and quantize a digit classifier or a small language model to 8, 4, 2 and 1 bits; run it on the kernels."""
     if name not in ("digits", "language"):
@@ -70,13 +71,13 @@ def demo(
     if name == "language":
         from kdq.language import demo as language
 
-        settings = language.Settings.quick() if quick else language.Settings()
+        settings = language.Settings.quick(device) if quick else language.Settings(device=device)
         language.run_language(out, settings, console, language.PROMPT if prompt is None else prompt)
         return
     from kdq.demo import Settings, run_digits
 
     count = 5 if seeds is None else seeds
-    run_digits(out, Settings.quick(count) if quick else Settings(seeds=count), console)
+    run_digits(out, Settings.quick(count, device) if quick else Settings(seeds=count, device=device), console)
 
 
 @app.command()

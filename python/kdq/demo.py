@@ -12,7 +12,6 @@ quantized, weights and activations alike. Every result is converted and evaluate
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
@@ -35,6 +34,7 @@ from kdq.configs import Binary, Config, Int8Dynamic, LowBit
 from kdq.io import save
 from kdq.losses import SoftTargets
 from kdq.observe import evaluating
+from kdq.place import changed_copy, described, place_of
 from kdq.quantize import convert_, prepare_qat_
 from kdq.reporting import Latency, accuracy, interleaved_latency, size_on_disk, teacher_kl
 from kdq.studies.paired import mean_and_error
@@ -55,21 +55,22 @@ ARMS = {"labels": SoftTargets(alpha=0.0), "teacher": SoftTargets(T=4.0, alpha=0.
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to train. `quick` is for seeing that everything works; its accuracies mean nothing."""
+    """How long to train, and where. `quick` is for seeing that everything works; its accuracies mean nothing."""
 
     seeds: int = 5
     teacher_epochs: int = 30
     float_epochs: int = 60
     qat_epochs: int = 60
+    device: str = "cpu"  # where models train and run
 
     @classmethod
-    def quick(cls, seeds: int) -> Settings:
-        return cls(seeds=seeds, teacher_epochs=2, float_epochs=3, qat_epochs=3)
+    def quick(cls, seeds: int, device: str = "cpu") -> Settings:
+        return cls(seeds=seeds, teacher_epochs=2, float_epochs=3, qat_epochs=3, device=device)
 
 
 @dataclass(frozen=True)
 class Digits:
-    """One seed's split. x float32 `[n, 64]` in [0, 1], y int64 `[n]`."""
+    """One seed's split. x float32 `[n, 64]` in [0, 1], y int64 `[n]`; for testing, where the models are."""
 
     teacher_x: Tensor
     teacher_y: Tensor
@@ -93,7 +94,7 @@ class Result:
     kernel_difference: float  # largest difference of their logits
 
 
-def load_split(seed: int) -> Digits:
+def load_split(seed: int, device: torch.device) -> Digits:
     """Shuffles the digits with the seed and splits them."""
     from sklearn.datasets import load_digits
 
@@ -102,7 +103,7 @@ def load_split(seed: int) -> Digits:
     x = torch.from_numpy(data.data).float()[order] / 16
     y = torch.from_numpy(data.target).long()[order]
     n, k = TEACHER_SAMPLES, STUDENT_SAMPLES
-    return Digits(x[:n], y[:n], x[:k], y[:k], x[n:], y[n:])
+    return Digits(x[:n], y[:n], x[:k], y[:k], x[n:].to(device), y[n:].to(device))
 
 
 def mlp(width: int, dropout: float = 0.0) -> nn.Sequential:
@@ -122,8 +123,9 @@ def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple
     """Teacher, float student, and all compressed students of one seed. Returns also the converted models of the
     teacher arm."""
     torch.manual_seed(seed)
-    data = load_split(seed)
-    teacher, student = mlp(512, dropout=0.2), mlp(256)
+    device = place_of(settings.device)
+    data = load_split(seed, device)
+    teacher, student = mlp(512, dropout=0.2).to(device), mlp(256).to(device)
     teachers_own = batches(data.teacher_x, data.teacher_y, settings.teacher_epochs, seed)
     train(teacher, teacher, [ARMS["labels"]], teachers_own, 2e-3)
     advance()
@@ -140,12 +142,10 @@ def run_seed(seed: int, settings: Settings, folder: Path, advance: Any) -> tuple
     models: dict[str, nn.Module] = {"float32 teacher": teacher, "float32": student}
     for precision, config in PRECISIONS.items():
         for arm, loss in ARMS.items():
-            fake = copy.deepcopy(student)
-            prepare_qat_(fake, config)
+            fake = changed_copy(student, partial(prepare_qat_, config=config), device)
             loader = batches(data.student_x, data.student_y, settings.qat_epochs, seed + 1000)
             train(fake, teacher, [loss], loader, 1e-3)
-            real = copy.deepcopy(fake)
-            convert_(real)
+            real = changed_copy(fake, convert_, device)
             results.append(evaluate(precision, arm, seed, real, fake, data, expected))
             name = f"{precision.replace(' ', '-')}-{arm}-seed{seed}"
             save(real, folder / f"{name}.safetensors")
@@ -182,11 +182,11 @@ def evaluate(
     )
 
 
-def measure_latency(models: dict[str, nn.Module]) -> dict[str, Latency]:
+def measure_latency(models: dict[str, nn.Module], device: torch.device) -> dict[str, Latency]:
     """One forward pass of a batch of 64, all models interleaved, on one thread."""
-    x = torch.rand(LATENCY_BATCH, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(LATENCY_BATCH, 64, generator=torch.Generator().manual_seed(0)).to(device)
     with one_thread(), torch.inference_mode():
-        times = interleaved_latency([partial(model.eval(), x) for model in models.values()])
+        times = interleaved_latency([partial(model.eval(), x) for model in models.values()], devices=[device])
     return dict(zip(models, times, strict=True))
 
 
@@ -257,17 +257,17 @@ def spread(value: tuple[float, float] | None, digits: int = 2, sign: bool = Fals
     return text if math.isnan(deviation) else f"{text} ± {deviation:.{digits}f}"
 
 
-def table(rows: list[Summary], seeds: int, teacher_accuracy: tuple[float, float]) -> Table:
-    """The demo's result."""
+def table(rows: list[Summary], seeds: int, teacher_accuracy: tuple[float, float], place: str) -> Table:
+    """The demo's result. place: where models ran, in words."""
     result = Table(
         title=f"Digits, {seeds} seeds; float teacher {spread(teacher_accuracy)} % accuracy",
         caption=(
             "accuracy: mean ± standard deviation over seeds; gain: of the teacher, paired difference in points ± "
             "standard error; KL: to the teacher, nats; bytes: on disk; "
-            f"us: batch of {LATENCY_BATCH}, one thread, median and below it fastest-slowest; x: times faster than the "
+            f"us: batch of {LATENCY_BATCH}, median and below it fastest-slowest; x: times faster than the "
             "float student; agree: share of test samples on which kernels and fake-quant model choose the same class, "
             "worst seed. "
-            f"Kernels in force: {kk.cpu_isa()}."
+            f"Run on: {place}."
         ),
         title_justify="left",
         caption_justify="left",
@@ -333,8 +333,10 @@ def run_digits(out: Path, settings: Settings, console: Console) -> list[Summary]
     """Runs the demo, prints its table and writes `report.json`, `digits.png` and checkpoints to `out`.
 
     Raises:
-        ValueError: fewer than one seed.
+        ValueError: fewer than one seed, or a device that is none.
+        RuntimeError: the device is a GPU that is not there, or for which this build has no operators.
     """
+    device = place_of(settings.device)
     if settings.seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {settings.seeds}")
     folder = out / "checkpoints"
@@ -348,14 +350,14 @@ def run_digits(out: Path, settings: Settings, console: Console) -> list[Summary]
             progress.update(task, description=f"seed {seed + 1} of {settings.seeds}")
             found, models = run_seed(seed, settings, folder, lambda: progress.advance(task))
             results += found
-    latency = measure_latency(models)
+    latency = measure_latency(models, device)
     rows = summarize(results, latency)
     teacher = [100 * r.accuracy for r in results if r.arm == "teacher itself"]
     deviation = statistics.stdev(teacher) if len(teacher) > 1 else math.nan
-    console.print(table(rows, settings.seeds, (statistics.fmean(teacher), deviation)))
+    console.print(table(rows, settings.seeds, (statistics.fmean(teacher), deviation), described(device)))
     content = {
         "settings": asdict(settings),
-        "isa": kk.cpu_isa(),
+        "place": described(device),
         "cpu": kk.build_info()["cpu"],
         "torch": torch.__version__,
         "teacher_accuracy": teacher,

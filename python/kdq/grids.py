@@ -119,7 +119,8 @@ def search_affine_grid(
     grids = [affine_grid(*clipped_range(low, high, 1 - step / SEARCH_STEPS), bits) for step in range(SEARCH_STEPS)]
     errors = []
     for grid in grids:
-        fake = kk.fake_quantize(sample, grid.scale, grid.zero_point, quant_min=0, quant_max=2**bits - 1)
+        scale, zero_point = grid.scale.to(sample.device), grid.zero_point.to(sample.device)
+        fake = kk.fake_quantize(sample, scale, zero_point, quant_min=0, quant_max=2**bits - 1)
         squares = (fake - sample).square()
         errors.append(float(squares.sum() if counts is None else squares.double() @ counts.double()))
     best, best_error = affine_grid(low, high, bits), torch.inf

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kdq.layers.base import ACTIVATION_FUNCTIONS, InferenceLayer, fused_activation
 from kdq.layers.qat import TrainingTwin
 from kdq.losses import mean_kl
-from kdq.observe import Batch, captured_outputs, check_same_shape, evaluating, parse_batch, rows_of
+from kdq.observe import Batch, captured_outputs, check_same_shape, device_of, evaluating, parse_batch, rows_of
 
 ROUNDS = 15
 ROUND_SECONDS = 0.01
@@ -137,7 +137,8 @@ def report(
         layers = layer_errors(student, teacher if reference is None else reference, batches[0])
         first = parse_batch(batches[0], student)
         times = interleaved_latency(
-            [lambda: first.logits(student, "student"), lambda: first.logits(teacher, "teacher")]
+            [lambda: first.logits(student, "student"), lambda: first.logits(teacher, "teacher")],
+            devices=(device_of(student), device_of(teacher)),
         )
     student_logits = torch.cat([o[0] for o in outputs])
     teacher_logits = torch.cat([o[1] for o in outputs])
@@ -176,13 +177,25 @@ def size_on_disk(model: nn.Module) -> int:
         return path.stat().st_size
 
 
-def interleaved_latency(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list[Latency]:
-    """Times several calls in turn, so that what else the machine does hits all alike."""
+def interleaved_latency(
+    calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS, devices: Iterable[torch.device | None] = ()
+) -> list[Latency]:
+    """Times several calls in turn, so that what else the machine does hits all alike.
+
+    devices: where they run. On GPUs, where a call only queues its work, that is waited for.
+    """
+    gpus = {device for device in devices if device is not None and device.type == "cuda"}
+
+    def wait() -> None:
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
 
     def once(call: Callable[[], Any], repeat: int) -> float:
+        wait()
         start = time.perf_counter()
         for _ in range(repeat):
             call()
+        wait()
         return (time.perf_counter() - start) / repeat
 
     repeats = [max(1, round(ROUND_SECONDS / max(min(once(c, 1) for _ in range(3)), 1e-7))) for c in calls]

@@ -206,10 +206,11 @@ void test_fits() {
   CHECK(!fits(cuda::operand_of(bytes, 2, 0)), "no k");
 }
 
+// On a GPU that has this kernel, where KDQ_CUDA_HOPPER has a value.
 class CountingLauncher : public Launcher {
  public:
-  explicit CountingLauncher(int* count) : Launcher(false), count_(count) {}
-  bool is_hopper() const { return true; }
+  CountingLauncher(const char* setting, int* count) : Launcher(false), setting_(setting), count_(count) {}
+  Status use_hopper(bool* use) const { return cuda::parse_use_hopper(setting_, use); }
   template <class Kernel>
   Status run_resident(const Kernel&, int64_t) const {
     ++*count_;
@@ -217,20 +218,31 @@ class CountingLauncher : public Launcher {
   }
 
  private:
+  const char* setting_;
   int* count_;
 };
 
-// Whether int8_matmul takes this kernel: only if it is to, and not for few rows, nor for rows it cannot read.
+// How often int8_matmul takes this kernel.
+int times_taken(const char* setting, const Size& s) {
+  Buffer<int8_t> a(integers(s.m * s.k), Place::kStart);
+  Buffer<int8_t> b(integers(s.n * s.k), Place::kStart);
+  Buffer<int32_t> out(static_cast<size_t>(s.m * s.n), Place::kStart);
+  int count = 0;
+  const CountingLauncher launcher(setting, &count);
+  require(cuda::launch_int8_matmul(launcher, a.data(), b.data(), s.m, s.n, s.k, out.data(), nullptr));
+  return count;
+}
+
+// Only if it is to, and not for few rows, nor for rows it cannot read.
 void test_choice() {
-  for (const Size& s : {Size{20, 9, 32}, Size{20, 9, 24}, Size{16, 9, 32}}) {
-    Buffer<int8_t> a(integers(s.m * s.k), Place::kStart);
-    Buffer<int8_t> b(integers(s.n * s.k), Place::kStart);
-    Buffer<int32_t> out(static_cast<size_t>(s.m * s.n), Place::kStart);
-    int count = 0;
-    require(cuda::launch_int8_matmul(CountingLauncher(&count), a.data(), b.data(), s.m, s.n, s.k, out.data(), nullptr));
-    const bool suits = s.m == 20 && s.k == 32;
-    CHECK(count == (cuda::kUseHopper && suits ? 1 : 0), "%s", name(s).c_str());
-  }
+  CHECK(times_taken("1", {20, 9, 32}) == 1, "asked for");
+  CHECK(times_taken("0", {20, 9, 32}) == 0, "refused");
+  CHECK(times_taken(nullptr, {20, 9, 32}) == (cuda::kUseHopper ? 1 : 0), "not set");
+  CHECK(times_taken("1", {20, 9, 24}) == 0, "rows that the copy engine cannot read");
+  CHECK(times_taken("1", {16, 9, 32}) == 0, "few rows");
+  bool use = false;
+  const Status wrong = cuda::parse_use_hopper("yes", &use);
+  CHECK(wrong.message() == "KDQ_CUDA_HOPPER: expected 0 or 1, got 'yes'", "%s", wrong.message().c_str());
 }
 
 void run_all() {

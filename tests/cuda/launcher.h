@@ -47,7 +47,10 @@ class Launcher {
   }
 
   // The kernels of product.h are tested as for a GPU that has no others.
-  bool is_hopper() const { return false; }
+  Status use_hopper(bool* use) const {
+    *use = false;
+    return {};
+  }
 
   Status tensor_map(const cuda::Operand& rows, int box_rows, cuda::TensorMap* map) const {
     *map = tensor_map_of({rows.data, rows.rows, rows.row_bytes, box_rows});

@@ -60,7 +60,7 @@ class Launcher {
   Status run(const Kernel& kernel, int64_t blocks) const {
     return waited(stream_.run(kernel, blocks));
   }
-  bool is_hopper() const { return stream_.is_hopper(); }
+  Status use_hopper(bool* use) const { return stream_.use_hopper(use); }
   Status tensor_map(const cuda::Operand& rows, int box_rows, cuda::TensorMap* map) const {
     return stream_.tensor_map(rows, box_rows, map);
   }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kdq
 import kdq_kernels as kk
-from kdq.grids import AffineGrid
+from kdq.grids import AffineGrid, search_affine_grid
 from kdq.observers import Observer
 
 OBSERVERS: list[Observer] = [
@@ -225,3 +225,18 @@ def test_no_batches_is_an_error(observer: Observer) -> None:
 def test_a_wrong_observer_is_an_error() -> None:
     with pytest.raises(TypeError, match="observer.*MinMax"):
         kdq.quantize_(nn.Sequential(nn.Linear(17, 8)), kdq.Int8Dynamic(), observer="minmax")  # type: ignore[arg-type]
+
+
+def test_grids_are_tried_where_the_sample_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grids are made on the CPU; kernels take all of their tensors from one device."""
+
+    class Tried(Exception):
+        pass
+
+    def fake_quantize(*tensors: Tensor, **_: int) -> Tensor:
+        raise Tried([tensor.device.type for tensor in tensors])
+
+    monkeypatch.setattr(kk, "fake_quantize", fake_quantize)
+    with pytest.raises(Tried) as tried:
+        search_affine_grid(torch.ones(3, device="meta"), -1.0, 1.0, 4)
+    assert tried.value.args == (["meta"] * 3,)

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 import kdq
 from kdq.demo import PRECISIONS, Settings, run_digits
+from kdq.place import changed_copy, place_of
 
 
 def model() -> nn.Sequential:
@@ -106,6 +108,26 @@ def test_demo_is_reproducible(demo_output: Path, tmp_path: Path) -> None:
     first = json.loads((demo_output / "report.json").read_text())["results"]
     again = json.loads((tmp_path / "report.json").read_text())["results"]
     assert again == [result for result in first if result["seed"] == 0]
+
+
+@pytest.mark.parametrize("name", ["digits", "language"])
+def test_demo_refuses_a_device_that_is_none(tmp_path: Path, name: str) -> None:
+    for device, error in (
+        ("toaster", "error: device: expected cpu, cuda or cuda:N, got 'toaster'"),
+        ("meta", "error: device: expected cuda or cuda:N, got meta"),
+        ("cuda:7", "error: device: "),  # no such GPU, or no operators for any
+    ):
+        wrong = run_cli("demo", name, "--quick", "--device", device, "--out", "out", cwd=tmp_path)
+        assert wrong.returncode == 1
+        assert error in wrong.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_copy_leaves_the_model_as_it_is() -> None:
+    before = model()
+    after = changed_copy(before, partial(kdq.quantize_, config=kdq.Int8Dynamic()), place_of("cpu"))
+    assert [type(m) for m in before.modules() if isinstance(m, nn.Linear)]
+    assert not [m for m in after.modules() if isinstance(m, nn.Linear)]
 
 
 def test_cli_info_and_errors(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ gradients."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,38 @@ def test_every_op_is_checked() -> None:
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdq::")
     }
     assert names == {c[1]._schema.name.split("::")[1] for c in op_cases()}
+
+
+class Mallinfo2(ctypes.Structure):
+    """What glibc says of the main thread's heap (2.33 and newer)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@pytest.mark.parametrize(("name", "op", "args", "kwargs"), op_cases(), ids=[c[0] for c in op_cases()])
+def test_calls_keep_no_memory(name: str, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Neither of arguments of any type, nor of results, nor where arguments are refused."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("the C library cannot tell how much memory is in use")
+    mallinfo2.restype = Mallinfo2
+    wrong = (torch.zeros(2, 3, dtype=torch.bool), *args[1:])
+    with pytest.raises(ValueError, match="expected"):
+        op(*wrong, **kwargs)
+
+    def bytes_kept(calls: int) -> int:
+        before = mallinfo2().uordblks
+        for _ in range(calls):
+            op(*args, **kwargs)
+            with contextlib.suppress(ValueError):
+                op(*wrong, **kwargs)
+        return int(mallinfo2().uordblks) - before
+
+    bytes_kept(100)
+    assert bytes_kept(2000) < 2000 * 8
 
 
 def test_opcheck_with_gradients(device: str) -> None:

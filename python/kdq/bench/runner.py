@@ -26,7 +26,7 @@ from kdq.bench.case import Case, Contender, Role, check
 from kdq.bench.clocks import Clock, DeviceClock, Timing, clocks_of
 from kdq.bench.limits import LimitMeter
 from kdq.bench.target import Target
-from kdq_kernels import _torch_library
+from kdq.place import place_of
 
 LIMIT_SECONDS = 0.05  # each time that a limit is measured
 GPU_LIMIT_SECONDS = 0.01
@@ -252,11 +252,9 @@ def run_bench(
     if unknown:
         raise ValueError(f"family: expected some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
     check_threads(threads)
-    target = Target.of(torch.device(device), quick)
-    if target.gpu:
-        _torch_library.check_gpu(target.device)
-        if list(threads) != [1]:
-            raise ValueError(f"threads: expected none with device {device}, got {list(threads)}")
+    target = Target.of(place_of(device), quick)
+    if target.gpu and list(threads) != [1]:
+        raise ValueError(f"threads: expected none with device {device}, got {list(threads)}")
     measurements: list[Measurement] = []
     with torch_threads(), torch.inference_mode(), current(target), Progress(transient=True) as progress:
         clocks = clocks_of(target.device)

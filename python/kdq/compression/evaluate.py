@@ -13,7 +13,7 @@ from torch import nn
 from kdq.compression.report import Layer, Model
 from kdq.configs import bits_of, short_name
 from kdq.layers.base import InferenceLinear
-from kdq.observe import evaluating, parse_batch, rows_of
+from kdq.observe import device_of, evaluating, parse_batch, rows_of
 from kdq.reporting import interleaved_latency, layer_errors
 from kdq.search.cost import tensor_bytes
 from kdq.validation import validate
@@ -23,7 +23,9 @@ def evaluate(models: Mapping[str, nn.Module], teacher: nn.Module, batches: Seque
     """Every model on the batches, by its name."""
     first = parse_batch(batches[0], teacher)
     with evaluating(*models.values()), torch.inference_mode():
-        times = interleaved_latency([partial(first.logits, model, name) for name, model in models.items()])
+        times = interleaved_latency(
+            [partial(first.logits, model, name) for name, model in models.items()], devices=map(device_of, models.values())
+        )
     found = {}
     for (name, model), time in zip(models.items(), times, strict=True):
         quality = validate(model, teacher, batches)

@@ -19,6 +19,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from kdq.language.show import picture, table
 from kdq.language.speed import Speed, measure, without_products
 from kdq.losses import CrossEntropy, Loss, SoftTargets
 from kdq.observe import evaluating
+from kdq.place import changed_copy, described, place_of
 from kdq.quantize import convert_, prepare_qat_, quantize_
 from kdq.reporting import accuracy, teacher_kl
 from kdq.studies.paired import mean_and_error
@@ -62,7 +64,7 @@ PROMPT = "class Reader:\n    def __init__(self, path"
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes, and how long to train. `quick` is for seeing that everything works; its figures mean nothing."""
+    """Sizes, how long to train, and where. `quick` is for seeing that everything works; its figures mean nothing."""
 
     shape: Shape = field(default_factory=Shape)
     teacher_steps: int = 3000
@@ -71,11 +73,12 @@ class Settings:
     windows: int = 256  # held out
     rounds: int = 15  # of timing
     written: int = 80  # bytes of a completion
+    device: str = "cpu"  # where models train and run
 
     @classmethod
-    def quick(cls) -> Settings:
+    def quick(cls, device: str = "cpu") -> Settings:
         shape = Shape(blocks=1, width=32, heads=2, context=64)
-        return cls(shape, teacher_steps=4, qat_steps=2, batch=4, windows=8, rounds=2, written=8)
+        return cls(shape, teacher_steps=4, qat_steps=2, batch=4, windows=8, rounds=2, written=8, device=device)
 
 
 @dataclass(frozen=True)
@@ -131,18 +134,15 @@ def students(
     teacher: LanguageModel, precision: str, text: Text, settings: Settings, bar: Progress
 ) -> dict[str, Student]:
     """The three of a precision, by arm."""
-    configs, shape = PRECISIONS[precision], settings.shape
-    plain = copy.deepcopy(teacher)
+    configs, shape, device = PRECISIONS[precision], settings.shape, place_of(settings.device)
     calibration = [x for x, _ in Batches(text.training, shape.context, settings.batch, 2, seed=1)]
-    quantize_(plain, configs, calibration=calibration)
+    plain = changed_copy(teacher, partial(quantize_, config=configs, calibration=calibration), device)
     found = {UNTRAINED: Student(plain, plain)}
     for arm, loss in ARMS.items():
-        fake = copy.deepcopy(teacher)
-        prepare_qat_(fake, configs)
+        fake = changed_copy(teacher, partial(prepare_qat_, config=configs), device)
         loader = Batches(text.training, shape.context, settings.batch, settings.qat_steps, seed=2)
         train(teacher, fake, loss, loader, QAT_RATES[precision], bar)
-        real = copy.deepcopy(fake)
-        convert_(real)
+        real = changed_copy(fake, convert_, device)
         found[arm] = Student(real, fake)
     return found
 
@@ -208,9 +208,11 @@ def run_language(out: Path, settings: Settings, console: Console, prompt: str = 
     `out`. Returns the report.
 
     Raises:
-        ValueError: the prompt is empty, or leaves no room for a completion.
-        RuntimeError: a model that is to be timed gives other logits than its fake-quant twin.
+        ValueError: the prompt is empty, or leaves no room for a completion, or a device that is none.
+        RuntimeError: a model that is to be timed gives other logits than its fake-quant twin; or the device is a GPU
+            that is not there, or for which this build has no operators.
     """
+    device = place_of(settings.device)
     room = settings.shape.context - settings.written
     if not 0 < len(prompt.encode()) <= room:
         raise ValueError(f"prompt: expected 1 to {room} bytes, got {len(prompt.encode())}")
@@ -223,7 +225,7 @@ def run_language(out: Path, settings: Settings, console: Console, prompt: str = 
     report: dict[str, Any] = {
         "settings": asdict(settings),
         "prompt": prompt,
-        "isa": kk.cpu_isa(),
+        "place": described(device),
         "cpu": kk.build_info()["cpu"],
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -265,12 +267,13 @@ def train_and_measure(
     shape = settings.shape
     task = bar.add_task("teacher", total=2 + len(PRECISIONS))
     torch.manual_seed(0)
-    teacher = LanguageModel(shape)
+    device = place_of(settings.device)
+    teacher = LanguageModel(shape).to(device)
     loader = Batches(text.training, shape.context, settings.batch, settings.teacher_steps, seed=0)
     train(teacher, teacher, CrossEntropy(), loader, FLOAT_RATE, bar)
     half = copy.deepcopy(teacher).bfloat16()
     in_float = {"float32": {"": Student(teacher, teacher)}, "bfloat16": {"": Student(half, half)}}
-    x, y = spread_windows(text.held_out, shape.context, settings.windows)
+    x, y = (part.to(device) for part in spread_windows(text.held_out, shape.context, settings.windows))
     trial = Trial(x, y, logits_of_windows(teacher, x), prompt, settings.written, folder)
     rows: list[dict[str, Any]] = []
     timed: dict[str, LanguageModel] = {}

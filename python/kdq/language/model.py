@@ -40,11 +40,19 @@ class Cache:
     `keys` and `values` `[batch, heads, context, width / heads]`, one a block, of which the first `length` are filled.
     """
 
-    def __init__(self, shape: Shape, batch: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, shape: Shape, batch: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
         size = (batch, shape.heads, shape.context, shape.width // shape.heads)
-        self.keys = [torch.zeros(size, dtype=dtype) for _ in range(shape.blocks)]
-        self.values = [torch.zeros(size, dtype=dtype) for _ in range(shape.blocks)]
+        self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.blocks)]
+        self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.blocks)]
         self.length = 0
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> Cache:
+        """An empty one, of the model's dtype and on its device."""
+        like = model.norm.weight
+        return cls(model.shape, dtype=like.dtype, device=like.device)
 
     def extended(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new positions behind those seen; all keys and values up to them."""
@@ -160,8 +168,8 @@ def complete(model: LanguageModel, prompt: bytes, count: int) -> bytes:
     """
     if not prompt:
         raise ValueError("prompt: expected at least one byte, got none")
-    cache = Cache(model.shape, dtype=model.norm.weight.dtype)
-    ids = torch.tensor([list(prompt)])
+    cache = Cache.of(model)
+    ids = torch.tensor([list(prompt)], device=model.bias.device)
     written = bytearray()
     while len(written) < count:
         ids = model(ids, cache)[:, -1:].argmax(-1)

@@ -31,11 +31,11 @@ def table(report: Mapping[str, Any]) -> Table:
         caption=(
             "bits: per held-out byte; gain: of the teacher over the text alone, paired difference ± standard error "
             "over windows; KL: to the float32 model, nats; bytes: of the saved file; prefill, decode: bytes a second "
-            f"on one thread at batch 1, reading {prompt} (in thousands) and writing the one behind them, median, below "
+            f"at batch 1, reading {prompt} (in thousands) and writing the one behind them, median, below "
             "it slowest-fastest. Without its linear layers the int8 model decodes "
             f"{speed['no products']['decode'][0]:,.0f} a second. Kernels and fake-quant models find the same byte "
-            f"likeliest in at least {min(score['kernel_agreement'] for score in scores):.2%} of all places. Kernels in "
-            f"force: {report['isa']}."
+            f"likeliest in at least {min(score['kernel_agreement'] for score in scores):.2%} of all places. Run on: "
+            f"{report['place']}."
         ),
         title_justify="left",
         caption_justify="left",

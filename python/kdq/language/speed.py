@@ -90,8 +90,8 @@ def measure(
     half = ids.shape[1] // 2
     with one_thread(), torch.inference_mode(), evaluating(*models.values(), *expected.values()):
         differences = {name: check_decoding(name, models[name], other(ids), ids) for name, other in expected.items()}
-        prefill = interleaved_latency([partial(model, ids[:, :half]) for model in models.values()], rounds)
-        decode = interleaved_latency([_step(model, half) for model in models.values()], rounds)
+        prefill = interleaved_latency([partial(model, ids[:, :half]) for model in models.values()], rounds, [ids.device])
+        decode = interleaved_latency([_step(model, half) for model in models.values()], rounds, [ids.device])
     return {
         name: Speed(first, second, half, differences.get(name))
         for name, first, second in zip(models, prefill, decode, strict=True)
@@ -100,8 +100,8 @@ def measure(
 
 def _step(model: LanguageModel, seen: int) -> Callable[[], Tensor]:
     """Writes the byte behind `seen` others, again and again."""
-    cache = Cache(model.shape, dtype=model.norm.weight.dtype)
-    ids = torch.zeros(1, 1, dtype=torch.int64)
+    cache = Cache.of(model)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.bias.device)
 
     def step() -> Tensor:
         cache.length = seen
@@ -118,7 +118,7 @@ def check_decoding(name: str, model: LanguageModel, expected: Tensor, ids: Tenso
     Raises:
         RuntimeError: it is above `LARGEST_DIFFERENCE`.
     """
-    cache = Cache(model.shape, dtype=model.norm.weight.dtype)
+    cache = Cache.of(model)
     half = ids.shape[1] // 2
     logits = [model(ids[:, :half], cache)] + [model(ids[:, i : i + 1], cache) for i in range(half, ids.shape[1])]
     difference = float((torch.cat(logits, 1) - expected).norm() / expected.norm())

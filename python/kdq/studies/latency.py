@@ -35,7 +35,7 @@ def models(quick: bool) -> dict[str, tuple[nn.Module, torch.Tensor]]:
 
 @torch.inference_mode()
 def measured_ms(model: nn.Module, x: torch.Tensor) -> float:
-    return 1e3 * interleaved_latency([partial(model.eval(), x)])[0].median
+    return 1e3 * interleaved_latency([partial(model.eval(), x)], devices=[x.device])[0].median
 
 
 def latency_section(quick: bool) -> str:
