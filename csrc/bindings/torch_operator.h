@@ -47,7 +47,9 @@ struct Passed<std::string> {
 template <class T>
 struct Passed<std::optional<T>> {
   using As = std::optional<typename Passed<T>::As>;
-  static std::optional<T> own(const As& value) { return value ? std::optional<T>(Passed<T>::own(*value)) : std::nullopt; }
+  static std::optional<T> own(const As& value) {
+    return value ? std::optional<T>(Passed<T>::own(*value)) : std::nullopt;
+  }
 };
 
 template <class T>

@@ -67,6 +67,7 @@ struct Int8Call {
   int64_t mr = 0;           // rows of a full tile
   int64_t unit_bytes = 0;   // of a prepared row
   int64_t piece_units = 0;  // of a piece of k, if weights are streamed: see may_stream()
+  int64_t cost = 1;         // of a multiply-accumulate, in those of int8
 
   Status open(const void* packed, size_t packed_bytes) {
     Status status = int8_kernels(&kernels);
@@ -98,8 +99,18 @@ struct Int8Call {
 
   int64_t grain() const {
     const int64_t rows = std::max(m, kRowsOfReading);
-    const bool is_shared = rows * weight.n * weight.k >= 2 * kProductsWorthAThread;
-    return is_shared ? kProductsWorthAThread * m / rows : std::numeric_limits<int64_t>::max() - 1;
+    const int64_t worth = kProductsWorthAThread / cost;
+    const bool is_shared = rows * weight.n * weight.k >= 2 * worth;
+    return is_shared ? worth * m / rows : std::numeric_limits<int64_t>::max() - 1;
+  }
+
+  // Threads take whole groups of panels, of which three or five do not share well. Two blocks of rows then do, for a
+  // tile more in all.
+  void even_out(ProductShape* shape) const {
+    constexpr int64_t kMostGroups = 5;
+    const bool is_shared = 2 * shape->grain <= m * shape->row_work * shape->groups;
+    const bool is_uneven = shape->groups % 2 == 1 && shape->groups <= kMostGroups && rows_of_block(*shape) >= m;
+    if (is_shared && is_uneven && m > 2 * mr) shape->block_rows = (m + 1) / 2;
   }
 
   Int8RowsCall rows_at(int64_t first, int count, const PreparedRows& to) const {
@@ -252,7 +263,7 @@ Status run_int8(Int8Call& call, int64_t mr, int64_t element_bytes, int (*at_once
   shape.groups = (weight.panels + panels - 1) / panels;
   shape.row_work = panels * weight.panel_channels * weight.k;
   shape.grain = call.grain();
-  if (streams) call.cut_into_pieces(&shape);
+  streams ? call.cut_into_pieces(&shape) : call.even_out(&shape);
   const Int8TileFunction tile = streams ? of_bits.streamed : of_bits.plain;
   if (!few_bits) return run_panels(call, shape, panels, tile, parallel_for, prepare);
 

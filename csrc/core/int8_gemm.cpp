@@ -127,6 +127,7 @@ Status int8_weight_only_linear(const Int8Linear& args, const ParallelFor& parall
   call.set_input(args.x, args.m, args.k, dtype_size(args.dtype));
   call.set_layer(args);
   const Int8Bf16Kernels* bf16 = args.dtype == DType::kBFloat16 ? int8_bf16_kernels(kernels) : nullptr;
+  call.cost = bf16 != nullptr ? 2 : 4;  // what the instructions differ by
   if (bf16 != nullptr) return run_bf16(call, *bf16, parallel_for);
   return run_int8(call, kernels.size.mr, sizeof(float), float_panels_at_once, kernels.weight_only_tiles, parallel_for,
                   [&](int64_t first, int count, const PreparedRows& to) {

@@ -267,8 +267,8 @@ struct HopperProduct {
 
 // ---- for launching -------------------------------------------------------------------------------------------------
 
-// Whether launch_small_or_tiled() takes this kernel where it can, by the value of KDQ_CUDA_HOPPER (nullptr: not set). Not
-// by default before it has run on a GPU: barriers that are wrong hang there, and nothing of its speed is known.
+// Whether launch_small_or_tiled() takes this kernel where it can, by the value of KDQ_CUDA_HOPPER (nullptr: not set).
+// Not by default before it has run on a GPU: barriers that are wrong hang there, and nothing of its speed is known.
 // hopper_test.cpp runs it on the emulator, and on a GPU.
 constexpr bool kUseHopper = false;
 

@@ -24,7 +24,8 @@ def evaluate(models: Mapping[str, nn.Module], teacher: nn.Module, batches: Seque
     first = parse_batch(batches[0], teacher)
     with evaluating(*models.values()), torch.inference_mode():
         times = interleaved_latency(
-            [partial(first.logits, model, name) for name, model in models.items()], devices=map(device_of, models.values())
+            [partial(first.logits, model, name) for name, model in models.items()],
+            devices=map(device_of, models.values()),
         )
     found = {}
     for (name, model), time in zip(models.items(), times, strict=True):

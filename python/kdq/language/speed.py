@@ -90,7 +90,9 @@ def measure(
     half = ids.shape[1] // 2
     with one_thread(), torch.inference_mode(), evaluating(*models.values(), *expected.values()):
         differences = {name: check_decoding(name, models[name], other(ids), ids) for name, other in expected.items()}
-        prefill = interleaved_latency([partial(model, ids[:, :half]) for model in models.values()], rounds, [ids.device])
+        prefill = interleaved_latency(
+            [partial(model, ids[:, :half]) for model in models.values()], rounds, [ids.device]
+        )
         decode = interleaved_latency([_step(model, half) for model in models.values()], rounds, [ids.device])
     return {
         name: Speed(first, second, half, differences.get(name))
