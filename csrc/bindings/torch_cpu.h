@@ -42,9 +42,8 @@ class Cpu {
     AtenTensorHandle handle = nullptr;
     const size_t bytes = static_cast<size_t>(product(sizes, 0, sizes.size())) * element_size(type);
     if (allocate_large(sizes, strides, shim_dtype(type), bytes, &handle)) return Tensor(handle);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                           strides.data(), shim_dtype(type),
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                    shim_dtype(type), aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   }
 

@@ -105,7 +105,7 @@ bool allocate_large(const Sizes& sizes, const Sizes& strides, int32_t dtype, siz
   const auto error = torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype,
                                      aoti_torch_device_type_cpu(), -1, handle, aoti_torch_layout_strided(), nullptr, 0,
                                      release, reinterpret_cast<void*>(bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(error);  // the block is torch's by then, or lost: which of the two, it does not say
+  TORCH_ERROR_CODE_CHECK(error);  // the block is torch's by then, or lost: which of the two, it does not say
   return true;
 #else
   (void)sizes, (void)strides, (void)dtype, (void)bytes, (void)handle;

@@ -37,7 +37,7 @@ class Tensor {
 
   AtenTensorHandle new_handle() const {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
     return handle;
   }
 
@@ -46,44 +46,44 @@ class Tensor {
 
   int64_t dim() const {
     int64_t dim = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
     return dim;
   }
   int64_t numel() const {
     int64_t numel = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &numel));
     return numel;
   }
   int64_t size(int64_t axis) const {
     int64_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(handle_, axis, &size));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(handle_, axis, &size));
     return size;
   }
   int64_t stride(int64_t axis) const {
     int64_t stride = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(handle_, axis, &stride));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(handle_, axis, &stride));
     return stride;
   }
   // dim() numbers, as long as the tensor lives.
   const int64_t* sizes() const {
     int64_t* sizes = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &sizes));
     return sizes;
   }
   const int64_t* strides() const {
     int64_t* strides = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
     return strides;
   }
   bool is_contiguous() const {
     bool is_contiguous = false;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &is_contiguous));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &is_contiguous));
     return is_contiguous;
   }
 
   int32_t shim_dtype() const {
     int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
     return dtype;
   }
   // Asks torch for the number of one dtype after another: for results and errors.
@@ -95,25 +95,25 @@ class Tensor {
   bool is_cuda() const { return device_type() == aoti_torch_device_type_cuda(); }
   int32_t get_device_index() const {
     int32_t index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
     return index;
   }
 
   const void* const_data_ptr() const {
     const void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
     return data;
   }
   void* mutable_data_ptr() const {
     void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
     return data;
   }
 
  private:
   int32_t device_type() const {
     int32_t type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
     return type;
   }
 
@@ -144,7 +144,7 @@ inline torch::stable::Tensor shared(const Tensor& t) { return torch::stable::Ten
 inline Tensor contiguous(const Tensor& t) {
   const torch::stable::Tensor result = torch::stable::contiguous(shared(t));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
   return Tensor(handle);
 }
 

@@ -17,7 +17,7 @@ class Cuda {
   // The dispatcher comes here if any tensor is on a GPU.
   Cuda(const char* name, const Tensor& t) : name_(name), device_(device_of(name, t)), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cuda::Stream>(stream);
   }
 
@@ -26,9 +26,8 @@ class Cuda {
 
   Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType type) const {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                           strides.data(), shim_dtype(type),
-                                                           aoti_torch_device_type_cuda(), device_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                    shim_dtype(type), aoti_torch_device_type_cuda(), device_, &handle));
     return Tensor(handle);
   }
 
