@@ -104,8 +104,8 @@ struct Int8Call {
     return is_shared ? worth * m / rows : std::numeric_limits<int64_t>::max() - 1;
   }
 
-  // Threads take whole groups of panels, of which three or five do not share well. Two blocks of rows then do, for a
-  // tile more in all.
+  // Threads take whole groups of panels. One cannot be shared, three and five not evenly: rows are cut into two blocks
+  // then, which costs a tile more at most.
   void even_out(ProductShape* shape) const {
     constexpr int64_t kMostGroups = 5;
     const bool is_shared = 2 * shape->grain <= m * shape->row_work * shape->groups;
