@@ -15,7 +15,7 @@ VENV ?= .venv
 SEEDS ?= 5
 OUT ?= demo-output
 BIN := $(VENV)/bin
-INSTALL = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+INSTALL = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp')
 
 .PHONY: demo test test-cuda bench lint build clean
@@ -34,7 +34,7 @@ SANITIZER := $(shell command -v compute-sanitizer)
 test-cuda: export KDQ_CUDA = ON
 test-cuda: $(VENV)/.deps
 	$(INSTALL)
-	$(BIN)/cmake -S . -B $(CUDA_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DKDQ_TESTS=ON -DKDQ_CUDA=ON
+	$(BIN)/cmake -S . -B $(CUDA_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DKDQ_TESTS=ON -DKDQ_CUDA=ON
 	$(BIN)/cmake --build $(CUDA_TESTS) --target cuda_gpu_tests
 	set -e; for test in $(CUDA_TESTS)/tests/cuda/cuda_*_gpu_test; do \
 		echo "$$test"; "$$test" || { test $$? = 77; continue; }; \
