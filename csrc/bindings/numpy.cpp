@@ -60,6 +60,9 @@ py::array checked_out(const OptionalArray& out, const py::array& x) {
   }
   if ((out->flags() & py::array::c_style) == 0 || !out->writeable())
     invalid("out: expected a writeable C-contiguous array");
+  if (overlap_partly(x.data(), out->data(), static_cast<size_t>(x.nbytes()))) {
+    invalid("out: expected x itself, or memory of its own, got an array that shares a part of x");
+  }
   return *out;
 }
 

@@ -74,6 +74,15 @@ inline Status resolve_quant_shape(const Sizes& x, const Sizes& scale, std::optio
   return {};
 }
 
+// Whether two buffers of so many bytes share some, without being the same: an element would be written before another
+// is read from its place.
+inline bool overlap_partly(const void* a, const void* b, size_t bytes) {
+  const auto first = reinterpret_cast<uintptr_t>(a);
+  const auto second = reinterpret_cast<uintptr_t>(b);
+  const uintptr_t distance = first < second ? second - first : first - second;
+  return distance != 0 && distance < bytes;
+}
+
 // The range within which the core's arithmetic is exact (see fake_quant.h).
 constexpr int64_t kQuantMinLimit = -(int64_t{1} << 23);
 constexpr int64_t kQuantMaxLimit = int64_t{1} << 23;

@@ -153,8 +153,16 @@ void fake_quantize_out_op(const Tensor& x, const Tensor& scale, const OptionalTe
   }
   const Grid g = parse_grid(on, scale, zero_point, quant_min, quant_max);
   const QuantInput input = parse_quant_input(x, scale, axis, group_size);
-  if (same_strides(input.x, out)) {
-    check(on.fake_quantize(dtype, input.x.const_data_ptr(), out.mutable_data_ptr(), input.shape, g.grid));
+  for (int64_t i = 0; i < out.dim(); ++i) {
+    if (out.size(i) > 1 && out.stride(i) == 0) {
+      invalid("out: expected a place in memory for each element, got an expanded tensor of shape " +
+              to_string(sizes_of(out)));
+    }
+  }
+  const size_t bytes = static_cast<size_t>(x.numel()) * element_size(x.scalar_type());
+  const void* const from = input.x.const_data_ptr();
+  if (same_strides(input.x, out) && !overlap_partly(from, out.const_data_ptr(), bytes)) {
+    check(on.fake_quantize(dtype, from, out.mutable_data_ptr(), input.shape, g.grid));
     return;
   }
   copy(fake_quantize_op<On>(x, scale, zero_point, quant_min, quant_max, axis, group_size), out);

@@ -26,7 +26,13 @@ struct Passed {
 template <>
 struct Passed<Tensor> {
   using As = AtenTensorHandle;
-  static Tensor own(As handle) { return Tensor(handle); }
+  static Tensor own(As handle) {
+    const Tensor tensor(handle);
+    bool is_defined = false;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &is_defined));
+    if (!is_defined) throw std::invalid_argument("expected a tensor, got None for an argument that is not optional");
+    return tensor;
+  }
 };
 
 // torch's own conversion (2.10 to 2.13) loses a string of the heap.

@@ -40,7 +40,10 @@ def binary_linear(
 
     The signs of x are packed inside. weight_bits int64 `[N, ceil(K / 64)]`; weight_scale float32 `[N]`: XNOR-Net's
     alpha, the mean magnitude of the channel's weights (Rastegari et al. 2016). With `k`, the number of features, x may
-    be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32.
+    be packed signs, int64 `[..., ceil(k / 64)]`; the result is then float32. NaN counts as +1, as in `pack_signs`.
+
+    Bits do not know how many they are: weights of fewer features than x, in as many words, are not refused, and those
+    that are missing count as +1. For inference: no gradient.
     """
     return operators().binary_linear(x, weight_bits, weight_scale, bias, k)
 

@@ -55,7 +55,7 @@ def int8_linear(
     """A linear layer on integer kernels: float in, float out, in the dtype of x.
 
     Quantizes the rows of x, multiplies exactly in int32, and applies `acc * row_scale * weight_scale + bias` and the
-    activation before the result is first written.
+    activation before the result is first written. For inference: no gradient, which the layers of `kdq` give.
 
     Args:
         x: `[..., K]`.

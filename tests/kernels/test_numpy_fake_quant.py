@@ -247,3 +247,9 @@ def test_binarize_rows(isa: str, dtype: str, shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(signs, np.where(x < 0, -1, 1).astype(dtype))
     want = np.abs(x.astype("f8")).sum(-1) / max(shape[-1], 1)
     np.testing.assert_allclose(mean, want, rtol=1e-6)
+
+
+def test_out_must_not_share_a_part_of_x() -> None:
+    memory = np.ones((4, 8), np.float32)
+    with pytest.raises(ValueError, match="out: expected x itself, or memory of its own"):
+        kn.fake_quantize(memory[:3], 0.1, quant_min=-8, quant_max=7, out=memory[1:])

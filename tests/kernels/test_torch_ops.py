@@ -66,6 +66,28 @@ def test_calls_keep_no_memory(name: str, op: Any, args: tuple[Any, ...], kwargs:
     assert bytes_kept(2000) < 2000 * 8
 
 
+def test_out_may_share_memory_with_x(device: str) -> None:
+    def quantized(x: Tensor, **out: Tensor) -> Tensor:
+        return kk.fake_quantize(x, 0.1, quant_min=-8, quant_max=7, **out)
+
+    for rows, into in ((slice(0, 3), slice(1, 4)), (slice(1, 4), slice(0, 3)), (slice(0, 4), slice(0, 4))):
+        memory = randn(4, 70, device=device)
+        expected = quantized(memory[rows].clone())
+        quantized(memory[rows], out=memory[into])
+        assert torch.equal(memory[into], expected)
+    with pytest.raises(ValueError, match="out: expected a place in memory for each element"):
+        quantized(randn(4, 8, device=device), out=torch.empty(1, 8, device=device).expand(4, 8))
+
+
+def test_none_is_no_tensor(device: str) -> None:
+    x, packed, scale = randn(2, 16, device=device), kk.pack_int8_weight(int8(8, 16).to(device)), torch.ones(8)
+    for args in ((None, packed, scale.to(device)), (x, packed, None)):
+        with pytest.raises(ValueError, match="expected a tensor, got None"):
+            kk.int8_linear(*args)
+    with pytest.raises(ValueError, match="zero point: expected an integer, got 1.5"):
+        kk.int8_linear(x, packed, scale.to(device), input_scale=0.1, input_zero_point=1.5)  # type: ignore[arg-type]
+
+
 def test_opcheck_with_gradients(device: str) -> None:
     x, scale = randn(4, 6, device=device).requires_grad_(), torch.full((6,), 0.3, requires_grad=True, device=device)
     zero_point = torch.full((6,), 2.2, requires_grad=True, device=device)

@@ -52,7 +52,7 @@ class LearnedActivationGrid(nn.Module):
         check_first_batch()
         sample = x.detach().float().flatten()
         low, high = pooled_range(sample)
-        if low > high:
+        if not low <= high:  # no element, or NaN, which the loss will show
             return
         grid = search_affine_grid(sample, low, high, self.bits, pooled=lambda errors: sum_over_ranks(errors, x.device))
         self.scale.copy_(grid.scale)
