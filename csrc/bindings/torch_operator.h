@@ -26,13 +26,7 @@ struct Passed {
 template <>
 struct Passed<Tensor> {
   using As = AtenTensorHandle;
-  static Tensor own(As handle) {
-    const Tensor tensor(handle);
-    bool is_defined = false;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &is_defined));
-    if (!is_defined) throw std::invalid_argument("expected a tensor, got None for an argument that is not optional");
-    return tensor;
-  }
+  static Tensor own(As handle) { return Tensor(handle); }
 };
 
 // torch's own conversion (2.10 to 2.13) loses a string of the heap.
@@ -96,11 +90,24 @@ struct Operator<kFunction> {
   template <size_t... kIndex>
   static void run(StableIValue* stack, std::index_sequence<kIndex...>) {
     const std::tuple<std::decay_t<Args>...> args{taken<std::decay_t<Args>>(stack[kIndex])...};
-    if constexpr (std::is_void_v<Result>) {
-      kFunction(std::get<kIndex>(args)...);
-    } else {
-      put(kFunction(std::get<kIndex>(args)...), stack);
+    try {
+      if constexpr (std::is_void_v<Result>) {
+        kFunction(std::get<kIndex>(args)...);
+      } else {
+        put(kFunction(std::get<kIndex>(args)...), stack);
+      }
+    } catch (const std::runtime_error&) {  // of torch's interface, which None may be the reason of
+      (expect_tensor(std::get<kIndex>(args)), ...);
+      throw;
     }
+  }
+
+  template <class T>
+  static void expect_tensor(const T&) {}
+  static void expect_tensor(const Tensor& tensor) {
+    bool is_defined = false;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(tensor.get(), &is_defined));
+    if (!is_defined) throw std::invalid_argument("expected a tensor, got None for an argument that is not optional");
   }
 
   static StableIValue given(Tensor&& t) { return torch::stable::detail::from(t.release()); }
