@@ -17,7 +17,7 @@ def as_tensor(value: Tensor | float | None, dtype: torch.dtype, like: Tensor | N
     if not isinstance(value, int | float):
         return value
     if dtype == torch.int32 and not float(value).is_integer():
-        raise ValueError(f"zero point: expected an integer, got {value}")
+        raise ValueError(f"input_zero_point: expected an integer, got {value}")
     if like is None or like.is_cpu:
         return torch.tensor(value, dtype=dtype)
     return torch.full((), value, dtype=dtype, device=like.device)  # a kernel, where torch.tensor would wait for the GPU

@@ -84,7 +84,7 @@ def test_none_is_no_tensor(device: str) -> None:
     for args in ((None, packed, scale.to(device)), (x, packed, None)):
         with pytest.raises(ValueError, match="expected a tensor, got None"):
             kk.int8_linear(*args)
-    with pytest.raises(ValueError, match="zero point: expected an integer, got 1.5"):
+    with pytest.raises(ValueError, match="input_zero_point: expected an integer, got 1.5"):
         kk.int8_linear(x, packed, scale.to(device), input_scale=0.1, input_zero_point=1.5)  # type: ignore[arg-type]
 
 
